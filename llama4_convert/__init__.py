@@ -1,0 +1,29 @@
+"""Meta's original Llama 4 checkpoints to Transformers directories.
+
+The functions here are the commands of the same names; each is imported when first used, so that importing the package costs
+nothing. Their modules have other names: a submodule called `plan` would replace the function in this namespace.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llama4_convert.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from llama4_convert.conversion import convert as convert
+    from llama4_convert.conversion import plan as plan
+    from llama4_convert.inspection import inspect as inspect
+    from llama4_convert.synthesis import synth as synth
+    from llama4_convert.verification import verify as verify
+
+_HOME = {"convert": "conversion", "plan": "conversion", "inspect": "inspection", "synth": "synthesis", "verify": "verification"}
+
+__all__ = ["__version__", "convert", "inspect", "plan", "synth", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llama4_convert.{_HOME[name]}"), name)

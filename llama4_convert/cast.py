@@ -1,0 +1,38 @@
+"""Casts between bf16, fp16 and fp32 on raw bytes, without torch: bf16 is the upper half of fp32."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+
+def cast(data: memoryview | bytes, source: str, target: str) -> tuple[bytes, int]:
+    """The numbers in `data` (little-endian, dtype `source`) as dtype `target`, rounded to nearest, ties to even.
+
+    Also returns how many finite numbers became infinite: fp16 ends at 65,504. NaN stays NaN.
+    """
+    wide = _widened(np.frombuffer(data, dtype=_NUMPY[source]), source)
+    if target == "F32":
+        return wide.tobytes(), 0
+    finite = int(np.isfinite(wide).sum())
+    if target == "F16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            half = wide.astype(np.float16)
+        return half.tobytes(), finite - int(np.isfinite(half).sum())
+    brain = _to_bf16(wide)
+    return brain.tobytes(), finite - int(((brain & 0x7F80) != 0x7F80).sum())
+
+
+def _widened(values: NDArray[np.generic], source: str) -> NDArray[np.float32]:
+    if source == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def _to_bf16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits = wide.view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    # Rounding could carry a NaN's mantissa over into infinity or wrap its sign: keep its upper bits, made quiet.
+    return np.where(np.isnan(wide), (bits >> 16) | 0x40, rounded).astype(np.uint16)

@@ -1,0 +1,124 @@
+"""A directory in Meta's original layout: params.json, tokenizer.model and one consolidated.NN.pth a rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama4.geometry import Geometry, GeometryError
+from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
+from llama4_convert.errors import BadInput, UsageError, from_os_error
+
+_RANK_FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
+_SMALL_FILE_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True)
+class MetaCheckpoint:
+    """An opened checkpoint. Ranks agree on keys, dtypes and kinds; what shapes they must have is the plan's to check."""
+
+    path: Path
+    params: Mapping[str, Any]
+    geometry: Geometry  # as params.json states it; open sizes are None
+    ranks: tuple[PthIndex, ...]
+    small_files: Mapping[str, bytes]  # params.json, and tokenizer.model where there is one
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset(self.ranks[0].tensors) | frozenset(self.ranks[0].others)
+
+    def tensor(self, rank: int, key: str) -> StoredTensor:
+        return self.ranks[rank].tensors[key]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Rank 0's shapes."""
+        return {key: tensor.shape for key, tensor in self.ranks[0].tensors.items()}
+
+    def records(self) -> Iterator[tuple[int, Record]]:
+        """Every storage record of every rank."""
+        for rank, index in enumerate(self.ranks):
+            for record in index.records:
+                yield rank, record
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 a file: of the small files' bytes, and of the record names, sizes and CRCs of every rank file.
+
+        Identifies the content without reading the tensors, and independently of where the files lie.
+        """
+        small = {name: hashlib.sha256(data).hexdigest() for name, data in self.small_files.items()}
+        return small | {index.path.name: index.fingerprint for index in self.ranks}
+
+    @staticmethod
+    def open(path: Path) -> MetaCheckpoint:
+        """Read the index of every rank file. Raises UsageError, BadInput or EnvironmentFailed."""
+        if not path.is_dir():
+            raise UsageError(f"{path} is not a directory: give the one that holds params.json and consolidated.00.pth")
+        files = rank_files(path)
+        params, small = read_params(path)
+        tokenizer = path / "tokenizer.model"
+        if tokenizer.exists():
+            small["tokenizer.model"] = read_small(tokenizer)
+        try:
+            geometry = Geometry.from_params(params)
+        except GeometryError as error:
+            raise BadInput(f"params.json: {error}") from error
+        indices = tuple(PthIndex.read(file) for file in files)
+        for index in indices[1:]:
+            _check_agreement(indices[0], index)
+        return MetaCheckpoint(path, params, geometry, indices, small)
+
+
+def rank_files(path: Path) -> list[Path]:
+    """The rank files in rank order. Raises BadInput if there are none, or one is missing between others."""
+    found = {int(m[1]): file for file in sorted(path.iterdir()) if (m := _RANK_FILE.fullmatch(file.name))}
+    if not found:
+        raise BadInput(f"{path} has no consolidated.NN.pth: is it the directory of an original Meta checkpoint?")
+    gap = next((rank for rank in range(max(found) + 1) if rank not in found), None)
+    if gap is not None:
+        raise BadInput(f"{path} lacks consolidated.{gap:02d}.pth: download it, every rank holds a part of every matrix")
+    return [found[rank] for rank in range(len(found))]
+
+
+def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """params.json parsed, and its bytes under its name."""
+    file = path / "params.json"
+    if not file.exists():
+        raise BadInput(f"{path} has no params.json: it comes with the checkpoint, download it")
+    data = read_small(file)
+    try:
+        params = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file.name} is not valid JSON ({error}): download it again") from error
+    if not isinstance(params, dict):
+        raise BadInput(f"{file.name} holds no JSON object: download it again")
+    return params, {"params.json": data}
+
+
+def read_small(file: Path) -> bytes:
+    """The bytes of a file that is read whole (JSON, tokenizer, licence)."""
+    try:
+        with open(file, "rb") as handle:
+            data = handle.read(_SMALL_FILE_LIMIT + 1)
+    except OSError as error:
+        raise from_os_error(error, f"reading {file.name}") from error
+    if len(data) > _SMALL_FILE_LIMIT:
+        raise BadInput(f"{file.name} is larger than {_SMALL_FILE_LIMIT >> 20} MiB, which it never is: wrong file?")
+    return data
+
+
+def _check_agreement(first: PthIndex, other: PthIndex) -> None:
+    a, b = {*first.tensors, *first.others}, {*other.tensors, *other.others}
+    for key in sorted(a ^ b):
+        has, lacks = (first, other) if key in a else (other, first)
+        raise BadInput(f"the ranks disagree: {has.path.name} has {key}, {lacks.path.name} has not")
+    for key in first.tensors.keys() & other.tensors.keys():
+        if first.tensors[key].dtype != other.tensors[key].dtype:
+            raise BadInput(
+                f"the ranks disagree: {key} is {first.tensors[key].dtype} in {first.path.name}"
+                f" and {other.tensors[key].dtype} in {other.path.name}"
+            )

@@ -1,0 +1,177 @@
+"""The index of one `.pth` file: an uncompressed zip whose `data.pkl` describes tensors as views of `data/N` records.
+
+`PthIndex.read` touches the zip directory, the pickle and 30 bytes a record, never tensor data. It is strict: whatever it does
+not understand, or what two parts of the file tell differently, is an error that names the file and the record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from llama4_convert.checkpoints.inert_pickle import Opaque, RefusedPickle, Storage, TensorView, read_state_dict
+from llama4_convert.errors import BadInput, from_os_error
+
+ITEM_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1}
+
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+# Scout's pickle has some 200 KB; anything near this limit is no state dict of a Llama 4.
+_PICKLE_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """A zip record: where its bytes lie in the file, and the CRC-32 that the directory promises for them."""
+
+    name: str
+    offset: int
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint file. `offset` and `strides` count elements, `offset` from the start of the record."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    record: Record
+
+    @property
+    def itemsize(self) -> int:
+        return ITEM_SIZES[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def is_whole_record(self) -> bool:
+        """Whether the tensor is contiguous and fills its record, as torch.save writes what was not a view."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return self.offset == 0 and self.numel * self.itemsize == self.record.size
+
+
+@dataclass(frozen=True)
+class PthIndex:
+    """What one `.pth` file holds. `others` are entries that are no tensors (their values are of no interest)."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    others: tuple[str, ...]
+    records: tuple[Record, ...]  # every storage record
+    fingerprint: str  # SHA-256 over names, sizes and CRCs of all records: identifies the content without reading it
+
+    @staticmethod
+    def read(path: Path) -> PthIndex:
+        """Raises BadInput (damaged, not a torch zip, refused pickle) or EnvironmentFailed (cannot be read)."""
+        try:
+            with open(path, "rb") as file:
+                return _read(path, file.fileno(), os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise from_os_error(error, f"reading {path.name}") from error
+
+
+def _read(path: Path, fd: int, file_size: int) -> PthIndex:
+    if file_size == 0:
+        raise BadInput(f"{path.name} is empty: download it again")
+    records = _records(path, fd, file_size)
+    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise BadInput(f"{path.name} is not a torch checkpoint: the archive has no data.pkl")
+    prefix = pickles[0].removesuffix("data.pkl")
+    byteorder = records.get(prefix + "byteorder")
+    if byteorder and _content(path, fd, byteorder, 64) != b"little":
+        raise BadInput(f"{path.name}: the tensors are not little-endian, which this tool cannot read")
+    try:
+        state = read_state_dict(_content(path, fd, records[pickles[0]], _PICKLE_LIMIT))
+    except RefusedPickle as error:
+        raise BadInput(f"{path.name}: data.pkl refused: {error}") from error
+
+    tensors: dict[str, StoredTensor] = {}
+    others = []
+    for key, value in state.items():
+        if isinstance(value, TensorView):
+            tensors[key] = _stored(path, key, value, records.get(f"{prefix}data/{value.storage.key}"))
+        elif isinstance(value, Opaque) or value is None:
+            others.append(key)
+        else:
+            raise BadInput(f"{path.name}: {key} is a {type(value).__name__}, not a tensor")
+    data = tuple(record for name, record in records.items() if name.startswith(prefix + "data/"))
+    listing = "".join(f"{r.name.removeprefix(prefix)} {r.size} {r.crc:08x}\n" for r in records.values())
+    return PthIndex(path, tensors, tuple(others), data, hashlib.sha256(listing.encode()).hexdigest())
+
+
+def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
+    """The zip directory, checked against the local headers: readers of torch trust either one, so they must agree."""
+    try:
+        with open(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, UnicodeError) as error:
+        raise BadInput(
+            f"{path.name} is not a complete torch zip archive ({error}): it is truncated or no checkpoint; download it again"
+        ) from error
+    twice = [name for name, n in Counter(e.filename for e in entries).items() if n > 1]
+    if twice:
+        raise BadInput(f"{path.name}: the archive names {twice[0]!r} twice")
+    records: dict[str, Record] = {}
+    for entry in entries:
+        where = f"{path.name}: record {entry.filename!r:.100}"
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+            raise BadInput(f"{where} is compressed or encrypted, which torch.save never does")
+        raw = os.pread(fd, _LOCAL_HEADER.size, entry.header_offset) if entry.header_offset >= 0 else b""
+        if len(raw) < _LOCAL_HEADER.size:
+            raise BadInput(f"{where} lies outside the file: it is truncated; download it again")
+        magic, _version, flags, method, _time, _date, crc, size, _, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
+        name = os.pread(fd, name_length, entry.header_offset + _LOCAL_HEADER.size)
+        if magic != b"PK\3\4" or method or name != entry.orig_filename.encode("utf-8" if flags & 0x800 else "cp437"):
+            raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
+        streamed = flags & 8  # sizes and CRC follow the data; zip64 puts the sizes elsewhere
+        if not streamed and (crc != entry.CRC or size not in (entry.file_size, 0xFFFFFFFF)):
+            raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
+        start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if start + entry.file_size > file_size:
+            raise BadInput(f"{where} ends beyond the file: it is truncated; download it again")
+        records[entry.filename] = Record(entry.filename, start, entry.file_size, entry.CRC)
+    in_order = sorted(records.values(), key=lambda r: r.offset)
+    for before, after in zip(in_order, in_order[1:], strict=False):
+        if before.offset + before.size > after.offset:
+            raise BadInput(f"{path.name}: records {before.name!r:.80} and {after.name!r:.80} overlap")
+    return records
+
+
+def _content(path: Path, fd: int, record: Record, limit: int) -> bytes:
+    """The bytes of a small record, checked against its CRC."""
+    if record.size > limit:
+        raise BadInput(f"{path.name}: record {record.name!r} has {record.size:,} bytes, more than any checkpoint needs")
+    data = os.pread(fd, record.size, record.offset)
+    if len(data) != record.size or zlib.crc32(data) != record.crc:
+        raise BadInput(f"{path.name}: record {record.name!r} is damaged (CRC differs): download the file again")
+    return data
+
+
+def _stored(path: Path, key: str, view: TensorView, record: Record | None) -> StoredTensor:
+    """The view as bytes of its record, bounds checked: no tensor reaches outside its storage."""
+    storage: Storage = view.storage
+    if record is None:
+        raise BadInput(f"{path.name}: {key} refers to storage {storage.key!r:.40}, which the archive lacks")
+    if storage.numel * ITEM_SIZES[storage.dtype] != record.size:
+        raise BadInput(f"{path.name}: {key}: the pickle and the archive disagree on the size of its storage")
+    last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
+    if 0 not in view.shape and (last + 1) * ITEM_SIZES[view.dtype] > record.size:
+        raise BadInput(f"{path.name}: {key} reaches beyond its storage")
+    return StoredTensor(view.dtype, view.shape, view.stride, view.offset, record)

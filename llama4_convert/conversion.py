@@ -1,0 +1,399 @@
+"""`convert`: from Meta's directory to a Transformers directory, resumable, committed by its index file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llama4_convert import lock, variant
+from llama4_convert.errors import BadInput, ConvertError, EnvironmentFailed, UsageError, from_os_error
+from llama4_convert.manifest import INDEX, NAME, Manifest
+from llama4_convert.version import TOOL
+
+Warn = Callable[[str], None]
+Progress = Callable[[int], None]
+Start = Callable[[int, int], None]
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+DEFAULT_MEMORY = 1 << 30
+# Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
+LEAST_MEMORY = 64 << 20
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_SOURCE_NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
+
+
+class NeedsOverwrite(UsageError):
+    """The output directory holds something else. `--overwrite` replaces it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, before the source has been looked at. Sizes in bytes; None: concluded from the source."""
+
+    source: Path
+    text_only: bool = False
+    variant: str | None = None
+    dtype: str | None = None
+    shard_size: int = DEFAULT_SHARD_SIZE
+    max_position_embeddings: int | None = None
+    allow_rank_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.variant is not None and self.variant not in variant.VARIANTS:
+            raise UsageError(f"variant {self.variant!r} is not one of {', '.join(variant.VARIANTS)}")
+        if self.shard_size < 1:
+            raise UsageError("the shard size must be at least 1 byte")
+        if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
+            raise UsageError("max-position-embeddings must be at least 1")
+
+
+class Job:
+    """A request bound to its source: the plan, and the content of every file around the weights."""
+
+    def __init__(self, request: Request) -> None:
+        # The readers import numpy; taking the lock must not wait for that.
+        from llama4_convert.checkpoints.meta import MetaCheckpoint
+        from llama4_convert.planning import make_plan
+
+        self.request = request
+        self.source = MetaCheckpoint.open(request.source)
+        self.plan = make_plan(
+            self.source,
+            text_only=request.text_only,
+            dtype=DTYPES[request.dtype] if request.dtype else None,
+            shard_size=request.shard_size,
+            allow_rank_mismatch=request.allow_rank_mismatch,
+        )
+        self.variant, self.variant_reason = variant.conclude(self.plan, request.source)
+        if request.variant:
+            self.variant, self.variant_reason = request.variant, "you said so"
+        self.max_position_embeddings = request.max_position_embeddings or variant.max_position_embeddings(
+            self.variant, self.plan.geometry
+        )
+        self.warnings = [*self.plan.warnings, *self._vocabulary_warnings()]
+
+    @cached_property
+    def token_ids(self) -> Any:
+        """TokenIds by tokenizer.model, or by the vocabulary's size without one; None if that is too small to have any."""
+        from llama4_convert.tokenizer import SPECIAL_TOKENS, TokenIds, read_bpe
+
+        data = self.source.small_files.get("tokenizer.model")
+        rows = self.plan.geometry.vocab_size or 0
+        n_base = len(read_bpe(data)) if data is not None else rows - len(SPECIAL_TOKENS)
+        if n_base + len(SPECIAL_TOKENS) > rows and data is not None:
+            raise BadInput(
+                f"tokenizer.model has {n_base + len(SPECIAL_TOKENS):,} tokens with the special ones,"
+                f" tok_embeddings.weight only {rows:,} rows: one of the two is another model's"
+            )
+        return TokenIds.from_base(n_base) if n_base > 0 else None
+
+    def _vocabulary_warnings(self) -> list[str]:
+        found = []
+        rows = self.plan.geometry.vocab_size or 0
+        if "tokenizer.model" not in self.source.small_files:
+            found.append(
+                "the source has no tokenizer.model: no tokenizer is written, copy tokenizer.json from the model's page;"
+                f" token ids in config.json are those of a vocabulary of {rows:,}"
+                if self.token_ids
+                else "the source has no tokenizer.model and its vocabulary is too small for Meta's special tokens:"
+                " no tokenizer is written, and config.json names no token ids"
+            )
+        elif self.token_ids and self.token_ids.vocab_size < rows:
+            found.append(
+                f"the vocabulary has {rows - self.token_ids.vocab_size} more rows than tokenizer.model has tokens"
+            )
+        return found
+
+    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+        """Files around the weights, in groups: a name of each group -> a function that makes the group's files.
+
+        Everything that can be wrong with the source has been found out by the time this returns.
+        """
+        from llama4_convert import config
+
+        g, source = self.plan.geometry, self.source
+        made: dict[str, bytes] = {
+            "config.json": config.to_json(
+                config.model_config(
+                    g,
+                    self.token_ids,
+                    variant=self.variant,
+                    dtype=self.plan.main_dtype,
+                    max_position_embeddings=self.max_position_embeddings,
+                )
+            ),
+            "generation_config.json": config.to_json(config.generation_config(self.token_ids, self.variant)),
+            "original/params.json": source.small_files["params.json"],
+        }
+        if g.vision:
+            made |= {name: config.to_json(body) for name, body in config.processor_configs(g.vision).items()}
+        made |= _notices(source.path)
+        groups: dict[str, Callable[[], dict[str, bytes]]] = {
+            name: lambda name=name: {name: made[name]}  # type: ignore[misc]
+            for name in made
+        }
+        if "tokenizer.model" in source.small_files:
+            groups["tokenizer.json"] = self._tokenizer
+        return groups
+
+    def _tokenizer(self) -> dict[str, bytes]:
+        from llama4_convert.tokenizer import tokenizer_files
+
+        return tokenizer_files(
+            self.source.small_files["tokenizer.model"],
+            variant=self.variant,
+            vision=self.plan.geometry.vision is not None,
+            max_length=self.max_position_embeddings,
+        )
+
+    def manifest(self) -> Manifest:
+        options = {
+            "dtype": self.request.dtype,
+            "max_position_embeddings": self.max_position_embeddings,
+            "shard_size": self.request.shard_size,
+            "text_only": self.request.text_only,
+            "variant": self.variant,
+        }
+        source = {"layout": "meta", "ranks": len(self.source.ranks), "sha256": self.source.fingerprint()}
+        return Manifest(TOOL, source, options, list(self.plan.meta_keys), dict(self.plan.dropped))
+
+    def describe(self) -> dict[str, Any]:
+        """The JSON of `plan`."""
+        from llama4_convert.run import peak_memory
+
+        plan = self.plan
+        return {
+            "source": str(self.request.source),
+            "ranks": len(self.source.ranks),
+            "variant": self.variant,
+            "variant_reason": self.variant_reason,
+            "dtype": plan.main_dtype,
+            "parameters": plan.parameters,
+            "output_bytes": plan.output_bytes,
+            "peak_memory_bytes": peak_memory(DEFAULT_MEMORY),
+            "max_position_embeddings": self.max_position_embeddings,
+            "files": [{"file": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.files],
+            "tensors": [
+                {
+                    "name": t.name,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "file": f.name,
+                    "offset": t.offset,
+                    "bytes": t.nbytes,
+                    "sources": sorted({p.key for p in t.pieces}),
+                }
+                for f in plan.files
+                for t in f.tensors
+            ],
+            "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
+            "warnings": self.warnings,
+        }
+
+
+def plan(source: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """What `convert` would write, as the JSON of the design says. Options: those of `Request`. Reads no tensor data."""
+    return Job(Request(Path(source), **options)).describe()
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    max_memory: int = DEFAULT_MEMORY,
+    overwrite: bool = False,
+    warn: Warn = lambda text: None,
+    start: Start = lambda total, done: None,
+    progress: Progress = lambda n: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Convert Meta's checkpoint at `source` to a Transformers directory at `target`.
+
+    `options` are the fields of `Request`. `max_memory` (bytes) bounds the process's own memory above an idle interpreter.
+    `start(total, done)` and `progress(n)` count bytes of tensor data. An interrupted conversion goes on when called again; a
+    finished one is left alone. Raises a ConvertError; the target then holds nothing that loads as a model.
+    """
+    request, target = Request(Path(source), **options), Path(target)
+    if max_memory < LEAST_MEMORY:
+        raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
+    if target.exists() and request.source.exists() and os.path.samefile(target, request.source):
+        raise UsageError("the output directory is the source: choose another one")
+    made_folder = _make_folder(target)
+    try:
+        with lock.owned(target):
+            return _Conversion(Job(request), target, max_memory, overwrite, warn, start, progress).run()
+    except OSError as error:
+        raise from_os_error(error, f"writing {target}") from error
+    except ConvertError:
+        raise
+    finally:
+        if made_folder and not any(target.iterdir()):
+            target.rmdir()
+
+
+class _Conversion:
+    def __init__(
+        self, job: Job, target: Path, max_memory: int, overwrite: bool, warn: Warn, start: Start, progress: Progress
+    ) -> None:
+        self.job, self.target, self.max_memory, self.overwrite = job, target, max_memory, overwrite
+        self.warn, self.start, self.progress = warn, start, progress
+        self.manifest = job.manifest()
+        self.index = job.plan.index()
+
+    def run(self) -> dict[str, Any]:
+        for text in self.job.warnings:
+            self.warn(text)
+        contents = self.job.contents()
+        resumed = self._look_at_target()
+        if self._is_finished():
+            return self._result("already complete", resumed)
+        (self.target / INDEX).unlink(missing_ok=True)
+        self._check_space()
+        self.manifest.write(self.target)
+        for first, make in contents.items():
+            if first not in self.manifest.files:
+                for name, data in make().items():
+                    self._write_small(name, data)
+        overflows = self._write_weights()
+        for name, n in overflows.items():
+            self.warn(f"{name}: {n} numbers were too large for {self.job.request.dtype} and became infinite")
+        self.manifest.add(INDEX, _sha256(self.index), len(self.index))
+        self.manifest.write(self.target)
+        self._write_small(INDEX, self.index)
+        return self._result("converted", resumed)
+
+    def _look_at_target(self) -> int:
+        """Take over what an earlier run of the same conversion finished; refuse or clear anything else."""
+        old = None
+        if self.overwrite:
+            _clear(self.target)
+        else:
+            old = Manifest.read(self.target)
+            foreign = [p.name for p in self.target.iterdir() if p.name != lock.NAME and not p.name.endswith(".partial")]
+            if old is None and foreign:
+                raise NeedsOverwrite(f"{self.target} is not empty ({sorted(foreign)[0]}) and not an output of this tool")
+        if old is None:
+            return 0
+        if differences := old.differences(self.manifest):
+            raise NeedsOverwrite(f"{self.target} holds another conversion: {', '.join(differences)}")
+        for name in old.intact(self.target, old.files):
+            self.manifest.files[name] = old.files[name]
+        return len(self._weights_done())
+
+    def _weights_done(self) -> set[str]:
+        return {f.name for f in self.job.plan.files} & self.manifest.files.keys()
+
+    def _is_finished(self) -> bool:
+        index = self.target / INDEX
+        names = {f.name for f in self.job.plan.files}
+        return index.is_file() and index.read_bytes() == self.index and names <= self.manifest.files.keys()
+
+    def _check_space(self) -> None:
+        left = [f for f in self.job.plan.files if f.name not in self.manifest.files]
+        needed = sum(f.size for f in left) + (64 << 20)  # and room for the tokenizer and other small files
+        system = os.statvfs(self.target)
+        free = system.f_bavail * system.f_frsize
+        if free < needed:
+            raise EnvironmentFailed(
+                f"{self.target} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: free some space or choose"
+                " another disk"
+            )
+        if system.f_files and system.f_favail < len(left) + 32:
+            raise EnvironmentFailed(f"{self.target} has no inodes left for {len(left)} files")
+
+    def _write_small(self, name: str, data: bytes) -> None:
+        from llama4_convert.writer import write_small
+
+        path = self.target / name
+        path.parent.mkdir(exist_ok=True)
+        self.manifest.add(name, write_small(path, data), len(data))
+
+    def _write_weights(self) -> dict[str, int]:
+        from llama4_convert.run import RunResult, Source, check_unread, planned_buffers, write_file
+        from llama4_convert.writer import FileWriter, Workers
+
+        plan = self.job.plan
+        done = self._weights_done()
+        left = [f for f in plan.files if f.name not in done]
+        checks = sum(record.size for _, record in plan.unread)
+        data = [sum(t.nbytes for t in f.tensors) for f in left]
+        total = sum(t.nbytes for t in plan.tensors) + checks
+        self.start(total, total - sum(data) - checks)
+        result = RunResult()
+        buffers = planned_buffers(self.max_memory)
+        with Source(self.job.source.ranks) as source, Workers() as workers:
+            check_unread(plan, source, self.progress)
+            for file in left:
+                with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
+                    write_file(plan, file, source, writer, result, self.progress)
+                    digest = writer.commit()
+                self.manifest.add(file.name, digest, file.size)
+                self.manifest.write(self.target)
+        return result.overflows
+
+    def _result(self, status: str, resumed: int) -> dict[str, Any]:
+        plan = self.job.plan
+        return {
+            "status": status,
+            "output": str(self.target),
+            "variant": self.job.variant,
+            "variant_reason": self.job.variant_reason,
+            "parameters": plan.parameters,
+            "output_bytes": plan.output_bytes,
+            "files": [{"file": name, **entry} for name, entry in sorted(self.manifest.files.items())],
+            "files_kept_from_earlier_run": resumed,
+            "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
+            "warnings": self.job.warnings,
+        }
+
+
+def _make_folder(target: Path) -> bool:
+    """Make `target` if need be; says whether it did."""
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file: give a directory to write to")
+    try:
+        target.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise from_os_error(error, f"making {target}") from error
+    return True
+
+
+def _clear(target: Path) -> None:
+    """Remove a model from `target`: the index first, so that it never points at files of another conversion."""
+    (target / INDEX).unlink(missing_ok=True)
+    try:
+        old = Manifest.read(target)
+    except BadInput:
+        old = None  # damaged; --overwrite is the advice for that
+    for name in old.files if old else ():
+        if (target / name).parent.resolve() in (target.resolve(), (target / "original").resolve()):
+            (target / name).unlink(missing_ok=True)
+    (target / NAME).unlink(missing_ok=True)
+    # Readers prefer a bare model.safetensors to an index.
+    for path in target.glob("model*.safetensors*"):
+        path.unlink()
+
+
+def _notices(source: Path) -> dict[str, bytes]:
+    """Licence texts beside the weights: Meta's licence asks that they go with every copy."""
+    from llama4_convert.checkpoints.meta import read_small
+
+    return {
+        path.name: read_small(path)
+        for path in sorted(source.iterdir())
+        if path.name.split(".")[0].upper() in _SOURCE_NOTICES and path.is_file()
+    }
+
+
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,90 @@
+"""The manifest of an output directory: what it was made from, with which options, and the SHA-256 of every file.
+
+Deterministic: no times, counters or paths. While a run is under way it lists the files that are done, which is all that a
+resumed run needs to know; the index file, written last, says that the whole is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama4_convert.errors import BadInput
+from llama4_convert.writer import write_small
+
+NAME = "llama4-convert.json"
+INDEX = "model.safetensors.index.json"
+_VERSION = 1
+
+
+@dataclass
+class Manifest:
+    tool: str
+    source: Mapping[str, Any]  # layout and SHA-256 fingerprints; see MetaCheckpoint.fingerprint
+    options: Mapping[str, Any]  # those that decide bytes
+    meta_keys: list[str]  # the source keys used: the spelling, so that the way back is exact
+    dropped: Mapping[str, str]  # source key -> why
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"sha256", "size"}
+
+    def add(self, name: str, sha256: str, size: int) -> None:
+        self.files[name] = {"sha256": sha256, "size": size}
+
+    def write(self, folder: Path) -> None:
+        body = {"version": _VERSION, **self.__dict__}
+        write_small(folder / NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+
+    @staticmethod
+    def read(folder: Path) -> Manifest | None:
+        """The manifest of `folder`; None if there is none. Raises BadInput if it is not one of ours."""
+        path = folder / NAME
+        if not path.exists():
+            return None
+        try:
+            body = json.loads(path.read_bytes())
+            if body.pop("version") != _VERSION:
+                raise ValueError("another version")
+            manifest = Manifest(**body)
+            for name, entry in manifest.files.items():
+                if name != Path(name).as_posix() or ".." in Path(name).parts or Path(name).is_absolute():
+                    raise ValueError(f"a file outside the directory: {name!r:.60}")
+                if not isinstance(entry["sha256"], str) or not isinstance(entry["size"], int):
+                    raise ValueError(f"no digest for {name!r:.60}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(f"{path} is damaged ({error}): remove it, or convert again with --overwrite") from error
+        return manifest
+
+    def differences(self, other: Manifest) -> list[str]:
+        """In words, what makes `other` another conversion than this one; empty if it is the same."""
+        found = []
+        if self.source != other.source:
+            found.append("another source")
+        for name in sorted(self.options.keys() | other.options.keys()):
+            mine, its = self.options.get(name), other.options.get(name)
+            if mine != its:
+                found.append(f"{name.replace('_', '-')} {its} instead of {mine}")
+        if self.tool != other.tool and not found:
+            found.append(f"{other.tool} instead of {self.tool}")
+        return found
+
+    def intact(self, folder: Path, names: Iterable[str]) -> set[str]:
+        """Those of `names` that are listed here and lie in `folder` with the listed size."""
+        return {
+            name
+            for name in names
+            if name in self.files
+            and (folder / name).is_file()
+            and (folder / name).stat().st_size == self.files[name]["size"]
+        }
+
+
+def sha256_of(path: Path, chunk: int = 1 << 20) -> str:
+    """SHA-256 of a file, in hex, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(chunk):
+            digest.update(data)
+    return digest.hexdigest()

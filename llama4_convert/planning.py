@@ -1,0 +1,379 @@
+"""The plan: every output tensor with its file, byte range and the source slices that it is made of.
+
+Pure and complete: made from the source's index alone, before a byte of tensor data is read. The dry run, the size estimate,
+the progress bar, the resume and the run itself all read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from llama4.geometry import Geometry
+from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
+from llama4_convert.errors import BadInput
+from mappings import Binding, Copy, MappingError, ModelShape, Placement, copies, load_table
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+# A header that fills whole pages keeps the tensors behind it aligned for direct I/O and for mmap.
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A strided copy of part of one source tensor into an output tensor; offsets count from the record's start."""
+
+    rank: int
+    key: str
+    source: StoredTensor
+    copy: Copy
+
+    @property
+    def numel(self) -> int:
+        return prod(self.copy.shape)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the copy reads one contiguous range of the source, front to back."""
+        shape, strides = self.copy.shape, self.copy.source_strides
+        return strides[-1] == 1 and (len(shape) == 1 or (len(shape) == 2 and strides[0] == shape[1]))
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor. `offset` is the position of its first byte in the file; `pieces` cover it exactly once."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEM_SIZES[self.dtype]
+
+    @property
+    def source_dtype(self) -> str:
+        return self.pieces[0].source.dtype
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One safetensors file: its header (length prefix included), then the tensors in order."""
+
+    name: str
+    header: bytes
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    geometry: Geometry
+    text_only: bool
+    files: tuple[PlannedFile, ...]
+    meta_keys: tuple[str, ...]  # the source keys used, in the source's spelling
+    dropped: Mapping[str, str]  # source key -> why
+    base_evidence: tuple[str, ...]  # keys that only base models carry
+    streamed: frozenset[tuple[int, str]]  # (rank, record name) read front to back by one file: checked on the way
+    unread: tuple[tuple[int, Record], ...]  # records to check beforehand: replicas, dropped, or not read front to back
+    warnings: tuple[str, ...]
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype of most bytes."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.dtype] += tensor.nbytes
+        return counts.most_common(1)[0][0]
+
+    def index(self) -> bytes:
+        """The content of model.safetensors.index.json."""
+        weight_map = {t.name: file.name for file in self.files for t in file.tensors}
+        total = sum(t.nbytes for t in self.tensors)
+        body = {"metadata": {"total_parameters": self.parameters, "total_size": total}, "weight_map": weight_map}
+        return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
+
+
+def make_plan(
+    source: MetaCheckpoint,
+    *,
+    text_only: bool = False,
+    dtype: str | None = None,
+    shard_size: int = 5_000_000_000,
+    allow_rank_mismatch: bool = False,
+) -> Plan:
+    """Plan the conversion of `source` to Transformers' layout.
+
+    `dtype` ("BF16", "F16", "F32") casts every tensor, None keeps each as it is. `shard_size` bounds an output file in bytes;
+    only a tensor, or tensors that share a source record, larger than that exceed it. Raises BadInput where names, shapes or
+    ranks do not fit together, naming the key.
+    """
+    geometry = replace(source.geometry, vision=None) if text_only else source.geometry
+    try:
+        binding, geometry = _bind(geometry, source)
+        claims = binding.claim(source.keys, text_only=text_only)
+        _check_tensors(binding, source)
+        warnings = _check_replicas(binding, source, allow_rank_mismatch)
+        tensors = _output_tensors(binding, source, claims.spelling, dtype)
+    except MappingError as error:
+        raise BadInput(f"{source.path.name}: {error}") from error
+    streamed = _streamed_records(tensors, source)
+    skipped = {key for key, rule in claims.dropped.items() if rule.when == "text_only"}
+    files = _files(_groups(tensors, streamed), shard_size)
+    return Plan(
+        geometry=geometry,
+        text_only=text_only,
+        files=files,
+        meta_keys=tuple(sorted(set(claims.spelling.values()))),
+        dropped={key: rule.why for key, rule in claims.dropped.items()},
+        base_evidence=tuple(key for key, rule in claims.dropped.items() if rule.only_in == "base"),
+        streamed=streamed,
+        unread=_unread_records(source, streamed, skipped),
+        warnings=tuple(warnings),
+    )
+
+
+def _bind(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
+    """The table bound to the source; sizes that params.json leaves open are read off the tensors."""
+    ranks = len(source.ranks)
+    shapes = source.shapes()
+    table = load_table()
+
+    def bind(g: Geometry) -> Binding:
+        return table.bind(model_shape(g))
+
+    if None in (geometry.vocab_size, geometry.n_experts, geometry.expert_dim, geometry.dense_dim):
+        draft = bind(geometry)
+        vocab, experts, width, dense = (draft.solve(axis, shapes, ranks) for axis in ("V", "E", "F", "G"))
+        if (vocab or geometry.vocab_size) is None or (experts is None and geometry.n_experts is None):
+            what = "tok_embeddings.weight" if vocab is None else "a router (feed_forward.router_DE)"
+            raise MappingError(f"neither params.json nor a tensor tells the size: there is no {what}")
+        geometry = geometry.completed(vocab or 0, experts or 0, width or 0, dense or 0)
+    return bind(geometry), geometry
+
+
+def model_shape(g: Geometry) -> ModelShape:
+    """The sizes that the tables' axes have in this geometry (the letters are explained in the tables)."""
+    sizes = {"D": g.dim, "Q": g.n_heads * g.head_dim, "K": g.n_kv_heads * g.head_dim}
+    open_sizes = {"V": g.vocab_size, "E": g.n_experts, "F": g.expert_dim, "G": g.dense_dim}
+    sizes |= {axis: size for axis, size in open_sizes.items() if size is not None}
+    units = {"Q": g.n_heads, "K": g.n_kv_heads}
+    if v := g.vision:
+        sizes |= {"P": v.patch_dim, "N": v.n_patches + 1, "C": v.dim, "H": v.dim, "M": v.mlp_dim}
+        sizes |= {"S": v.shuffled_dim, "A": v.output_dim, "O": v.output_dim}
+        units["H"] = v.n_heads
+    return ModelShape(sizes, units, g.n_layers, frozenset(g.moe_layers), v.n_layers if v else None)
+
+
+def _check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
+    """Every rank's shapes and dtypes against the geometry."""
+    ranks = len(source.ranks)
+    for rank, index in enumerate(source.ranks):
+        for key, tensor in index.tensors.items():
+            if key not in binding.meta:
+                continue
+            expected = binding.meta_shape(key, ranks)
+            if tensor.shape != expected:
+                raise MappingError(_shape_message(binding, key, tensor.shape, expected, source, rank))
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise MappingError(
+                    f"{key} is {tensor.dtype}: only bf16, fp16 and fp32 checkpoints can be converted"
+                    " (Meta's quantized originals need their scales)"
+                )
+        for key in index.others:
+            if key in binding.meta:
+                raise MappingError(f"{key} in {index.path.name} is no tensor")
+
+
+def _shape_message(
+    binding: Binding, key: str, found: Sequence[int], expected: Sequence[int], source: MetaCheckpoint, rank: int
+) -> str:
+    ranks, where = len(source.ranks), source.ranks[rank].path.name
+    text = f"{key} in {where} has shape {list(found)}, but params.json with {ranks} rank(s) makes it {list(expected)}"
+    for other in (n for n in range(1, 129) if n != ranks and not binding.is_replicated(key)):
+        try:
+            fits = all(binding.meta_shape(k, other) == s for k, s in source.shapes().items() if k in binding.meta)
+        except MappingError:
+            continue
+        if fits:
+            missing = f"consolidated.{ranks:02d}.pth and later are missing" if other > ranks else "some files are not its"
+            return f"{text}: these are files of a checkpoint with {other} ranks, {missing}"
+    return text
+
+
+def _check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> list[str]:
+    """Replicated tensors must be equal on all ranks; where each fills a record, the zip CRCs tell without reading."""
+    warnings = []
+    for key, first in source.ranks[0].tensors.items():
+        if key not in binding.meta or not binding.is_replicated(key):
+            continue
+        for index in source.ranks[1:]:
+            other = index.tensors[key]
+            comparable = first.is_whole_record and other.is_whole_record
+            if comparable and first.record.crc != other.record.crc:
+                text = f"the ranks disagree: {key} differs between {source.ranks[0].path.name} and {index.path.name}"
+                if not allow:
+                    raise MappingError(f"{text} (--allow-rank-mismatch takes the first)")
+                warnings.append(f"{text}; the first is taken")
+                break
+    return warnings
+
+
+def _output_tensors(
+    binding: Binding, source: MetaCheckpoint, spelling: Mapping[str, str], dtype: str | None
+) -> list[PlannedTensor]:
+    ranks = len(source.ranks)
+    placed: dict[tuple[int, str], dict[str, Placement]] = {}
+
+    def placement(rank: int, tensor: str) -> Placement:
+        key = spelling[tensor]
+        if (rank, key) not in placed:
+            strides = source.tensor(rank, key).strides
+            placed[rank, key] = {p.tensor: p for p in binding.meta_placements(key, ranks, rank, strides)}
+        return placed[rank, key][tensor]
+
+    logical = binding.logical
+    tensors = []
+    for name in binding.transformers:
+        pieces: list[Piece] = []
+        for target in binding.transformers_placements(name):
+            for rank in range(ranks if logical[target.tensor].shard else 1):
+                key = spelling[target.tensor]
+                stored = source.tensor(rank, key)
+                copy = copies(target, placement(rank, target.tensor))
+                if copy is not None:
+                    shifted = replace(copy, source_offset=copy.source_offset + stored.offset)
+                    pieces.append(Piece(rank, key, stored, shifted))
+        shape = binding.transformers_shape(name)
+        dtypes = {piece.source.dtype for piece in pieces}
+        if len(dtypes) > 1:
+            raise MappingError(
+                f"{name} is made of {' and '.join(sorted({p.key for p in pieces}))}, which differ in dtype"
+                f" ({', '.join(sorted(dtypes))})"
+            )
+        tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces))
+        _check_conserved(tensor)
+        tensors.append(tensor)
+    return tensors
+
+
+def _check_conserved(tensor: PlannedTensor) -> None:
+    """Elements in equal elements out: the last line of defence against a table that loses or repeats a slice."""
+    moved = sum(piece.numel for piece in tensor.pieces)
+    if moved != tensor.numel:
+        raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")
+
+
+def _streamed_records(tensors: Sequence[PlannedTensor], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:
+    """The records that the run reads once, whole and front to back, so that their CRC can be checked on the way."""
+    users: Counter[tuple[int, str]] = Counter()
+    for rank, index in enumerate(source.ranks):
+        users.update((rank, tensor.record.name) for tensor in index.tensors.values())
+    reads: dict[tuple[int, str], list[Piece]] = defaultdict(list)
+    for tensor in tensors:
+        for piece in tensor.pieces:
+            reads[piece.rank, piece.source.record.name].append(piece)
+
+    def in_order(pieces: list[Piece]) -> bool:
+        position = 0
+        for piece in pieces:
+            if not piece.is_sequential or piece.copy.source_offset != position:
+                return False
+            position += piece.numel
+        return position * pieces[0].source.itemsize == pieces[0].source.record.size
+
+    return frozenset(
+        record
+        for record, pieces in reads.items()
+        if users[record] == 1 and pieces[0].source.is_whole_record and in_order(pieces)
+    )
+
+
+def _unread_records(
+    source: MetaCheckpoint, streamed: frozenset[tuple[int, str]], skipped: set[str]
+) -> tuple[tuple[int, Record], ...]:
+    left_out = {
+        (rank, index.tensors[key].record.name)
+        for rank, index in enumerate(source.ranks)
+        for key in skipped
+        if key in index.tensors
+    }
+    return tuple(
+        (rank, record)
+        for rank, record in source.records()
+        if (rank, record.name) not in streamed and (rank, record.name) not in left_out
+    )
+
+
+def _groups(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str]]) -> list[list[PlannedTensor]]:
+    """Neighbours that read the same record stay in one file, so that a finished file has checked what it used."""
+    groups: list[list[PlannedTensor]] = []
+    seen: set[tuple[int, str]] = set()
+    for tensor in tensors:
+        records = {(p.rank, p.source.record.name) for p in tensor.pieces} & streamed
+        if groups and records & seen:
+            groups[-1].append(tensor)
+        else:
+            groups.append([tensor])
+            seen = set()
+        seen |= records
+    return groups
+
+
+def _files(groups: Sequence[list[PlannedTensor]], shard_size: int) -> tuple[PlannedFile, ...]:
+    contents: list[list[PlannedTensor]] = []
+    room = 0
+    for group in groups:
+        size = sum(t.nbytes for t in group)
+        if not contents or size > room:
+            contents.append([])
+            room = shard_size
+        contents[-1].extend(group)
+        room -= size
+    return tuple(
+        _file(f"model-{i:05d}-of-{len(contents):05d}.safetensors", tensors) for i, tensors in enumerate(contents, 1)
+    )
+
+
+def _file(name: str, tensors: list[PlannedTensor]) -> PlannedFile:
+    # Widest first: readers view a tensor's bytes in place, so its offset must be a multiple of its item size.
+    tensors = sorted(tensors, key=lambda t: -ITEM_SIZES[t.dtype])
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
+        position = end
+    body = json.dumps(entries, separators=(",", ":")).encode()
+    body += b" " * (-(8 + len(body)) % _PAGE)
+    header = len(body).to_bytes(8, "little") + body
+    placed, position = [], len(header)
+    for tensor in tensors:
+        placed.append(replace(tensor, offset=position))
+        position += tensor.nbytes
+    return PlannedFile(name, header, tuple(placed))

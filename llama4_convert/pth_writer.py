@@ -1,0 +1,297 @@
+"""Writes a `.pth` file as `torch.save` does, tensor by tensor, without torch: memory is one chunk, whatever the size.
+
+The layout is that of PyTorch's `caffe2/serialize/inline_container.cc` and miniz: an uncompressed zip of
+`<name>/data.pkl`, `<name>/byteorder`, `<name>/data/0..N` and `<name>/version`. Every record starts at a multiple of 64
+bytes (an "FB" extra field pads the local header), CRCs stand in data descriptors and in the central directory, zip64
+fields appear where a size or an offset needs them. The pickle inside is protocol 2, memo included, byte for byte as
+CPython writes it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeAlias
+
+ALIGNMENT = 64
+# A size or offset from here on goes into zip64 fields (miniz counts the limit itself in).
+ZIP64_LIMIT = 0xFFFFFFFF
+Chunk: TypeAlias = bytes | bytearray | memoryview
+# dtype: (class of the storage in the pickle, bytes a number)
+_STORAGES = {"bfloat16": ("BFloat16Storage", 2), "float16": ("HalfStorage", 2), "float32": ("FloatStorage", 4)}
+# CPython's pickler closes a SETITEMS every so many pairs.
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class PthTensor:
+    """A contiguous tensor of the state dict; dtype "bfloat16", "float16" or "float32". Its numbers come later."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * _STORAGES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class PthBytes:
+    """An `io.BytesIO` of the state dict (Meta's `_extra_state` entries); it lives inside the pickle.
+
+    `torch.load(weights_only=True)` needs `io.BytesIO` and `codecs.encode` (an empty value: `bytes`) as safe globals.
+    """
+
+    key: str
+    value: bytes
+
+
+class PthWriter:
+    """Writes one `.pth`: the entries up front, then each tensor's bytes (little-endian) in the same order.
+
+        with PthWriter(path, entries) as writer:
+            for tensor in tensors:
+                writer.write_tensor(tensor.key, chunks_of(tensor))
+
+    The file grows as `<path>.part`. When the block ends it is flushed to the disk and takes its name; when the block
+    raises it is removed. Raises ValueError where entries or chunks contradict what was announced, and OSError as the
+    system does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], entries: Iterable[PthTensor | PthBytes]) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        listed = list(entries)
+        keys = [entry.key for entry in listed]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        for entry in listed:
+            if isinstance(entry, PthTensor) and entry.dtype not in _STORAGES:
+                raise ValueError(f"{entry.key}: dtype {entry.dtype!r} is none of {', '.join(_STORAGES)}")
+        self._pickle = state_dict_pickle(listed)
+        self._tensors = [entry for entry in listed if isinstance(entry, PthTensor)]
+        self._written = 0
+        self._offset = 0
+        self._central: list[bytes] = []
+
+    def __enter__(self) -> Self:
+        self._file = self.part.open("wb")
+        try:
+            self._record("data.pkl", [self._pickle], len(self._pickle))
+            self._record("byteorder", [b"little"], len(b"little"))
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write_tensor(self, key: str, chunks: Iterable[Chunk]) -> None:
+        """Write the next tensor; a chunk is done with, and may be overwritten, once the next one is asked for."""
+        tensor = self._tensors[self._written] if self._written < len(self._tensors) else None
+        if tensor is None or tensor.key != key:
+            raise ValueError(f"{key} is out of turn: expected {tensor.key if tensor else 'no more tensors'}")
+        self._record(f"data/{self._written}", chunks, tensor.nbytes)
+        self._written += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._written < len(self._tensors):
+                    raise ValueError(f"{self._tensors[self._written].key} was never written")
+                self._record("version", [b"3\n"], len(b"3\n"))
+                self._end()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self.part.replace(self.path)
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        # Closing flushes, which a full disk refuses once more; the error to report is the first one.
+        with suppress(OSError):
+            self._file.close()
+        self.part.unlink(missing_ok=True)
+
+    def _put(self, data: Chunk) -> None:
+        self._file.write(data)
+        self._offset += memoryview(data).nbytes
+
+    def _record(self, record: str, chunks: Iterable[Chunk], size: int) -> None:
+        """A local header, padding, the data, and a data descriptor."""
+        name = f"{self.path.stem}/{record}".encode()
+        offset = self._offset
+        wide = ([size, size] if size >= ZIP64_LIMIT else []) + ([offset] if offset >= ZIP64_LIMIT else [])
+        zip64 = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        padding = -(offset + 30 + len(name) + len(zip64) + 4) % ALIGNMENT
+        extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        # Names are UTF-8 (bit 11); sizes and CRC follow the data (bit 3), unless there is no data.
+        flags = 0x800 | (8 if size else 0)
+        self._put(struct.pack("<4s5H3I2H", b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra)
+
+        crc, start = 0, self._offset
+        for chunk in chunks:
+            self._put(chunk)
+            crc = zlib.crc32(chunk, crc)
+        if self._offset - start != size:
+            raise ValueError(f"{record}: {self._offset - start} bytes came, {size} were announced")
+        if size:
+            self._put(struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\7\b", crc, size, size))
+        short_size = size if size < ZIP64_LIMIT else 0xFFFFFFFF
+        short_offset = offset if offset < ZIP64_LIMIT else 0xFFFFFFFF
+        self._central.append(
+            struct.pack("<4s6H3I", b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, short_size, short_size)
+            + struct.pack("<5H2I", len(name), len(zip64), 0, 0, 0, 0, short_offset)
+            + name
+            + zip64
+        )
+
+    def _end(self) -> None:
+        """The central directory; its zip64 end stands always, as in PyTorch's files."""
+        start, directory, count = self._offset, b"".join(self._central), len(self._central)
+        self._put(directory)
+        end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0x31E, 45, 0, 0, count, count, len(directory), start)
+        self._put(end + struct.pack("<4sIQI", b"PK\6\7", 0, self._offset, 1))
+        count, start = min(count, 0xFFFF), min(start, 0xFFFFFFFF)
+        self._put(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(directory), start, 0))
+
+
+def state_dict_pickle(entries: Sequence[PthTensor | PthBytes]) -> bytes:
+    """`data.pkl`: an OrderedDict of the entries; the n-th tensor is the whole of storage n."""
+    p = _Pickle()
+    p.constant("ccollections\nOrderedDict\n")
+    p.empty_call()
+    storage = 0
+    for first in range(0, len(entries), _BATCH):
+        batch = entries[first : first + _BATCH]
+        p.out += b"(" if len(batch) > 1 else b""
+        for entry in batch:
+            p.text(entry.key)
+            if isinstance(entry, PthBytes):
+                p.bytes_io(entry.value)
+            else:
+                p.tensor(entry, storage)
+                storage += 1
+        p.out += b"u" if len(batch) > 1 else b"s"
+    return bytes(p.out + b".")
+
+
+class _Pickle:
+    """Opcodes of pickle protocol 2, each composite followed by its memo slot as CPython's pickler leaves it."""
+
+    def __init__(self) -> None:
+        self.out = bytearray(b"\x80\x02")
+        self.slots = 0
+        self.constants: dict[str, int] = {}
+
+    def memoize(self) -> None:
+        self.out += struct.pack("<cB", b"q", self.slots) if self.slots < 256 else struct.pack("<cI", b"r", self.slots)
+        self.slots += 1
+
+    def fetch(self, value: str) -> bool:
+        """Put a constant on the stack again; False if it has not been written yet."""
+        slot = self.constants.get(value)
+        if slot is not None:
+            self.out += struct.pack("<cB", b"h", slot) if slot < 256 else struct.pack("<cI", b"j", slot)
+        return slot is not None
+
+    def constant(self, value: str) -> None:
+        """A global ("cmodule\\nname\\n") or a string that is one object throughout: written once, then fetched."""
+        if self.fetch(value):
+            return
+        self.constants[value] = self.slots
+        if value.endswith("\n"):
+            self.out += value.encode()
+            self.memoize()
+        else:
+            self.text(value)
+
+    def empty_call(self) -> None:
+        """Call what is on the stack with no arguments."""
+        self.out += b")R"
+        self.memoize()
+
+    def text(self, value: str) -> None:
+        data = value.encode()
+        self.out += struct.pack("<cI", b"X", len(data)) + data
+        self.memoize()
+
+    def integer(self, value: int) -> None:
+        if value < 1 << 8:
+            self.out += struct.pack("<cB", b"K", value)
+        elif value < 1 << 16:
+            self.out += struct.pack("<cH", b"M", value)
+        elif value < 1 << 31:
+            self.out += struct.pack("<ci", b"J", value)
+        else:
+            length = value.bit_length() // 8 + 1
+            self.out += struct.pack("<cB", b"\x8a", length) + value.to_bytes(length, "little")
+
+    def integers(self, values: Sequence[int]) -> None:
+        """A tuple of integers; up to three have an opcode of their own, and the empty tuple is never memoized."""
+        self.out += b"(" if len(values) > 3 else b""
+        for value in values:
+            self.integer(value)
+        self.out += (b")", b"\x85", b"\x86", b"\x87")[len(values)] if len(values) <= 3 else b"t"
+        if values:
+            self.memoize()
+
+    def tensor(self, tensor: PthTensor, storage: int) -> None:
+        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)`."""
+        strides = [1] * len(tensor.shape)
+        for axis in range(len(strides) - 1, 0, -1):
+            strides[axis - 1] = strides[axis] * max(tensor.shape[axis], 1)
+        self.constant("ctorch._utils\n_rebuild_tensor_v2\n")
+        self.out += b"(("
+        self.constant("storage")
+        self.constant(f"ctorch\n{_STORAGES[tensor.dtype][0]}\n")
+        self.text(str(storage))
+        self.constant("cpu")
+        self.integer(tensor.numel)
+        self.out += b"t"
+        self.memoize()
+        self.out += b"Q"
+        self.integer(0)
+        self.integers(tensor.shape)
+        self.integers(strides)
+        self.out += b"\x89"
+        self.constant("ccollections\nOrderedDict\n")
+        self.empty_call()
+        self.out += b"t"
+        self.memoize()
+        self.out += b"R"
+        self.memoize()
+
+    def bytes_io(self, value: bytes) -> None:
+        """`BytesIO()`, then its state: content, position 0, no attributes. Protocol 2 spells bytes as latin-1 text."""
+        self.constant("c_io\nBytesIO\n")
+        self.out += b")\x81"
+        self.memoize()
+        if value:
+            self.constant("c_codecs\nencode\n")
+            self.text(value.decode("latin-1"))
+            self.constant("latin1")
+            self.out += b"\x86"
+            self.memoize()
+            self.out += b"R"
+            self.memoize()
+        elif not self.fetch("b''"):  # empty bytes are one object throughout
+            self.constant("c__builtin__\nbytes\n")
+            self.constants["b''"] = self.slots
+            self.empty_call()
+        self.out += b"K\x00N\x87"
+        self.memoize()
+        self.out += b"b"

@@ -1,0 +1,301 @@
+"""Walks a plan: reads source slices, scatters them into output buffers, checks what it reads, hands the buffers on.
+
+Memory is a few reused buffers, whatever the size of a tensor. One thread reads, checks and scatters, front to back through
+each output file; the digest and the disk have a thread each (see `writer`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama4_convert.cast import cast
+from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
+from llama4_convert.errors import BadInput, from_os_error
+from llama4_convert.planning import Piece, Plan, PlannedFile, PlannedTensor
+from llama4_convert.writer import Buffers, FileWriter
+
+try:  # the same CRC-32 at several times the speed, where its wheel is installed
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
+
+Progress = Callable[[int], None]
+
+# Read granularity: small enough to stay in the processor's cache between reading, checking and scattering.
+_SCRATCH = 1 << 20
+# Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch, the tokenizer's conversion.
+BASE_MEMORY = 64 << 20
+
+
+class Source:
+    """The opened rank files, and the CRC of each record that is read front to back, up to where it has been read."""
+
+    def __init__(self, ranks: Sequence[PthIndex]) -> None:
+        self.ranks = ranks
+        self._fds: list[int] = []
+        self._running: dict[tuple[int, str], tuple[int, int]] = {}  # record -> (bytes read, CRC of them)
+        self._scratch = memoryview(bytearray(_SCRATCH))
+
+    def __enter__(self) -> Source:
+        for index in self.ranks:
+            self._fds.append(os.open(index.path, os.O_RDONLY))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+    def read(self, rank: int, record: Record, start: int, into: memoryview) -> None:
+        """Fill `into` from byte `start` of a record. Raises BadInput if the file ends early, EnvironmentFailed if it fails."""
+        done = 0
+        while done < len(into):
+            try:
+                n = os.preadv(self._fds[rank], [into[done:]], record.offset + start + done)
+            except OSError as error:
+                raise from_os_error(error, f"reading {self.ranks[rank].path.name}") from error
+            if n == 0:
+                raise BadInput(f"{self.ranks[rank].path.name} ends in the middle of a tensor: it changed or is truncated")
+            done += n
+
+    def scratch(self, n: int) -> memoryview:
+        return self._scratch[:n]
+
+    def map(self, rank: int, record: Record, start: int, size: int) -> tuple[mmap.mmap, int]:
+        """A read-only mapping that covers a byte range, and where the range begins in it."""
+        begin = record.offset + start
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self._fds[rank], begin + size - page, access=mmap.ACCESS_READ, offset=page)
+        return mapped, begin - page
+
+    def check(self, rank: int, record: Record, start: int, data: memoryview) -> None:
+        """Take the next bytes of a streamed record into its CRC; at its end compare. Raises BadInput."""
+        position, crc = self._running.pop((rank, record.name), (0, 0))
+        if position != start:
+            raise AssertionError(f"{record.name} read at {start}, expected {position}")
+        crc, position = crc32(data, crc), position + len(data)
+        if position < record.size:
+            self._running[rank, record.name] = position, crc
+        elif crc != record.crc:
+            raise BadInput(self.damaged(rank, record))
+
+    def damaged(self, rank: int, record: Record) -> str:
+        index = self.ranks[rank]
+        keys = [key for key, tensor in index.tensors.items() if tensor.record.name == record.name]
+        what = keys[0] if keys else record.name
+        return f"{index.path.name}: {what} is damaged (its bytes do not match the archive's CRC): download the file again"
+
+    def check_whole(self, rank: int, record: Record, progress: Progress) -> None:
+        """Read a record just to check it."""
+        position, crc = 0, 0
+        while position < record.size:
+            view = self.scratch(min(_SCRATCH, record.size - position))
+            self.read(rank, record, position, view)
+            crc, position = crc32(view, crc), position + len(view)
+            progress(len(view))
+        if crc != record.crc:
+            raise BadInput(self.damaged(rank, record))
+
+    def value(self, rank: int, tensor: StoredTensor) -> bytes:
+        """All bytes of a (small) tensor in row-major order, whatever its strides."""
+        if 0 in tensor.shape:
+            return b""
+        item = tensor.itemsize
+        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) + 1
+        data = bytearray(span * item)
+        self.read(rank, tensor.record, tensor.offset * item, memoryview(data))
+        strides = [s * item for s in tensor.strides]
+        return np.lib.stride_tricks.as_strided(np.frombuffer(data, f"V{item}"), tensor.shape, strides).tobytes()
+
+
+@dataclass
+class RunResult:
+    """What a run has to say besides its files: how many finite numbers a cast turned into infinities, by tensor."""
+
+    overflows: dict[str, int] = field(default_factory=dict)
+
+
+def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
+    """Check every record that the run will not read front to back. Raises BadInput on the first damaged one."""
+    for rank, record in plan.unread:
+        source.check_whole(rank, record, progress)
+
+
+def write_file(plan: Plan, file: PlannedFile, source: Source, writer: FileWriter, result: RunResult, progress: Progress) -> None:
+    """Stream one planned file into `writer`."""
+    position = 0
+    while position < len(file.header):
+        space = writer.space()
+        n = min(len(space), len(file.header) - position)
+        space[:n] = file.header[position : position + n]
+        writer.advance(n)
+        position += n
+    for tensor in file.tensors:
+        fill = _Cast(tensor, plan, source, result) if tensor.dtype != tensor.source_dtype else _Gather(tensor, plan, source)
+        position = 0
+        while position < tensor.nbytes:
+            space = writer.space()
+            n = min(len(space), tensor.nbytes - position)
+            fill(position, space[:n])
+            writer.advance(n)
+            position += n
+            progress(n)
+
+
+class _Gather:
+    """Fills byte ranges of one output tensor, in order, from its pieces."""
+
+    def __init__(self, tensor: PlannedTensor, plan: Plan, source: Source) -> None:
+        self.tensor, self.source = tensor, source
+        self.item = tensor.pieces[0].source.itemsize
+        self.streamed = [(p.rank, p.source.record.name) in plan.streamed for p in tensor.pieces]
+
+    def __call__(self, start: int, into: memoryview) -> None:
+        """`start`: byte position in the tensor (source dtype) of `into`'s first byte."""
+        for piece, streamed in zip(self.tensor.pieces, self.streamed, strict=True):
+            if piece.is_sequential:
+                self._sequential(piece, streamed, start, into)
+            else:
+                self._strided(piece, start, into)
+
+    def _sequential(self, piece: Piece, streamed: bool, start: int, into: memoryview) -> None:
+        """A piece whose source is one contiguous range: read it chunk by chunk, scatter the rows."""
+        item, record = self.item, piece.source.record
+        rows = piece.copy.shape[0] if len(piece.copy.shape) == 2 else 1
+        width = piece.copy.shape[-1] * item
+        pitch = piece.copy.target_strides[0] * item if rows > 1 else width
+        first = piece.copy.target_offset * item
+        begin = _linear(start - first, rows, width, pitch)
+        end = _linear(start + len(into) - first, rows, width, pitch)
+        base = piece.copy.source_offset * item
+        if rows == 1 or pitch == width:
+            at = first + begin - start
+            self._read(piece.rank, record, base + begin, into[at : at + end - begin], streamed)
+            return
+        chunk = max(_SCRATCH // width, 1) * width if width <= _SCRATCH else _SCRATCH
+        while begin < end:
+            # Chunks end where rows end, but for the first and the last: ranges of a tensor may begin and end inside a row.
+            n = min(end - begin, chunk - begin % min(chunk, width))
+            view = self.source.scratch(n)
+            self._read(piece.rank, record, base + begin, view, streamed)
+            _scatter(view, begin, width, pitch, into, first - start)
+            begin += n
+
+    def _read(self, rank: int, record: Record, at: int, into: memoryview, streamed: bool) -> None:
+        for i in range(0, len(into), _SCRATCH):
+            part = into[i : i + _SCRATCH]
+            self.source.read(rank, record, at + i, part)
+            if streamed:
+                self.source.check(rank, record, at + i, part)
+
+    def _strided(self, piece: Piece, start: int, into: memoryview) -> None:
+        """A transposed piece or a view of a wider storage: run by run, each contiguous in the target."""
+        item, copy = self.item, piece.copy
+        step = copy.source_strides[-1]
+        for source_at, target_at in _runs(piece, start, len(into), item):
+            skip = max(0, start - target_at) // item
+            n = min(copy.shape[-1], (start + len(into) - target_at) // item) - skip
+            if n <= 0:
+                continue
+            at = target_at + skip * item - start
+            target = into[at : at + n * item]
+            begin = source_at + skip * step * item
+            if step == 1:
+                self.source.read(piece.rank, piece.source.record, begin, target)
+                continue
+            mapped, offset = self.source.map(piece.rank, piece.source.record, begin, ((n - 1) * step + 1) * item)
+            with contextlib.closing(mapped):
+                run = np.ndarray((n,), f"V{item}", mapped, offset, (step * item,))
+                np.frombuffer(target, f"V{item}")[:] = run
+                del run  # the mapping cannot be closed while an array looks into it
+
+
+class _Cast:
+    """The same through a cast: gathers the source's dtype, hands on the target's."""
+
+    def __init__(self, tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> None:
+        self.gather = _Gather(tensor, plan, source)
+        self.tensor, self.result = tensor, result
+        self.ratio = tensor.nbytes // tensor.numel, self.gather.item
+
+    def __call__(self, start: int, into: memoryview) -> None:
+        target_item, source_item = self.ratio
+        for i in range(0, len(into), _SCRATCH):
+            part = into[i : i + _SCRATCH]
+            raw = bytearray(len(part) // target_item * source_item)
+            self.gather((start + i) // target_item * source_item, memoryview(raw))
+            part[:], lost = cast(raw, self.tensor.source_dtype, self.tensor.dtype)
+            if lost:
+                self.result.overflows[self.tensor.name] = self.result.overflows.get(self.tensor.name, 0) + lost
+
+
+def _linear(target: int, rows: int, width: int, pitch: int) -> int:
+    """How many bytes of a piece, counted along its rows, lie before byte `target` of the tensor."""
+    if target <= 0:
+        return 0
+    row, column = divmod(target, pitch)
+    return min(row, rows) * width + (min(column, width) if row < rows else 0)
+
+
+def _scatter(view: memoryview, begin: int, width: int, pitch: int, into: memoryview, shift: int) -> None:
+    """Spread bytes `begin`.. of a piece, `width` a row, over rows `pitch` apart; `shift`: where row 0 begins in `into`."""
+    row, column = divmod(begin, width)
+    done = 0
+    if column:
+        done = min(width - column, len(view))
+        at = shift + row * pitch + column
+        into[at : at + done] = view[:done]
+        row += 1
+    whole = (len(view) - done) // width
+    if whole:
+        at = shift + row * pitch
+        data = np.frombuffer(view, np.uint8, whole * width, done).reshape(whole, width)
+        _rows(into, at, whole, width, pitch)[:] = data
+        done += whole * width
+        row += whole
+    if done < len(view):
+        at = shift + row * pitch
+        into[at : at + len(view) - done] = view[done:]
+
+
+def _rows(into: memoryview, at: int, rows: int, width: int, pitch: int) -> NDArray[np.uint8]:
+    return np.ndarray((rows, width), np.uint8, into, at, (pitch, 1))
+
+
+def _runs(piece: Piece, start: int, length: int, item: int) -> Iterator[tuple[int, int]]:
+    """(source byte, target byte) of each run of a piece that may touch the byte range; outer rows outside are skipped."""
+    copy = piece.copy
+    outer = copy.shape[:-1]
+    base = copy.source_offset * item, copy.target_offset * item
+    if not outer:
+        yield base
+        return
+    pitch = copy.target_strides[0] * item
+    span = sum((n - 1) * t for n, t in zip(copy.shape[1:], copy.target_strides[1:], strict=True)) * item + item
+    first = max(0, -(-(start - base[1] - span + 1) // pitch))
+    last = min(outer[0], -(-(start + length - base[1]) // pitch))
+    for row in range(first, last):
+        for rest in np.ndindex(outer[1:]):
+            steps = (row, *rest)
+            yield (
+                base[0] + sum(i * s for i, s in zip(steps, copy.source_strides, strict=False)) * item,
+                base[1] + sum(i * t for i, t in zip(steps, copy.target_strides, strict=False)) * item,
+            )
+
+
+def planned_buffers(max_memory: int) -> Buffers:
+    """Buffers that keep a run within `max_memory` bytes: three, of up to 16 MiB."""
+    size = min(16 << 20, max(64 << 10, max_memory // 16))
+    return Buffers(3, size - size % mmap.PAGESIZE)
+
+
+
+def peak_memory(max_memory: int) -> int:
+    """Bytes of own memory above an idle interpreter that a run of this plan takes, as measured (docs/benchmarks.md)."""
+    return 3 * planned_buffers(max_memory).size + BASE_MEMORY

@@ -1,0 +1,76 @@
+"""Import paths, and checkpoints of Meta's code built once a session."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# pytest puts tests/ on the path, where tests/llama4_convert would pass for a namespace package of that name: the
+# repository's packages must come first.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# Transformers imports torchvision wherever it finds one, fit for the installed torch or not.
+if importlib.util.find_spec("torchvision"):
+    import torchvision_shim
+
+    torchvision_shim.install()
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class MetaCheckpoint:
+    """A directory in Meta's layout and the model that it was written from."""
+
+    src: Path
+    model: Any
+    params: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def meta_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., MetaCheckpoint]:
+    """`meta_checkpoint(geometry, ranks=1, spelling="published", dtype=None, layout="plain", extra=True)`, cached.
+
+    Read only: whoever wants to damage a checkpoint copies it first.
+    """
+    import meta_model
+    import torch
+
+    @functools.cache
+    def model_of(geometry: str, dtype: torch.dtype) -> Any:
+        return meta_model.build(meta_model.GEOMETRIES[geometry], seed=0, dtype=dtype)
+
+    @functools.cache
+    def checkpoint_of(geometry: str, ranks: int, spelling: str, dtype: torch.dtype, layout: str, extra: bool) -> Any:
+        model, params = model_of(geometry, dtype), meta_model.GEOMETRIES[geometry]
+        src = meta_model.write_checkpoint(
+            model,
+            params,
+            tmp_path_factory.mktemp(f"{geometry}-{ranks}-{spelling}-"),
+            ranks=ranks,
+            spelling=spelling,  # type: ignore[arg-type]
+            dtype=dtype,
+            layout=layout,  # type: ignore[arg-type]
+            extra=extra,
+        )
+        return MetaCheckpoint(src, model, params)
+
+    def get(
+        geometry: str,
+        ranks: int = 1,
+        spelling: str = "published",
+        dtype: torch.dtype | None = None,
+        layout: str = "plain",
+        extra: bool = True,
+    ) -> MetaCheckpoint:
+        return checkpoint_of(geometry, ranks, spelling, dtype or torch.bfloat16, layout, extra)
+
+    return get
