@@ -16,8 +16,9 @@ Which code points are letters, digits or spaces is decided by the reader's regul
 were assigned in between.
 
 What the chat template cannot do, since it writes text where Meta's `ChatFormat` writes ids piece by piece:
-- Content that begins with whitespace that holds a line break merges with the two line breaks that end a header.
-- Neighbouring pieces (the texts of a content list, text and the tool call after it) are encoded as one text.
+- Content that begins with line breaks merges with the two that end a header.
+- Neighbouring pieces (the texts of a content list, a message's text and tool calls) are encoded as one text, so
+  that characters on both sides of a joint may share a token.
 - Content that spells a special token (`<|eot|>`) becomes that token: keep such text out of untrusted content.
 - A built-in tool's call takes `arguments` as a dictionary; other calls take a JSON string too and repeat it verbatim.
 - An assistant message ends in `<|eom|>` if it calls tools, else in `<|eot|>`: messages carry no stop reason.

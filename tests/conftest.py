@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,11 @@ import pytest
 # repository's packages must come first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Transformers imports torchvision wherever it finds one, fit for the installed torch or not.
-if importlib.util.find_spec("torchvision"):
+# The torchvision that tests need (image processors) may not fit the installed torch. `make test` puts it beside the
+# environment, not into it: there it would break `import transformers` for everything else.
+torchvision_home = Path(sys.prefix) / "torchvision"
+if torchvision_home.is_dir():
+    sys.path.append(str(torchvision_home))
     import torchvision_shim
 
     torchvision_shim.install()

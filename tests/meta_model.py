@@ -349,7 +349,8 @@ def write_checkpoint(
     """Write `model` as Meta does: `ranks` rank files, params.json and tokenizer.model; returns `dst`.
 
     spelling: "published" names and fusions, "module" the names of Meta's modules (as PyTorch would save them), "mixed"
-    a choice for each tensor. Meta's loader takes the first two, "mixed" only where tensors it renames together agree.
+    a choice for each tensor, in another order in each file. Meta's loader takes the first two; of "mixed" only what
+    leaves the tensors that it renames together (an expert's three, say) in one spelling.
     layout: "plain" one storage a tensor; "views" strided slices of larger storages; "one_storage" all of a file's
     tensors in one; "parameters" nn.Parameter in an OrderedDict with metadata, as `torch.save(model.state_dict())`.
     """
@@ -432,7 +433,13 @@ def rank_state_dicts(
         if spelling != "module":
             parts[norm] = parts.pop(f"{prefix}ffn_norm.weight")
 
-    return [{name: blocks[rank] for name, blocks in parts.items()} for rank in range(ranks)]
+    names = list(parts)
+    files = []
+    for rank in range(ranks):
+        files.append({name: parts[name][rank] for name in names})
+        if spelling == "mixed":  # keys are looked up by name: their order in a file means nothing
+            rng.shuffle(names)
+    return files
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_rope_frequencies_are_metas(converted: Converted) -> None:
 
 
 def test_the_config_says_what_short_prompts_hide(converted: Converted) -> None:
-    """Temperature steps of 8192 tokens, an epsilon, chunks of 8192 in place of none: no tiny prompt tells these apart."""
+    """Temperature steps of 8192 tokens, a tiny epsilon, chunks of 8192 in place of none: no short prompt shows them."""
     model, _ = converted.loaded
     config, args = model.config.get_text_config(), converted.meta.args
     assert config.rms_norm_eps == args.norm_eps

@@ -66,7 +66,7 @@ def code_points() -> list[str]:
 @pytest.mark.parametrize("between", ["a", "A ", "'", "1", " "])
 def test_every_code_point_of_unicode(plain: Tokenizer, between: str) -> None:
     every = code_points()
-    step = {"a": 1, "A ": 5, "'": 5, "1": 5, " ": 5}[between]  # all of them once, then every fifth
+    step = 1 if between == "a" else 13  # all of them once, then a sample
     every = every[::step]
     assert_same(plain, [between.join(every[i : i + 256]) for i in range(0, len(every), 256)])
 
@@ -130,7 +130,7 @@ def test_twenty_thousand_random_texts(plain: Tokenizer) -> None:
     assert_same(plain, list(random_texts(seed=0, count=20_000)))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=300)
 @given(text=st.text())
 def test_any_text(plain: Tokenizer, text: str) -> None:
     assert_same(plain, [text])
@@ -148,7 +148,7 @@ def vocabularies(draw: st.DrawFn) -> list[bytes]:
     return draw(st.permutations([bytes([b]) for b in range(256)])) + draw(st.permutations([w.encode() for w in words]))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(tokens=vocabularies(), texts=st.lists(st.text("ab", max_size=24), min_size=1, max_size=40))
 def test_one_merge_a_token_is_enough_for_any_ranks(tokens: list[bytes], texts: list[str]) -> None:
     encoding = tiktoken.Encoding(
@@ -205,7 +205,7 @@ def test_auto_tokenizer_reads_the_directory(files: dict[str, bytes], tmp_path: P
     assert set(ours("x")) == {"input_ids", "attention_mask"}
     one, two = (META.encode(text, bos=True, eos=False) for text in ("one", " two"))
     assert (ours("one").input_ids, ours("one", " two").input_ids) == (one, one + two)
-    for text in random_texts(seed=1, count=2_000):
+    for text in random_texts(seed=1, count=500):
         ids = META.encode(text, bos=True, eos=False)
         assert ours(text).input_ids == ids
         assert ours.decode(ids, skip_special_tokens=True) == text
@@ -233,12 +233,15 @@ def test_an_unknown_variant_is_a_usage_error() -> None:
 
 
 FRESH = """
-import hashlib, resource, sys, time
+import hashlib, re, sys, time
 from llama4_convert.tokenizer import tokenizer_files
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+
+def peak():  # of this program alone: getrusage would start at the peak of the process that started it
+    return int(re.search("VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1]) / 1024
+
+before, start = peak(), time.perf_counter()
 files = tokenizer_files(open(sys.argv[1], "rb").read(), variant="instruct", vision=True, max_length=1_048_576)
-seconds = time.perf_counter() - start
-megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+seconds, megabytes = time.perf_counter() - start, peak() - before
 digest = hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
 print(megabytes, seconds, digest, "torch" in sys.modules, "transformers" in sys.modules)
 """
@@ -250,7 +253,7 @@ def test_a_fresh_process_needs_little_and_writes_the_same_bytes(files: dict[str,
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", FRESH, str(MODEL)]
     out = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()
-    assert float(out[0]) < 250
+    assert 50 < float(out[0]) < 250  # MiB; about 180
     assert float(out[1]) < 20  # about 3 s on a quiet machine
     assert out[2] == hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
     assert out[3:] == ["False", "False"]
@@ -322,12 +325,12 @@ def test_any_bytes_are_read_or_refused(data: bytes, cut: int) -> None:
 
 
 def test_long_tokens_take_bounded_time() -> None:
-    """A twentieth of the largest file, made so that every token takes as many merges as it has bytes."""
+    """A fiftieth of the largest file, made so that every token takes as many merges as it has bytes."""
     rng = random.Random(0)
     tokens = dict.fromkeys(BYTES)
-    while sum(len(token) * 4 // 3 + 8 for token in tokens) < MAX_MODEL_BYTES // 20:
+    while sum(len(token) * 4 // 3 + 8 for token in tokens) < MAX_MODEL_BYTES // 50:
         word = bytes(rng.choices(range(0x80, 0x100), k=MAX_TOKEN_BYTES))
         tokens.update(dict.fromkeys(word[:length] for length in range(2, MAX_TOKEN_BYTES + 1)))
     start = time.perf_counter()
     tokenizer_files(model_file(list(tokens)), variant="base", vision=False, max_length=1)
-    assert time.perf_counter() - start < 20  # about 2 s on a quiet machine
+    assert time.perf_counter() - start < 20  # about 1 s on a quiet machine

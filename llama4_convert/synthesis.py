@@ -30,8 +30,9 @@ from llama4.geometry import Geometry, VisionGeometry
 from llama4_convert.errors import EnvironmentFailed, UsageError, from_os_error
 from llama4_convert.pth_writer import PthBytes, PthTensor, PthWriter
 
-# Called with (bytes written so far, bytes in all), tensor data only.
-Progress: TypeAlias = Callable[[int, int], None]
+# As in `conversion`: (bytes in all, bytes already done) once, then (bytes just written); tensor data only.
+Start: TypeAlias = Callable[[int, int], None]
+Progress: TypeAlias = Callable[[int], None]
 
 # The file that says, to people and to the next run, that the directory holds random numbers and may be overwritten.
 MARKER = "synthetic.json"
@@ -132,7 +133,8 @@ def synth(
     ranks: int | None = None,
     seed: int = 0,
     dtype: str = "bfloat16",
-    progress: Progress | None = None,
+    start: Start = lambda total, done: None,
+    progress: Progress = lambda n: None,
 ) -> dict[str, Any]:
     """Write `consolidated.NN.pth` and `params.json` into `dst`; tiny models get `tokenizer.model`, `checklist.chk` too.
 
@@ -144,6 +146,8 @@ def synth(
     Values are Gaussian with a standard deviation of fan_in**-0.5 (norm weights: around 1). Each tensor and rank draws
     from its own stream, of (seed, key, rank): cutting layers changes nothing in those that stay. A tensor that ranks
     replicate is the same on all. The dtypes share the streams, so bfloat16 and float16 are the rounded float32.
+
+    `start(total, 0)` and `progress(n)` count bytes of tensor data.
 
     Files appear whole, `params.json` last. A `dst` that holds anything but an earlier synthetic checkpoint is refused:
     the marker `synthetic.json` tells. Returns {"files": names, "bytes": on disk, "parameters": of the whole model}.
@@ -169,14 +173,12 @@ def synth(
         _prepare(directory, total + ranks * (len(entries) + 16) * _RECORD_OVERHEAD)
         about = {"geometry": geometry, "tiny": tiny, "base": base, "ranks": ranks, "seed": seed, "dtype": dtype}
         _write(directory / MARKER, _json({"what": "random numbers, written by synth", **about}))
-        done = 0
+        start(total, 0)
         for rank, name in enumerate(names):
             with PthWriter(directory / name, entries) as writer:
                 for tensor, entry in zip(plan, entries, strict=True):
                     if isinstance(entry, PthTensor):
-                        chunks = tensor.values(dtype, seed, rank)
-                        writer.write_tensor(entry.key, _watched(chunks, done, total, progress))
-                        done += entry.nbytes
+                        writer.write_tensor(entry.key, _watched(tensor.values(dtype, seed, rank), progress))
         last = _small_files(directory, names, params, seed) if tiny else {"params.json": _json(params)}
         for name, content in last.items():
             _write(directory / name, content)
@@ -478,12 +480,10 @@ def _standard_quantiles() -> NDArray[np.float64]:
 _RECORD_OVERHEAD = 1024
 
 
-def _watched(chunks: Iterator[memoryview], done: int, total: int, progress: Progress | None) -> Iterator[memoryview]:
+def _watched(chunks: Iterator[memoryview], progress: Progress) -> Iterator[memoryview]:
     for chunk in chunks:
         yield chunk
-        done += chunk.nbytes
-        if progress is not None:
-            progress(done, total)
+        progress(chunk.nbytes)
 
 
 def _prepare(directory: Path, needed: int) -> None:

@@ -1,0 +1,62 @@
+"""Random access to the tensors of either layout, as the reference's bindings ask for it (`llama4.weights.TensorReader`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from llama4.weights import Bits
+from llama4_convert.checkpoints.pth import PthIndex
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.errors import BadInput
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class RankReader:
+    """The tensors of one rank file."""
+
+    def __init__(self, index: PthIndex) -> None:
+        self.index = index
+
+    def keys(self) -> Collection[str]:
+        return self.index.tensors.keys()
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
+        """Raw bits, strides resolved; `rows` cuts the first dimension."""
+        tensor = self.index.tensors[key]
+        start, stop = rows or (0, tensor.shape[0])
+        shape = (stop - start, *tensor.shape[1:])
+        span = sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) + 1
+        offset = tensor.record.offset + (tensor.offset + start * tensor.strides[0]) * tensor.itemsize
+        flat = _read(self.index.path, offset, span, tensor.itemsize)
+        strides = tuple(s * tensor.itemsize for s in tensor.strides)
+        return np.lib.stride_tricks.as_strided(flat, shape, strides)
+
+
+class DirectoryReader:
+    """The tensors of a Transformers directory."""
+
+    def __init__(self, checkpoint: TransformersCheckpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def keys(self) -> Collection[str]:
+        return self.checkpoint.tensors.keys()
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
+        """Raw bits; `rows` cuts the first dimension."""
+        tensor = self.checkpoint.tensors[key]
+        start, stop = rows or (0, tensor.shape[0])
+        count = tensor.nbytes // max(tensor.shape[0], 1)  # bytes a row
+        item = tensor.nbytes // max(int(np.prod(tensor.shape)), 1)
+        flat = _read(tensor.file, tensor.offset + start * count, (stop - start) * count // item, item)
+        return flat.reshape(stop - start, *tensor.shape[1:])
+
+
+def _read(path: Path, offset: int, count: int, itemsize: int) -> Bits:
+    found: Bits = np.fromfile(path, _BITS[itemsize], count, offset=offset)
+    if found.size != count:
+        raise BadInput(f"{path.name} ends in the middle of a tensor: it changed or is truncated")
+    return found

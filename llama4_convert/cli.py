@@ -1,0 +1,275 @@
+"""The command line. Heavy modules are imported by the commands that need them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama4_convert import report
+from llama4_convert.errors import CheckFailed, ConvertError, EnvironmentFailed, UsageError, from_os_error
+from llama4_convert.version import VERSION
+
+EXIT_CODES = """
+\b
+Exit codes: 0 done, 1 a bug of ours, 2 usage, 3 bad input, 4 environment
+(disk full, no permission, busy), 5 a check failed, 130 interrupted.
+"""
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="llama4-convert")
+def cli() -> None:
+    """Meta's original Llama 4 checkpoints to Transformers directories: planned, streamed in bounded memory, checked."""
+
+
+class Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return report.parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+source_argument = click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+request_options = _options(
+    click.option(
+        "--variant",
+        type=click.Choice(["base", "instruct", "guard"]),
+        help="Kind of model: decides chat template, stop tokens and context. Default: concluded from the checkpoint.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        help="Cast every tensor. Default: each stays as it is.",
+    ),
+    click.option("--text-only", is_flag=True, help="Leave the vision tower out: a Llama4ForCausalLM directory."),
+    click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest size of an output file."),
+    click.option(
+        "--max-position-embeddings", type=int, help="Context length for config.json. Default: as published by variant."
+    ),
+    click.option(
+        "--allow-rank-mismatch", is_flag=True, help="Where ranks disagree on a replicated tensor, take the first rank's."
+    ),
+)
+
+
+@cli.command("plan")
+@source_argument
+@request_options
+@as_json
+def plan_command(source: Path, as_json: bool, **request: Any) -> None:
+    """Show what `convert` would write, how large, and in how much memory. Reads no tensor data.
+
+    \b
+    Example:
+      llama4-convert plan Llama-4-Scout-17B-16E-Instruct/original
+    """
+    from llama4_convert import plan
+
+    result = plan(source, **request)
+    if as_json:
+        return _print_json(result)
+    for text in result["warnings"]:
+        report.warn(text)
+    click.echo(report.plan_summary(result))
+
+
+@cli.command()
+@source_argument
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@request_options
+@click.option("--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process.")
+@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
+@click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
+@as_json
+def convert(
+    source: Path, target: Path, max_memory: int, overwrite: bool, dry_run: bool, as_json: bool, **request: Any
+) -> None:
+    """Convert Meta's checkpoint SRC (consolidated.NN.pth, params.json) to a Transformers directory DST.
+
+    An interrupted conversion goes on with the same command. Until its index file is there, DST does not load as a model.
+
+    \b
+    Example:
+      llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-hf
+    """
+    from llama4_convert.conversion import NeedsOverwrite
+    from llama4_convert.conversion import convert as run
+
+    if dry_run:
+        return click.get_current_context().invoke(plan_command, source=source, as_json=as_json, **request)
+    with report.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar:
+        try:
+            result = run(
+                source,
+                target,
+                max_memory=max_memory,
+                overwrite=overwrite,
+                warn=report.warn,
+                start=bar.start,
+                progress=bar.advance,
+                **request,
+            )
+        except NeedsOverwrite as error:
+            command = shlex.join(["llama4-convert", *sys.argv[1:], "--overwrite"])
+            raise UsageError(f"{error}; to replace it: {command}") from error
+    if as_json:
+        return _print_json(result)
+    click.echo(report.convert_summary(result))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@as_json
+def inspect(path: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a checkpoint in either layout holds: geometry, sizes, tensors. Reads no tensor data.
+
+    \b
+    Example:
+      llama4-convert inspect scout-hf --tensors
+    """
+    from llama4_convert import inspect as run
+
+    result = run(path)
+    if as_json:
+        return _print_json(result)
+    click.echo(report.inspect_summary(result, tensors))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@as_json
+def verify(path: Path, as_json: bool) -> None:
+    """Read every byte of PATH again and compare it with what was promised.
+
+    An output directory is held against the SHA-256 of its manifest; Meta's directory against the CRCs inside its archives,
+    and against checklist.chk where there is one.
+
+    \b
+    Example:
+      llama4-convert verify scout-hf
+    """
+    from llama4_convert import verify as run
+
+    with report.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(path, start=bar.start, progress=bar.advance)
+    if as_json:
+        _print_json(result)
+    else:
+        for file in result["files"]:
+            click.echo(f"{'ok     ' if file['ok'] else 'DAMAGED'}  {file['file']}{_note(file)}")
+    if not result["ok"]:
+        bad = [f["file"] for f in result["files"] if not f["ok"]]
+        raise CheckFailed(f"{path}: {len(bad)} file(s) are not what they should be, first {bad[0]}: {result['advice']}")
+
+
+def _note(file: dict[str, Any]) -> str:
+    return f"  ({file['note']})" if file.get("note") else ""
+
+
+@cli.command()
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--geometry", type=click.Choice(["scout", "maverick", "guard"]), default="scout", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), help="Number of layers. Default: as published.")
+@click.option("--experts", type=click.IntRange(min=1), help="Number of routed experts. Default: as published.")
+@click.option("--vocab", type=click.IntRange(min=1), help="Rows of the vocabulary. Default: as published.")
+@click.option("--tiny", is_flag=True, help="A few MB, with a tokenizer.model of its own.")
+@click.option("--ranks", type=click.IntRange(min=1), help="Number of rank files. Default: 8; 1 for guard.")
+@click.option("--base", is_flag=True, help="Add the router statistics that base models carry.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@as_json
+def synth(target: Path, as_json: bool, **options: Any) -> None:
+    """Write a random checkpoint in Meta's exact original format: true names, true shapes, any rank count.
+
+    \b
+    Example:
+      llama4-convert synth scout-2-layers --geometry scout --layers 2
+    """
+    from llama4_convert import synth as run
+
+    with report.ProgressBar("synth", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(target, start=bar.start, progress=bar.advance, **options)
+    if as_json:
+        return _print_json(result)
+    click.echo(
+        f"{target}: {result['parameters'] / 1e9:.3f} B random parameters, {report.gigabytes(result['bytes'])} in"
+        f" {len(result['files'])} file(s)"
+    )
+
+
+@cli.command()
+@click.argument("folder", metavar="[DIR]", type=click.Path(path_type=Path), default="llama4-demo", required=False)
+@as_json
+def demo(folder: Path, as_json: bool) -> None:
+    """The whole way on a small random model: synthesize, convert, verify, compare bit by bit, load.
+
+    \b
+    Example:
+      llama4-convert demo
+    """
+    from llama4_convert.demo import demo as run
+
+    result = run(folder, say=report.say if as_json else click.echo, warn=report.warn)
+    if as_json:
+        _print_json(result)
+
+
+def _print_json(body: dict[str, Any]) -> None:
+    click.echo(json.dumps(body))
+
+
+def main() -> None:
+    """Entry point: every expected failure is one line on stderr and a documented exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        _interrupted()
+    except KeyboardInterrupt:
+        _interrupted()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except ConvertError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(from_os_error(error, "running"))
+    except MemoryError:
+        _fail(EnvironmentFailed("out of memory: give less to --max-memory, or close other programs"))
+
+
+def _fail(error: ConvertError) -> None:
+    click.echo(click.style("error: ", fg="red") + " ".join(str(error).split()), err=True)
+    sys.exit(error.exit_code)
+
+
+def _interrupted() -> None:
+    click.echo("interrupted: the same command goes on where it stopped", err=True)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What the command line prints: sizes, progress and summaries. Library code never prints; it is called back from here."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import click
+
+from llama4_convert.errors import UsageError
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "5GB" (decimal), "1GiB" (binary) or "1048576". Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if not match:
+        raise UsageError(f"{text!r} is not a size: write 5GB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def gigabytes(n: int) -> str:
+    """A size for people: decimal units, as disks and model pages count."""
+    for unit, size in (("GB", 1000**3), ("MB", 1000**2), ("kB", 1000)):
+        if n >= size:
+            return f"{n / size:.{1 if n < 100 * size else 0}f} {unit}"
+    return f"{n} bytes"
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def warn(text: str) -> None:
+    click.echo(click.style("warning: ", fg="yellow") + text, err=True)
+
+
+class ProgressBar:
+    """Bytes done, rate and time left on stderr: a tqdm bar on a terminal, else a plain line every few seconds."""
+
+    def __init__(self, what: str, quiet: bool = False) -> None:
+        self.what, self.quiet = what, quiet
+        self._bar: Any = None
+        self._total = self._done = 0
+        self._began = self._said = time.monotonic()
+
+    def start(self, total: int, done: int) -> None:
+        self._total, self._done = total, done
+        self._began = self._said = time.monotonic()
+        if not self.quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=self.what, total=total, initial=done, unit="B", unit_scale=True, smoothing=0.1)
+
+    def advance(self, n: int) -> None:
+        self._done += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif not self.quiet and time.monotonic() - self._said > 5:
+            self._said = time.monotonic()
+            rate = self._done / max(self._said - self._began, 1e-9)
+            left = (self._total - self._done) / max(rate, 1)
+            say(
+                f"{self.what}: {gigabytes(self._done)} of {gigabytes(self._total)}, {gigabytes(int(rate))}/s,"
+                f" {left:.0f} s left"
+            )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def plan_summary(plan: dict[str, Any]) -> str:
+    lines = [
+        f"{plan['source']}: {plan['ranks']} rank(s), {plan['parameters'] / 1e9:.2f} B parameters, {plan['dtype']}",
+        f"variant  {plan['variant']} ({plan['variant_reason']}), context {plan['max_position_embeddings']:,} tokens",
+        f"output   {len(plan['tensors'])} tensors in {len(plan['files'])} file(s), {gigabytes(plan['output_bytes'])}",
+        f"memory   {plan['peak_memory_bytes'] / (1 << 20):.0f} MiB of its own",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for entry in plan["dropped"]:
+        reasons.setdefault(entry["why"], []).append(entry["name"])
+    for why, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"dropped  {names[0]}{more}: {why}")
+    return "\n".join(lines)
+
+
+def convert_summary(result: dict[str, Any]) -> str:
+    if result["status"] == "already complete":
+        return f"{result['output']} is complete already: nothing was touched"
+    weights = [f for f in result["files"] if f["file"].startswith("model-")]
+    kept = result["files_kept_from_earlier_run"]
+    resumed = f" ({kept} kept from the run before)" if kept else ""
+    return (
+        f"{result['output']}: {result['parameters'] / 1e9:.2f} B parameters, {gigabytes(result['output_bytes'])} in"
+        f" {len(weights)} file(s){resumed}, variant {result['variant']} ({result['variant_reason']})"
+    )
+
+
+def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
+    geometry = result["geometry"]
+    lines = [
+        f"{result['path']}: {result['layout']} layout, {result['ranks']} rank(s)"
+        if result["layout"] == "meta"
+        else f"{result['path']}: {result['layout']} layout, {result['files']} file(s)",
+        f"{result['parameters'] / 1e9:.3f} B parameters in {len(result['tensors'])} tensors, {gigabytes(result['bytes'])}",
+        *(f"  {name:24} {'-' if value is None else value}" for name, value in geometry.items()),
+    ]
+    if tensors:
+        lines += [f"{t['name']}  {t['dtype']} {t['shape']}" for t in result["tensors"]]
+    return "\n".join(lines)
