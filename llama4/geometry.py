@@ -13,6 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 
+# Far beyond any Llama (48 layers): a damaged number must end in a message, not in lists of its length.
+_MAX_LAYERS = 4096
+_MAX_INTEGER = 2**40
+_MAX_NUMBER = 1e30
+
+
 class GeometryError(ValueError):
     """`params.json` is incomplete, of the wrong type, or contradicts itself; the message names the field."""
 
@@ -113,7 +119,7 @@ class Geometry:
     def from_params(params: Mapping[str, Any]) -> Geometry:
         """Read the fields of a `params.json` (flat, or nested under "model"). Raises GeometryError."""
         p = _Fields(params["model"] if isinstance(params.get("model"), Mapping) else params, "")
-        dim, n_layers, n_heads = p.positive("dim"), p.positive("n_layers"), p.positive("n_heads")
+        dim, n_layers, n_heads = p.positive("dim"), p.layers(), p.positive("n_heads")
         n_kv_heads = p.positive("n_kv_heads", n_heads)
         if dim % n_heads:
             raise GeometryError(f"dim ({dim}) must be a multiple of n_heads ({n_heads})")
@@ -140,7 +146,7 @@ class Geometry:
         scaling = None
         if p.boolean("use_scaled_rope", False):
             # The published params.json files lack both factors; Meta's ModelArgs supplies these two.
-            scaling = RopeScaling(p.number("rope_scaling_factor", 16.0), p.number("rope_high_freq_factor", 1.0))
+            scaling = RopeScaling(p.above_zero("rope_scaling_factor", 16.0), p.above_zero("rope_high_freq_factor", 1.0))
         return Geometry(
             dim=dim,
             n_layers=n_layers,
@@ -152,15 +158,15 @@ class Geometry:
             moe_step=moe.positive("interleave_moe_layer_step", 1) if moe else 1,
             expert_dim=widths[0],
             dense_dim=widths[1],
-            norm_eps=p.number("norm_eps", 1e-5),
-            rope_theta=p.number("rope_theta", 500000.0),
+            norm_eps=p.above_zero("norm_eps", 1e-5),
+            rope_theta=p.above_zero("rope_theta", 500000.0),
             rope_scaling=scaling,
             use_qk_norm=p.boolean("use_qk_norm", False),
             nope_interval=p.optional_positive("nope_layer_interval"),
             # 0 reads as null: Meta's code tests the truth of the value.
-            chunk_size=p.integer("attention_chunk_size", 0) or None,
+            chunk_size=p.positive("attention_chunk_size") if p.values.get("attention_chunk_size") else None,
             attn_temperature_tuning=p.boolean("attn_temperature_tuning", False),
-            floor_scale=p.number("floor_scale", 8192.0),
+            floor_scale=p.above_zero("floor_scale", 8192.0),
             attn_scale=p.number("attn_scale", 0.1),
             vision=_vision(p.nested("vision_args")),
         )
@@ -174,20 +180,32 @@ def swiglu_width(base: int, multiplier: float, divisor: float, multiple_of: int)
     return math.ceil(width / multiple_of) * multiple_of
 
 
+def _width(what: str, width: float) -> int:
+    """`width` as a whole number. Raises GeometryError, blaming `what`, if it is no width that a matrix can have."""
+    if not 1 <= width <= _MAX_INTEGER:
+        raise GeometryError(f"{what} makes a width of {width:g}")
+    return int(width)
+
+
 def _widths(p: _Fields, moe: _Fields | None, dim: int) -> tuple[int | None, int | None]:
     """(routed and shared expert width, dense width); None where an input of the formula is missing."""
     multiple_of = p.positive("multiple_of", 256)
-    multiplier = p.optional_number("ffn_dim_multiplier")
-    exponent = p.optional_number("ffn_exp")
+    multiplier = p.above_zero("ffn_dim_multiplier", None)
+    exponent = p.above_zero("ffn_exp", None)
     expert_dim = None
     if moe is None:
         expert_dim = 0
     elif multiplier is not None and exponent is not None:
         scaled = moe.boolean("auto_scale_F", True)
-        divisor = moe.number("capacity_factor", 1.0) + 1 if scaled else 1
-        expert_dim = swiglu_width(int(exponent * dim), multiplier, divisor, multiple_of)
+        divisor = moe.above_zero("capacity_factor", 1.0) + 1 if scaled else 1
+        base = _width("ffn_exp", exponent * dim)
+        _width("ffn_dim_multiplier", multiplier * base)
+        expert_dim = _width("moe_args.capacity_factor", swiglu_width(base, multiplier, divisor, multiple_of))
     # The dense blocks ignore ffn_exp: Meta's code writes a literal 4 there.
-    return expert_dim, swiglu_width(4 * dim, 1.0 if multiplier is None else multiplier, 1, multiple_of)
+    if multiplier is None:
+        multiplier = 1.0
+    _width("ffn_dim_multiplier", multiplier * 4 * dim)
+    return expert_dim, _width("ffn_dim_multiplier", swiglu_width(4 * dim, multiplier, 1, multiple_of))
 
 
 def _vision(v: _Fields | None) -> VisionGeometry | None:
@@ -203,14 +221,16 @@ def _vision(v: _Fields | None) -> VisionGeometry | None:
             f"vision_args: dim / n_heads ({dim} / {n_heads}) must be a multiple of 4: 2-D RoPE rotates pairs on two axes"
         )
     if not 0 < ratio <= 1 or (image // patch * ratio) % 1:
-        raise GeometryError(f"vision_args: pixel_shuffle_ratio ({ratio}) does not divide {image // patch} patches a side")
+        raise GeometryError(
+            f"vision_args: pixel_shuffle_ratio ({ratio}) does not divide {image // patch} patches a side"
+        )
     return VisionGeometry(
         image_size=image,
         patch_size=patch,
         dim=dim,
-        n_layers=v.positive("n_layers"),
+        n_layers=v.layers(),
         n_heads=n_heads,
-        mlp_dim=int(v.number("mlp_ratio") * dim),
+        mlp_dim=_width("vision_args.mlp_ratio", v.number("mlp_ratio") * dim),
         output_dim=v.positive("output_dim"),
         pixel_shuffle_ratio=ratio,
     )
@@ -235,13 +255,22 @@ class _Fields:
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise GeometryError(f"{self.prefix}{name} must be a number, not {value!r:.60}")
+        if not abs(value) < math.inf or abs(value) > _MAX_NUMBER:  # the first is false for NaN
+            raise GeometryError(f"{self.prefix}{name} is beyond any sensible number: {value!r:.60}")
         return float(value)
+
+    def above_zero(self, name: str, default: Any) -> Any:
+        """A number greater than 0, or `default`, which may be None."""
+        value = default if self.values.get(name) is None else self.number(name)
+        if value is not None and value <= 0:
+            raise GeometryError(f"{self.prefix}{name} must be greater than 0, not {value!r}")
+        return value
 
     def integer(self, name: str, default: Any = _REQUIRED) -> int:
         value = self.number(name, default)
-        if value != int(value) or abs(value) > 2**40:
+        if value != int(value) or abs(value) > _MAX_INTEGER:
             raise GeometryError(f"{self.prefix}{name} must be an integer, not {value!r}")
         return int(value)
 
@@ -254,8 +283,11 @@ class _Fields:
     def optional_positive(self, name: str) -> int | None:
         return None if self.values.get(name) is None else self.positive(name)
 
-    def optional_number(self, name: str) -> float | None:
-        return None if self.values.get(name) is None else self.number(name)
+    def layers(self) -> int:
+        value = self.positive("n_layers")
+        if value > _MAX_LAYERS:
+            raise GeometryError(f"{self.prefix}n_layers is {value:,}: no Llama 4 has that many layers")
+        return value
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._get(name, default)

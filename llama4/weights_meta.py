@@ -40,7 +40,10 @@ def logical_tensors(ranks: Sequence[TensorReader], g: Geometry) -> LogicalTensor
         heads = [g.n_heads * g.head_dim, g.n_kv_heads * g.head_dim, g.n_kv_heads * g.head_dim]
         for i, name in enumerate("qkv"):
             fused = f"{attention}wqkv.weight"
-            yield f"{attention}{name}", block(fused, i, heads) if fused in keys else joined(f"{attention}w{name}.weight", 0)
+            yield (
+                f"{attention}{name}",
+                block(fused, i, heads) if fused in keys else joined(f"{attention}w{name}.weight", 0),
+            )
         yield f"{attention}o", joined(f"{attention}wo.weight", 1)
         norms = (f"{ffn}norm.weight", f"{ffn}mlp.layer_norm_weight", f"{at}ffn_norm.weight")
         yield f"{at}ffn_norm", whole(first_key(keys, *norms))

@@ -40,12 +40,14 @@ def logical_tensors(reader: TensorReader, g: Geometry) -> LogicalTensors:
 
 def _experts(reader: TensorReader, g: Geometry, ffn: str, hf: str) -> LogicalTensors:
     def half(e: int, index: int) -> Bits:
-        gate_up = reader.read(f"{hf}gate_up_proj", (e, e + 1))[0]  # [in, gate | up]
+        gate_up: Bits = reader.read(f"{hf}gate_up_proj", (e, e + 1))[0]  # [in, gate | up]
         width = gate_up.shape[1] // 2
-        return gate_up[:, index * width : (index + 1) * width].T
+        columns: Bits = gate_up[:, index * width : (index + 1) * width]
+        return columns.T
 
     def down(e: int) -> Bits:
-        return reader.read(f"{hf}down_proj", (e, e + 1))[0].T
+        matrix: Bits = reader.read(f"{hf}down_proj", (e, e + 1))[0]
+        return matrix.T
 
     for e in range(g.n_experts or 0):
         yield f"{ffn}experts.{e}.gate", partial(half, e, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llama4_convert.version import VERSION as __version__
+from llama4_convert.version import VERSION
 
 if TYPE_CHECKING:
     from llama4_convert.conversion import convert as convert
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from llama4_convert.synthesis import synth as synth
     from llama4_convert.verification import verify as verify
 
-_HOME = {"convert": "conversion", "plan": "conversion", "inspect": "inspection", "synth": "synthesis", "verify": "verification"}
+__version__ = VERSION
+
+_HOME = {
+    "convert": "conversion",
+    "plan": "conversion",
+    "inspect": "inspection",
+    "synth": "synthesis",
+    "verify": "verification",
+}
 
 __all__ = ["__version__", "convert", "inspect", "plan", "synth", "verify"]
 

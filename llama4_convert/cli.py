@@ -30,7 +30,7 @@ def cli() -> None:
     """Meta's original Llama 4 checkpoints to Transformers directories: planned, streamed in bounded memory, checked."""
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -46,7 +46,9 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there."
+)
 source_argument = click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 request_options = _options(
     click.option(
@@ -65,7 +67,9 @@ request_options = _options(
         "--max-position-embeddings", type=int, help="Context length for config.json. Default: as published by variant."
     ),
     click.option(
-        "--allow-rank-mismatch", is_flag=True, help="Where ranks disagree on a replicated tensor, take the first rank's."
+        "--allow-rank-mismatch",
+        is_flag=True,
+        help="Where ranks disagree on a replicated tensor, take the first rank's.",
     ),
 )
 
@@ -84,18 +88,18 @@ def plan_command(source: Path, as_json: bool, **request: Any) -> None:
     from llama4_convert import plan
 
     result = plan(source, **request)
-    if as_json:
-        return _print_json(result)
     for text in result["warnings"]:
         report.warn(text)
-    click.echo(report.plan_summary(result))
+    _show(result, as_json, report.plan_summary)
 
 
 @cli.command()
 @source_argument
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @request_options
-@click.option("--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process.")
+@click.option(
+    "--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @as_json
@@ -114,7 +118,8 @@ def convert(
     from llama4_convert.conversion import convert as run
 
     if dry_run:
-        return click.get_current_context().invoke(plan_command, source=source, as_json=as_json, **request)
+        click.get_current_context().invoke(plan_command, source=source, as_json=as_json, **request)
+        return
     with report.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar:
         try:
             result = run(
@@ -130,9 +135,7 @@ def convert(
         except NeedsOverwrite as error:
             command = shlex.join(["llama4-convert", *sys.argv[1:], "--overwrite"])
             raise UsageError(f"{error}; to replace it: {command}") from error
-    if as_json:
-        return _print_json(result)
-    click.echo(report.convert_summary(result))
+    _show(result, as_json, report.convert_summary)
 
 
 @cli.command()
@@ -149,9 +152,7 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
     from llama4_convert import inspect as run
 
     result = run(path)
-    if as_json:
-        return _print_json(result)
-    click.echo(report.inspect_summary(result, tensors))
+    _show(result, as_json, lambda r: report.inspect_summary(r, tensors))
 
 
 @cli.command()
@@ -171,18 +172,10 @@ def verify(path: Path, as_json: bool) -> None:
 
     with report.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(path, start=bar.start, progress=bar.advance)
-    if as_json:
-        _print_json(result)
-    else:
-        for file in result["files"]:
-            click.echo(f"{'ok     ' if file['ok'] else 'DAMAGED'}  {file['file']}{_note(file)}")
+    _show(result, as_json, report.verify_summary)
     if not result["ok"]:
         bad = [f["file"] for f in result["files"] if not f["ok"]]
         raise CheckFailed(f"{path}: {len(bad)} file(s) are not what they should be, first {bad[0]}: {result['advice']}")
-
-
-def _note(file: dict[str, Any]) -> str:
-    return f"  ({file['note']})" if file.get("note") else ""
 
 
 @cli.command()
@@ -208,12 +201,7 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
 
     with report.ProgressBar("synth", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(target, start=bar.start, progress=bar.advance, **options)
-    if as_json:
-        return _print_json(result)
-    click.echo(
-        f"{target}: {result['parameters'] / 1e9:.3f} B random parameters, {report.gigabytes(result['bytes'])} in"
-        f" {len(result['files'])} file(s)"
-    )
+    _show(result, as_json, lambda r: report.synth_summary(target, r))
 
 
 @cli.command()
@@ -230,11 +218,11 @@ def demo(folder: Path, as_json: bool) -> None:
 
     result = run(folder, say=report.say if as_json else click.echo, warn=report.warn)
     if as_json:
-        _print_json(result)
+        click.echo(json.dumps(result))
 
 
-def _print_json(body: dict[str, Any]) -> None:
-    click.echo(json.dumps(body))
+def _show(result: dict[str, Any], as_json: bool, summary: Callable[[dict[str, Any]], str]) -> None:
+    click.echo(json.dumps(result) if as_json else summary(result))
 
 
 def main() -> None:

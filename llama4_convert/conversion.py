@@ -277,7 +277,9 @@ class _Conversion:
             old = Manifest.read(self.target)
             foreign = [p.name for p in self.target.iterdir() if p.name != lock.NAME and not p.name.endswith(".partial")]
             if old is None and foreign:
-                raise NeedsOverwrite(f"{self.target} is not empty ({sorted(foreign)[0]}) and not an output of this tool")
+                raise NeedsOverwrite(
+                    f"{self.target} is not empty ({sorted(foreign)[0]}) and not an output of this tool"
+                )
         if old is None:
             return 0
         if differences := old.differences(self.manifest):

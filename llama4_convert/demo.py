@@ -62,7 +62,8 @@ def _load(output: Path) -> str:
         from transformers import AutoTokenizer, Llama4ForConditionalGeneration
     except ImportError:
         return "skipped: Transformers is not installed (pip install 'llama4-convert[transformers]')"
-    model, info = Llama4ForConditionalGeneration.from_pretrained(output, dtype=torch.bfloat16, output_loading_info=True)
+    loaded: Any = Llama4ForConditionalGeneration.from_pretrained(output, dtype=torch.bfloat16, output_loading_info=True)
+    model, info = loaded
     problems = {kind: keys for kind, keys in info.items() if keys and kind.endswith("_keys")}
     if problems:
         raise CheckFailed(f"{output}: Transformers reports {problems}")

@@ -48,6 +48,8 @@ class Manifest:
             if body.pop("version") != _VERSION:
                 raise ValueError("another version")
             manifest = Manifest(**body)
+            if not all(isinstance(part, dict) for part in (manifest.source, manifest.options, manifest.files)):
+                raise ValueError("a part is no object")
             for name, entry in manifest.files.items():
                 if name != Path(name).as_posix() or ".." in Path(name).parts or Path(name).is_absolute():
                     raise ValueError(f"a file outside the directory: {name!r:.60}")

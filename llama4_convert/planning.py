@@ -221,7 +221,9 @@ def _shape_message(
         except MappingError:
             continue
         if fits:
-            missing = f"consolidated.{ranks:02d}.pth and later are missing" if other > ranks else "some files are not its"
+            missing = (
+                f"consolidated.{ranks:02d}.pth and later are missing" if other > ranks else "some files are not its"
+            )
             return f"{text}: these are files of a checkpoint with {other} ranks, {missing}"
     return text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,17 @@ import click
 
 from llama4_convert.errors import UsageError
 
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+_UNITS = {
+    "": 1,
+    "K": 1000,
+    "M": 1000**2,
+    "G": 1000**3,
+    "T": 1000**4,
+    "KI": 1 << 10,
+    "MI": 1 << 20,
+    "GI": 1 << 30,
+    "TI": 1 << 40,
+}
 
 
 def parse_size(text: str) -> int:
@@ -20,7 +31,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
     if not match:
         raise UsageError(f"{text!r} is not a size: write 5GB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    size = float(match[1]) * _UNITS[match[2] or ""]
+    if size > 1 << 62:
+        raise UsageError(f"{text[:20]!r} is more than any disk holds")
+    return int(size)
 
 
 def gigabytes(n: int) -> str:
@@ -52,7 +66,7 @@ class ProgressBar:
         self._total, self._done = total, done
         self._began = self._said = time.monotonic()
         if not self.quiet and sys.stderr.isatty():
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(desc=self.what, total=total, initial=done, unit="B", unit_scale=True, smoothing=0.1)
 
@@ -117,3 +131,15 @@ def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
     if tensors:
         lines += [f"{t['name']}  {t['dtype']} {t['shape']}" for t in result["tensors"]]
     return "\n".join(lines)
+
+
+def verify_summary(result: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{'ok     ' if file['ok'] else 'DAMAGED'}  {file['file']}" + (f"  ({file['note']})" if file["note"] else "")
+        for file in result["files"]
+    )
+
+
+def synth_summary(target: Path, result: dict[str, Any]) -> str:
+    size = f"{result['parameters'] / 1e9:.3f} B random parameters, {gigabytes(result['bytes'])}"
+    return f"{target}: {size} in {len(result['files'])} files"

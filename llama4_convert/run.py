@@ -61,7 +61,9 @@ class Source:
             except OSError as error:
                 raise from_os_error(error, f"reading {self.ranks[rank].path.name}") from error
             if n == 0:
-                raise BadInput(f"{self.ranks[rank].path.name} ends in the middle of a tensor: it changed or is truncated")
+                raise BadInput(
+                    f"{self.ranks[rank].path.name} ends in the middle of a tensor: it changed or is truncated"
+                )
             done += n
 
     def scratch(self, n: int) -> memoryview:
@@ -89,7 +91,9 @@ class Source:
         index = self.ranks[rank]
         keys = [key for key, tensor in index.tensors.items() if tensor.record.name == record.name]
         what = keys[0] if keys else record.name
-        return f"{index.path.name}: {what} is damaged (its bytes do not match the archive's CRC): download the file again"
+        return (
+            f"{index.path.name}: {what} is damaged (its bytes do not match the archive's CRC): download the file again"
+        )
 
     def check_whole(self, rank: int, record: Record, progress: Progress) -> None:
         """Read a record just to check it."""
@@ -127,7 +131,9 @@ def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
         source.check_whole(rank, record, progress)
 
 
-def write_file(plan: Plan, file: PlannedFile, source: Source, writer: FileWriter, result: RunResult, progress: Progress) -> None:
+def write_file(
+    plan: Plan, file: PlannedFile, source: Source, writer: FileWriter, result: RunResult, progress: Progress
+) -> None:
     """Stream one planned file into `writer`."""
     position = 0
     while position < len(file.header):
@@ -137,7 +143,11 @@ def write_file(plan: Plan, file: PlannedFile, source: Source, writer: FileWriter
         writer.advance(n)
         position += n
     for tensor in file.tensors:
-        fill = _Cast(tensor, plan, source, result) if tensor.dtype != tensor.source_dtype else _Gather(tensor, plan, source)
+        fill = (
+            _Cast(tensor, plan, source, result)
+            if tensor.dtype != tensor.source_dtype
+            else _Gather(tensor, plan, source)
+        )
         position = 0
         while position < tensor.nbytes:
             space = writer.space()
@@ -230,7 +240,7 @@ class _Cast:
             part = into[i : i + _SCRATCH]
             raw = bytearray(len(part) // target_item * source_item)
             self.gather((start + i) // target_item * source_item, memoryview(raw))
-            part[:], lost = cast(raw, self.tensor.source_dtype, self.tensor.dtype)
+            part[:], lost = cast(bytes(raw), self.tensor.source_dtype, self.tensor.dtype)
             if lost:
                 self.result.overflows[self.tensor.name] = self.result.overflows.get(self.tensor.name, 0) + lost
 
@@ -293,7 +303,6 @@ def planned_buffers(max_memory: int) -> Buffers:
     """Buffers that keep a run within `max_memory` bytes: three, of up to 16 MiB."""
     size = min(16 << 20, max(64 << 10, max_memory // 16))
     return Buffers(3, size - size % mmap.PAGESIZE)
-
 
 
 def peak_memory(max_memory: int) -> int:

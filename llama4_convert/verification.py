@@ -49,7 +49,9 @@ def _output(path: Path, manifest: Manifest, start: Start, progress: Progress) ->
     if INDEX not in manifest.files:
         files.append({"file": INDEX, "sha256": None, "ok": False, "note": "the conversion is unfinished"})
     for stray in sorted(p.name for p in path.glob("model*.safetensors") if p.name not in manifest.files):
-        files.append({"file": stray, "sha256": None, "ok": False, "note": "not of this conversion: readers may take it"})
+        files.append(
+            {"file": stray, "sha256": None, "ok": False, "note": "not of this conversion: readers may take it"}
+        )
     advice = "convert again with --overwrite"
     if INDEX not in manifest.files:
         advice = "run the conversion again: it goes on where it stopped"

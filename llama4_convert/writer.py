@@ -13,7 +13,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 _BLOCK = 4096  # O_DIRECT wants buffer, offset and length in multiples of the device's block; 4 KiB satisfies all in use
@@ -39,10 +39,11 @@ class Buffers:
         self._ring.append((buffer, pending))
 
     def drain(self) -> None:
-        """Wait for all queued work; raises its first error."""
-        for _, pending in self._ring:
-            for future in pending:
-                future.result()
+        """Wait for all queued work to end, then raise its first error: the file may be closed after this, error or not."""
+        pending = [future for _, futures in self._ring for future in futures]
+        wait(pending)
+        for future in pending:
+            future.result()
 
 
 class Workers:
@@ -143,12 +144,12 @@ class FileWriter:
                 raise AssertionError(f"{self.path.name}: {self._position} bytes made, {self.size} planned")
             os.ftruncate(self._fd, self.size)
             os.fsync(self._fd)
+            os.replace(self.temporary, self.path)
         except BaseException:
-            os.close(self._fd)
             self.temporary.unlink(missing_ok=True)
             raise
-        os.close(self._fd)
-        os.replace(self.temporary, self.path)
+        finally:
+            os.close(self._fd)
         sync_folder(self.path.parent)
         return self._digest.hexdigest()
 

@@ -80,7 +80,8 @@ class Layout:
         if not name and body in axes_of:
             name, body = body, " ".join(axes_of[body])
         dims: list[tuple[str, ...]] = []
-        concat, tensors = None, (name,) if name else ()
+        concat: int | None = None
+        tensors: tuple[str, ...] = (name,) if name else ()
         for merged, joined, axis, junk in _TOKEN.findall(body):
             if junk:
                 raise MappingError(f"pattern {pattern!r}: unexpected {junk!r}")

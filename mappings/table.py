@@ -256,9 +256,7 @@ class Binding:
         stored = self.meta[key]
         return stored.layout.shape({t: self._local(name, ranks) for t, name in stored.tensors.items()})
 
-    def meta_placements(
-        self, key: str, ranks: int, rank: int, strides: Sequence[int] | None = None
-    ) -> list[Placement]:
+    def meta_placements(self, key: str, ranks: int, rank: int, strides: Sequence[int] | None = None) -> list[Placement]:
         """What rank `rank` holds under `key`; `strides` in elements where the stored tensor is not contiguous."""
         return self._place(self.meta[key], ranks, rank, strides)
 

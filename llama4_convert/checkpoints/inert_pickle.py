@@ -106,7 +106,7 @@ def read_state_dict(data: bytes) -> dict[str, Any]:
 def _interpret(data: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def since_mark() -> list[Any]:
         at = marks.pop()
@@ -151,7 +151,7 @@ def _interpret(data: bytes) -> Any:
             for key, value in zip(items[::2], items[1::2], strict=True):
                 _set(_a(dict, stack[-1]), key, value)
         elif op == "GLOBAL":
-            module, _, name = arg.partition(" ")
+            module, _, name = _a(str, arg).partition(" ")
             stack.append(_named(module, name))
         elif op == "STACK_GLOBAL":
             name, module = stack.pop(), stack.pop()
@@ -202,7 +202,9 @@ def _named(module: Any, name: Any) -> _Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise RefusedPickle("malformed pickle: a global that is not named by text")
     if (module, name) not in _ALLOWED:
-        raise RefusedPickle(f"it names {module:.100}.{name:.100}, which a state dict has no use for; nothing was executed")
+        raise RefusedPickle(
+            f"it names {module:.100}.{name:.100}, which a state dict has no use for; nothing was executed"
+        )
     return _Name(module, name)
 
 

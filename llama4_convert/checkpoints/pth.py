@@ -7,6 +7,7 @@ not understand, or what two parts of the file tell differently, is an error that
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import struct
 import zipfile
@@ -20,7 +21,19 @@ from pathlib import Path
 from llama4_convert.checkpoints.inert_pickle import Opaque, RefusedPickle, Storage, TensorView, read_state_dict
 from llama4_convert.errors import BadInput, from_os_error
 
-ITEM_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1}
+ITEM_SIZES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "U8": 1,
+    "I8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+}
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 # Scout's pickle has some 200 KB; anything near this limit is no state dict of a Llama 4.
@@ -136,7 +149,9 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
         raw = os.pread(fd, _LOCAL_HEADER.size, entry.header_offset) if entry.header_offset >= 0 else b""
         if len(raw) < _LOCAL_HEADER.size:
             raise BadInput(f"{where} lies outside the file: it is truncated; download it again")
-        magic, _version, flags, method, _time, _date, crc, size, _, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
+        magic, _version, flags, method, _time, _date, crc, size, _, name_length, extra_length = _LOCAL_HEADER.unpack(
+            raw
+        )
         name = os.pread(fd, name_length, entry.header_offset + _LOCAL_HEADER.size)
         if magic != b"PK\3\4" or method or name != entry.orig_filename.encode("utf-8" if flags & 0x800 else "cp437"):
             raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
@@ -148,7 +163,7 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
             raise BadInput(f"{where} ends beyond the file: it is truncated; download it again")
         records[entry.filename] = Record(entry.filename, start, entry.file_size, entry.CRC)
     in_order = sorted(records.values(), key=lambda r: r.offset)
-    for before, after in zip(in_order, in_order[1:], strict=False):
+    for before, after in itertools.pairwise(in_order):
         if before.offset + before.size > after.offset:
             raise BadInput(f"{path.name}: records {before.name!r:.80} and {after.name!r:.80} overlap")
     return records

@@ -15,11 +15,8 @@ from llama4_convert.errors import BadInput, UsageError, from_os_error
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _HEADER_LIMIT = 100_000_000  # the bound that the safetensors library sets itself
-_ITEM_SIZES = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
-    **{"BF16": 2, "F16": 2, "I16": 2, "U16": 2},
-    **{"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1},
-}
+_WIDTHS = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "BF16 F16 I16 U16", 1: "F8_E4M3 F8_E5M2 I8 U8 BOOL"}
+_ITEM_SIZES = {dtype: size for size, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
 
 
 @dataclass(frozen=True)
@@ -83,9 +80,7 @@ def read_header(path: Path) -> dict[str, SafeTensor]:
         raise from_os_error(error, f"reading {path.name}") from error
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
-        tensors = {
-            key: _tensor(path, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"
-        }
+        tensors = {key: _tensor(path, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path.name} has a damaged header: {error}") from error
     end = 8 + length

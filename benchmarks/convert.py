@@ -1,0 +1,101 @@
+"""`convert` against `cp` + sync of the same bytes, in turn, in one run: wall time, CPU time and own memory.
+
+    python benchmarks/convert.py [--layers 2] [--pairs 5] [--folder DIR] [--json FILE]
+
+Synthesizes a Scout of full width with few layers in 8 ranks (some 15 GB for 2 layers, as much again for the output), and
+removes it at the end. "Own memory" is the peak resident set of the converting process less that of an idle interpreter, both
+read from the kernel (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PEAK = "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0])"
+CONVERT = f"""
+import os, sys
+from llama4_convert import convert
+convert(sys.argv[1], sys.argv[2])
+assert 'torch' not in sys.modules
+{PEAK}
+print(sum(os.times()[:2]))
+"""
+
+
+def measured(source: Path, target: Path) -> tuple[float, float, int]:
+    """(wall seconds, CPU seconds, peak resident KiB) of one conversion in a fresh process."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", CONVERT, str(source), str(target)]
+    peak, cpu = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return time.perf_counter() - began, float(cpu), int(peak)
+
+
+def copied(source: Path, target: Path) -> tuple[float, float]:
+    """(wall seconds, CPU seconds) of cp and sync."""
+    target.mkdir()
+    before, began = os.times(), time.perf_counter()
+    subprocess.run(["cp", "-r", f"{source}/.", str(target)], check=True)
+    subprocess.run(["sync", *map(str, target.iterdir())], check=True)
+    wall, after = time.perf_counter() - began, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return wall, cpu
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--pairs", type=int, default=5)
+    options.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    options.add_argument("--json", type=Path)
+    args = options.parse_args()
+    from llama4_convert import synth
+
+    work = Path(tempfile.mkdtemp(dir=args.folder, prefix="bench-"))
+    try:
+        source, target = work / "meta", work / "out"
+        size = synth(source, geometry="scout", layers=args.layers, ranks=8)["bytes"]
+        idle = int(subprocess.check_output([sys.executable, "-c", PEAK]))
+        rows = []
+        for _ in range(args.pairs):
+            copy_wall, copy_cpu = copied(source, target)
+            shutil.rmtree(target)
+            os.sync()  # neither side pays for the other's dirty pages
+            wall, cpu, peak = measured(source, target)
+            shutil.rmtree(target)
+            os.sync()
+            rows.append(
+                {"cp_s": copy_wall, "cp_cpu_s": copy_cpu, "convert_s": wall, "convert_cpu_s": cpu, "own_kib": peak - idle}
+            )
+            print(f"cp {copy_wall:6.2f} s   convert {wall:6.2f} s   ratio {wall / copy_wall:.2f}", flush=True)
+    finally:
+        shutil.rmtree(work)
+    ratios = [row["convert_s"] / row["cp_s"] for row in rows]
+    result = {
+        "bytes": size,
+        "pairs": rows,
+        "median_ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "median_convert_s": statistics.median(row["convert_s"] for row in rows),
+        "median_cp_s": statistics.median(row["cp_s"] for row in rows),
+        "median_convert_cpu_s": statistics.median(row["convert_cpu_s"] for row in rows),
+        "own_memory_mib": max(row["own_kib"] for row in rows) / 1024,
+    }
+    print(
+        f"{size / 1e9:.1f} GB: {result['median_ratio']:.2f}x cp + sync (from {min(ratios):.2f} to {max(ratios):.2f}),"
+        f" {result['own_memory_mib']:.0f} MiB of its own"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
