@@ -73,7 +73,13 @@ def main() -> None:
             shutil.rmtree(target)
             os.sync()
             rows.append(
-                {"cp_s": copy_wall, "cp_cpu_s": copy_cpu, "convert_s": wall, "convert_cpu_s": cpu, "own_kib": peak - idle}
+                {
+                    "cp_s": copy_wall,
+                    "cp_cpu_s": copy_cpu,
+                    "convert_s": wall,
+                    "convert_cpu_s": cpu,
+                    "own_kib": peak - idle,
+                }
             )
             print(f"cp {copy_wall:6.2f} s   convert {wall:6.2f} s   ratio {wall / copy_wall:.2f}", flush=True)
     finally:

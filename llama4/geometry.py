@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 # Far beyond any Llama (48 layers): a damaged number must end in a message, not in lists of its length.
 _MAX_LAYERS = 4096
 _MAX_INTEGER = 2**40
@@ -164,7 +163,7 @@ class Geometry:
             use_qk_norm=p.boolean("use_qk_norm", False),
             nope_interval=p.optional_positive("nope_layer_interval"),
             # 0 reads as null: Meta's code tests the truth of the value.
-            chunk_size=p.positive("attention_chunk_size") if p.values.get("attention_chunk_size") else None,
+            chunk_size=p.positive("attention_chunk_size") if p.integer("attention_chunk_size", 0) else None,
             attn_temperature_tuning=p.boolean("attn_temperature_tuning", False),
             floor_scale=p.above_zero("floor_scale", 8192.0),
             attn_scale=p.number("attn_scale", 0.1),

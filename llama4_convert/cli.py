@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -216,13 +217,21 @@ def demo(folder: Path, as_json: bool) -> None:
     """
     from llama4_convert.demo import demo as run
 
-    result = run(folder, say=report.say if as_json else click.echo, warn=report.warn)
+    result = run(folder, say=report.say if as_json else _print, warn=report.warn)
     if as_json:
-        click.echo(json.dumps(result))
+        _print(json.dumps(result))
 
 
 def _show(result: dict[str, Any], as_json: bool, summary: Callable[[dict[str, Any]], str]) -> None:
-    click.echo(json.dumps(result) if as_json else summary(result))
+    _print(json.dumps(result) if as_json else summary(result))
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`), which is no failure. Click would call it one.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
@@ -237,10 +246,6 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nothing to say, and nowhere to say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except ConvertError as error:
         _fail(error)
     except OSError as error:
@@ -250,7 +255,10 @@ def main() -> None:
 
 
 def _fail(error: ConvertError) -> None:
-    click.echo(click.style("error: ", fg="red") + " ".join(str(error).split()), err=True)
+    # Names from a file that nobody vouches for may be in it: no control characters, and not a screenful.
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    with contextlib.suppress(OSError):  # stderr may be gone, or on the disk that is full
+        click.echo(click.style("error: ", fg="red") + (text if len(text) < 2000 else text[:2000] + " ..."), err=True)
     sys.exit(error.exit_code)
 
 

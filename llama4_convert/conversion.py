@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from llama4_convert import lock, variant
 from llama4_convert.errors import BadInput, ConvertError, EnvironmentFailed, UsageError, from_os_error
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.version import TOOL
+from llama4_convert.writer import PARTIAL_SUFFIX
 
 Warn = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -222,8 +224,9 @@ def convert(
     request, target = Request(Path(source), **options), Path(target)
     if max_memory < LEAST_MEMORY:
         raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
-    if target.exists() and request.source.exists() and os.path.samefile(target, request.source):
-        raise UsageError("the output directory is the source: choose another one")
+    for folder in (target, target / "original"):  # where the output keeps params.json
+        if folder.exists() and request.source.exists() and os.path.samefile(folder, request.source):
+            raise UsageError(f"the output would overwrite the source in {folder}: choose another directory")
     made_folder = _make_folder(target)
     try:
         with lock.owned(target):
@@ -233,8 +236,9 @@ def convert(
     except ConvertError:
         raise
     finally:
-        if made_folder and not any(target.iterdir()):
-            target.rmdir()
+        if made_folder:
+            with contextlib.suppress(OSError):  # not empty, or gone: somebody else is at work there
+                target.rmdir()
 
 
 class _Conversion:
@@ -245,6 +249,7 @@ class _Conversion:
         self.warn, self.start, self.progress = warn, start, progress
         self.manifest = job.manifest()
         self.index = job.plan.index()
+        self.lost_small_files = False
 
     def run(self) -> dict[str, Any]:
         for text in self.job.warnings:
@@ -254,6 +259,7 @@ class _Conversion:
         if self._is_finished():
             return self._result("already complete", resumed)
         (self.target / INDEX).unlink(missing_ok=True)
+        self.manifest.files.pop(INDEX, None)
         self._check_space()
         self.manifest.write(self.target)
         for first, make in contents.items():
@@ -271,7 +277,7 @@ class _Conversion:
     def _look_at_target(self) -> int:
         """Take over what an earlier run of the same conversion finished; refuse or clear anything else."""
         old = None
-        if self.overwrite:
+        if self.overwrite and not self._is_interrupted():
             _clear(self.target)
         else:
             old = Manifest.read(self.target)
@@ -284,9 +290,22 @@ class _Conversion:
             return 0
         if differences := old.differences(self.manifest):
             raise NeedsOverwrite(f"{self.target} holds another conversion: {', '.join(differences)}")
-        for name in old.intact(self.target, old.files):
-            self.manifest.files[name] = old.files[name]
+        kept = old.intact(self.target, old.files)
+        weights = {f.name for f in self.job.plan.files}
+        # One that somebody has edited is left alone; one that is missing is made again, with its whole group.
+        self.lost_small_files = any(not (self.target / name).is_file() for name in old.files.keys() - weights)
+        if self.lost_small_files:
+            kept &= weights
+        self.manifest.files = {name: old.files[name] for name in kept}
         return len(self._weights_done())
+
+    def _is_interrupted(self) -> bool:
+        """Whether the target holds the unfinished output of this very conversion: --overwrite has begun, and goes on."""
+        try:
+            old = Manifest.read(self.target)
+        except BadInput:
+            return False
+        return old is not None and not (self.target / INDEX).exists() and not old.differences(self.manifest)
 
     def _weights_done(self) -> set[str]:
         return {f.name for f in self.job.plan.files} & self.manifest.files.keys()
@@ -294,10 +313,17 @@ class _Conversion:
     def _is_finished(self) -> bool:
         index = self.target / INDEX
         names = {f.name for f in self.job.plan.files}
-        return index.is_file() and index.read_bytes() == self.index and names <= self.manifest.files.keys()
+        return (
+            not self.lost_small_files
+            and index.is_file()
+            and index.read_bytes() == self.index
+            and names <= self.manifest.files.keys()
+        )
 
     def _check_space(self) -> None:
         left = [f for f in self.job.plan.files if f.name not in self.manifest.files]
+        for file in left:  # what a killed run left may hold the very space that is needed
+            (self.target / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
         needed = sum(f.size for f in left) + (64 << 20)  # and room for the tokenizer and other small files
         system = os.statvfs(self.target)
         free = system.f_bavail * system.f_frsize

@@ -9,6 +9,7 @@ from typing import Any
 
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.errors import BadInput
 from llama4_convert.planning import make_plan
 
 
@@ -57,7 +58,9 @@ def _meta(checkpoint: MetaCheckpoint) -> dict[str, Any]:
 
 def _transformers(checkpoint: TransformersCheckpoint) -> dict[str, Any]:
     config = checkpoint.config
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise BadInput("config.json: text_config is no object: convert again, or download it again")
     vision = config.get("vision_config")
     fields = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),

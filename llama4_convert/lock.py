@@ -45,9 +45,16 @@ def _acquire(path: Path) -> int:
         except OSError as error:
             os.close(fd)
             raise from_os_error(error, f"taking the lock of {path.parent}") from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(fd).st_ino == path.stat().st_ino:
+        if _is_file_at(path, fd):
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                return fd
+            return fd
         os.close(fd)  # the owner that we waited for has just removed this file
+
+
+def _is_file_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except OSError:
+        return False

@@ -89,6 +89,7 @@ class Plan:
     base_evidence: tuple[str, ...]  # keys that only base models carry
     streamed: frozenset[tuple[int, str]]  # (rank, record name) read front to back by one file: checked on the way
     unread: tuple[tuple[int, Record], ...]  # records to check beforehand: replicas, dropped, or not read front to back
+    compare: tuple[tuple[str, int], ...]  # (key, rank): copies to hold against rank 0's, where CRCs cannot tell
     warnings: tuple[str, ...]
 
     @property
@@ -138,7 +139,7 @@ def make_plan(
         binding, geometry = _bind(geometry, source)
         claims = binding.claim(source.keys, text_only=text_only)
         _check_tensors(binding, source)
-        warnings = _check_replicas(binding, source, allow_rank_mismatch)
+        warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
         tensors = _output_tensors(binding, source, claims.spelling, dtype)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
@@ -154,6 +155,7 @@ def make_plan(
         base_evidence=tuple(key for key, rule in claims.dropped.items() if rule.only_in == "base"),
         streamed=streamed,
         unread=_unread_records(source, streamed, skipped),
+        compare=tuple(compare),
         warnings=tuple(warnings),
     )
 
@@ -174,6 +176,8 @@ def _bind(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry
             what = "tok_embeddings.weight" if vocab is None else "a router (feed_forward.router_DE)"
             raise MappingError(f"neither params.json nor a tensor tells the size: there is no {what}")
         geometry = geometry.completed(vocab or 0, experts or 0, width or 0, dense or 0)
+        if geometry.n_experts and geometry.top_k > geometry.n_experts:
+            raise MappingError(f"params.json has a top_k of {geometry.top_k}, the router {geometry.n_experts} experts")
     return bind(geometry), geometry
 
 
@@ -228,22 +232,34 @@ def _shape_message(
     return text
 
 
-def _check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> list[str]:
-    """Replicated tensors must be equal on all ranks; where each fills a record, the zip CRCs tell without reading."""
-    warnings = []
+def _check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tuple[list[str], list[tuple[str, int]]]:
+    """Replicated tensors must be equal on all ranks; where each fills a record, the zip CRCs tell without reading.
+
+    Returns warnings, and the (key, rank) that remain to be compared by value with rank 0's.
+    """
+    warnings, remaining = [], []
     for key, first in source.ranks[0].tensors.items():
         if key not in binding.meta or not binding.is_replicated(key):
             continue
-        for index in source.ranks[1:]:
+        for rank, index in enumerate(source.ranks[1:], 1):
             other = index.tensors[key]
-            comparable = first.is_whole_record and other.is_whole_record
-            if comparable and first.record.crc != other.record.crc:
-                text = f"the ranks disagree: {key} differs between {source.ranks[0].path.name} and {index.path.name}"
+            if not (first.is_whole_record and other.is_whole_record):
+                remaining.append((key, rank))
+            elif first.record.crc != other.record.crc:
                 if not allow:
-                    raise MappingError(f"{text} (--allow-rank-mismatch takes the first)")
-                warnings.append(f"{text}; the first is taken")
+                    raise MappingError(mismatch(key, source.ranks[0].path.name, index.path.name))
+                warnings.append(
+                    f"{key} differs between {source.ranks[0].path.name} and {index.path.name}: the first is taken"
+                )
                 break
-    return warnings
+    return warnings, [] if allow else remaining
+
+
+def mismatch(key: str, first: str, other: str) -> str:
+    return (
+        f"the ranks disagree: {key} differs between {first} and {other}: download them again"
+        " (--allow-rank-mismatch takes the first)"
+    )
 
 
 def _output_tensors(

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from llama4_convert.cast import cast
 from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
-from llama4_convert.planning import Piece, Plan, PlannedFile, PlannedTensor
+from llama4_convert.planning import Piece, Plan, PlannedFile, PlannedTensor, mismatch
 from llama4_convert.writer import Buffers, FileWriter
 
 try:  # the same CRC-32 at several times the speed, where its wheel is installed
@@ -106,16 +107,22 @@ class Source:
         if crc != record.crc:
             raise BadInput(self.damaged(rank, record))
 
-    def value(self, rank: int, tensor: StoredTensor) -> bytes:
-        """All bytes of a (small) tensor in row-major order, whatever its strides."""
-        if 0 in tensor.shape:
-            return b""
+    def same(self, key: str, rank: int) -> bool:
+        """Whether `rank` holds the same bits as rank 0 under `key`, whatever the strides of either."""
+        first, other = (self._array(r, self.ranks[r].tensors[key]) for r in (0, rank))
+        if not first.shape:
+            return bool(first == other)
+        step = max(1, _SCRATCH // max(1, first[:1].nbytes))
+        return all(np.array_equal(first[i : i + step], other[i : i + step]) for i in range(0, len(first), step))
+
+    def _array(self, rank: int, tensor: StoredTensor) -> NDArray[Any]:
+        """The bits of a tensor, mapped. The mapping is gone when the array is."""
         item = tensor.itemsize
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, f"u{item}")
         span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) + 1
-        data = bytearray(span * item)
-        self.read(rank, tensor.record, tensor.offset * item, memoryview(data))
-        strides = [s * item for s in tensor.strides]
-        return np.lib.stride_tricks.as_strided(np.frombuffer(data, f"V{item}"), tensor.shape, strides).tobytes()
+        mapped, offset = self.map(rank, tensor.record, tensor.offset * item, span * item)
+        return np.ndarray(tensor.shape, f"u{item}", mapped, offset, tuple(s * item for s in tensor.strides))
 
 
 @dataclass
@@ -126,9 +133,12 @@ class RunResult:
 
 
 def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
-    """Check every record that the run will not read front to back. Raises BadInput on the first damaged one."""
+    """Check what the run will not read front to back. Raises BadInput on the first damaged record, or copy that differs."""
     for rank, record in plan.unread:
         source.check_whole(rank, record, progress)
+    for key, rank in plan.compare:
+        if not source.same(key, rank):
+            raise BadInput(mismatch(key, source.ranks[0].path.name, source.ranks[rank].path.name))
 
 
 def write_file(

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_wheel_works_from_any_directory(tmp_path: Path) -> None:
     # Built from a copy: setuptools leaves build/ behind where it builds.
     tree = tmp_path / "tree"
-    for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split("\n"):
+    for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split(
+        "\n"
+    ):
         if name and (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((ROOT / name).read_bytes())

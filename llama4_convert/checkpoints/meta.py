@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class MetaCheckpoint:
         files = rank_files(path)
         params, small = read_params(path)
         tokenizer = path / "tokenizer.model"
-        if tokenizer.exists():
+        if os.path.lexists(tokenizer):
             small["tokenizer.model"] = read_small(tokenizer)
         try:
             geometry = Geometry.from_params(params)
@@ -87,7 +88,7 @@ def rank_files(path: Path) -> list[Path]:
 def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """params.json parsed, and its bytes under its name."""
     file = path / "params.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         raise BadInput(f"{path} has no params.json: it comes with the checkpoint, download it")
     data = read_small(file)
     try:
@@ -101,6 +102,8 @@ def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def read_small(file: Path) -> bytes:
     """The bytes of a file that is read whole (JSON, tokenizer, licence)."""
+    if not file.is_file():
+        raise BadInput(f"{file.name} is no file, or a link to nothing: download it again")
     try:
         with open(file, "rb") as handle:
             data = handle.read(_SMALL_FILE_LIMIT + 1)

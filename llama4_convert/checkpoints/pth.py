@@ -92,6 +92,8 @@ class PthIndex:
     @staticmethod
     def read(path: Path) -> PthIndex:
         """Raises BadInput (damaged, not a torch zip, refused pickle) or EnvironmentFailed (cannot be read)."""
+        if not path.is_file():  # a link of a download cache whose target is gone, say
+            raise BadInput(f"{path.name} is no file, or a link to nothing: download it again")
         try:
             with open(path, "rb") as file:
                 return _read(path, file.fileno(), os.fstat(file.fileno()).st_size)
@@ -125,6 +127,8 @@ def _read(path: Path, fd: int, file_size: int) -> PthIndex:
         else:
             raise BadInput(f"{path.name}: {key} is a {type(value).__name__}, not a tensor")
     data = tuple(record for name, record in records.items() if name.startswith(prefix + "data/"))
+    for record in set(records.values()) - set(data):  # torch's notes to itself: versions, an id
+        _content(path, fd, record, _PICKLE_LIMIT)
     listing = "".join(f"{r.name.removeprefix(prefix)} {r.size} {r.crc:08x}\n" for r in records.values())
     return PthIndex(path, tensors, tuple(others), data, hashlib.sha256(listing.encode()).hexdigest())
 
@@ -134,7 +138,7 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
     try:
         with open(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, UnicodeError) as error:
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, OverflowError) as error:
         raise BadInput(
             f"{path.name} is not a complete torch zip archive ({error}): it is truncated or no checkpoint; download it again"
         ) from error
@@ -146,14 +150,18 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
         where = f"{path.name}: record {entry.filename!r:.100}"
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise BadInput(f"{where} is compressed or encrypted, which torch.save never does")
-        raw = os.pread(fd, _LOCAL_HEADER.size, entry.header_offset) if entry.header_offset >= 0 else b""
-        if len(raw) < _LOCAL_HEADER.size:
+        if not 0 <= entry.header_offset <= file_size - _LOCAL_HEADER.size:
             raise BadInput(f"{where} lies outside the file: it is truncated; download it again")
+        raw = os.pread(fd, _LOCAL_HEADER.size, entry.header_offset)
         magic, _version, flags, method, _time, _date, crc, size, _, name_length, extra_length = _LOCAL_HEADER.unpack(
             raw
         )
         name = os.pread(fd, name_length, entry.header_offset + _LOCAL_HEADER.size)
-        if magic != b"PK\3\4" or method or name != entry.orig_filename.encode("utf-8" if flags & 0x800 else "cp437"):
+        if (
+            magic != b"PK\3\4"
+            or method
+            or name != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        ):
             raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
         streamed = flags & 8  # sizes and CRC follow the data; zip64 puts the sizes elsewhere
         if not streamed and (crc != entry.CRC or size not in (entry.file_size, 0xFFFFFFFF)):

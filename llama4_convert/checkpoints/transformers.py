@@ -69,6 +69,8 @@ class TransformersCheckpoint:
 
 def read_header(path: Path) -> dict[str, SafeTensor]:
     """The tensors of one safetensors file. Strict: no duplicate names, no holes, no overlaps, nothing behind the end."""
+    if not path.is_file():
+        raise BadInput(f"{path.name} is missing: convert again, or download it again")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

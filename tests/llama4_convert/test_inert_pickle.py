@@ -124,7 +124,10 @@ def gadgets(marker: Path) -> dict[str, tuple[Any, str]]:
         "eval": (Calls(eval, touch), "builtins.eval"),
         "exec": (Calls(exec, touch), "builtins.exec"),
         "open": (Calls(builtins.open, str(marker), "w"), "io.open"),
-        "getattr chain": (Calls(Calls(getattr, Calls(__import__, "os"), "system"), f": > '{marker}'"), "builtins.getattr"),
+        "getattr chain": (
+            Calls(Calls(getattr, Calls(__import__, "os"), "system"), f": > '{marker}'"),
+            "builtins.getattr",
+        ),
         "nested in an argument": (Calls(OrderedDict, [("a", Calls(eval, touch))]), "builtins.eval"),
     }
 
@@ -134,9 +137,7 @@ GADGETS = sorted(gadgets(Path("marker")))
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("gadget", GADGETS)
-def test_what_executes_in_pythons_unpickler_is_refused_by_name_here(
-    gadget: str, protocol: int, tmp_path: Path
-) -> None:
+def test_what_executes_in_pythons_unpickler_is_refused_by_name_here(gadget: str, protocol: int, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     payload, name = gadgets(marker)[gadget]
     if gadget == "getattr chain":  # calls a result, which pickle spells only by hand
@@ -255,7 +256,9 @@ def test_a_name_given_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_truncation_is_refused(protocol: int) -> None:
-    data = data_pkl(OrderedDict(a=torch.zeros(2, 3), b=torch.nn.Parameter(torch.zeros(3)), c=io.BytesIO(b"x")), protocol)
+    data = data_pkl(
+        OrderedDict(a=torch.zeros(2, 3), b=torch.nn.Parameter(torch.zeros(3)), c=io.BytesIO(b"x")), protocol
+    )
     read_state_dict(data)
     for length in range(len(data)):
         with pytest.raises(RefusedPickle):
@@ -287,10 +290,19 @@ def test_any_bytes_are_refused_or_read(data: bytes) -> None:
         return
 
 
-def tensor(*, offset: bytes = b"K\x00", shape: bytes = b"K\x02\x85", stride: bytes = b"K\x01\x85", numel: bytes = b"K\x02") -> bytes:
+def tensor(
+    *, offset: bytes = b"K\x00", shape: bytes = b"K\x02\x85", stride: bytes = b"K\x01\x85", numel: bytes = b"K\x02"
+) -> bytes:
     """{"w": tensor} spelled by hand, protocol 2."""
     storage = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\n" + numel + b"tQ"
-    call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + offset + shape + stride + b"\x89ccollections\nOrderedDict\n)RtR"
+    call = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + offset
+        + shape
+        + stride
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
     return b"\x80\x02}Vw\n" + call + b"s."
 
 

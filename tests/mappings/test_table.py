@@ -287,7 +287,11 @@ def test_the_ranks_join_as_the_model_code_splits(key: str) -> None:
 @pytest.mark.parametrize("spelling", ["published", "plain"])
 def test_expert_gate_and_up_join_on_their_width_and_lie_side_by_side(spelling: str) -> None:
     binding = bound()
-    keys = ("experts.moe_w_in_eD_F", "experts.moe_w_swiglu_eD_F") if spelling == "published" else ("experts.w1", "experts.w3")
+    keys = (
+        ("experts.moe_w_in_eD_F", "experts.moe_w_swiglu_eD_F")
+        if spelling == "published"
+        else ("experts.w1", "experts.w3")
+    )
     shape = (E * D, F // R) if spelling == "published" else (E, D, F // R)
     gates, ups = np.arange(2 * E * D * F).reshape(2, R, *shape)
     assert {binding.meta_shape(FFN + key, R) for key in keys} == {shape}
@@ -448,7 +452,9 @@ def test_resharding_eight_ranks_and_back_is_the_identity(shape: ModelShape, rank
 
 def test_an_unknown_key_is_named_with_its_nearest_neighbour() -> None:
     binding = bound()
-    with pytest.raises(MappingError, match=r"unknown key layers\.0\.attention\.wo\.weigth; .*layers\.0\.attention\.wo\.weight"):
+    with pytest.raises(
+        MappingError, match=r"unknown key layers\.0\.attention\.wo\.weigth; .*layers\.0\.attention\.wo\.weight"
+    ):
         binding.claim({*published(binding), "layers.0.attention.wo.weigth"})
     with pytest.raises(MappingError, match=r"unknown key aaa \(and 1 more\)$"):
         binding.claim({*published(binding), "aaa", "bbb"})
@@ -484,7 +490,9 @@ def test_a_tensor_spelled_twice_is_refused_under_both_names() -> None:
 def test_half_of_a_fused_spelling_leaves_the_rest_missing() -> None:
     binding = bound()
     keys = published(binding) - {"layers.0.attention.wqkv.weight"} | {"layers.0.attention.wq.weight"}
-    with pytest.raises(MappingError, match=r"missing key layers\.0\.attention\.wqkv\.weight or layers\.0\.attention\.wk\.weight"):
+    with pytest.raises(
+        MappingError, match=r"missing key layers\.0\.attention\.wqkv\.weight or layers\.0\.attention\.wk\.weight"
+    ):
         binding.claim(keys)
 
 

@@ -1,0 +1,102 @@
+"""Runs the command line in this process, as its entry point does, and builds small sources to damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from llama4_convert import cli
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that begins with `error:`; warnings may stand before it, nothing may stand after it."""
+        lines = self.err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1, self.err
+        assert lines[-1] == errors[0], self.err
+        assert all(line.startswith("warning: ") for line in lines[:-1]), self.err
+        return errors[0].removeprefix("error: ")
+
+    @property
+    def json(self) -> Any:
+        assert self.out.endswith("\n")
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
+    capsys.readouterr()
+    with mock.patch("sys.argv", ["llama4-convert", *map(str, arguments)]), pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return Outcome(stopped.value.code, captured.out, captured.err)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.lstat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+def loads_as_a_model(folder: Path) -> bool:
+    """Whether a reader would take `folder` for a model: by an index, or by a bare file."""
+    return any((folder / name).exists() for name in (INDEX, "model.safetensors", "pytorch_model.bin"))
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def flip(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def data_offset(path: Path, record: str) -> int:
+    """Where the first byte of a record lies; `record` is the end of its name."""
+    with zipfile.ZipFile(path) as archive:
+        entry = next(e for e in archive.infolist() if e.filename.endswith(record))
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)
+        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return entry.header_offset + 30 + name + extra
+
+
+def change_params(source: Path, **changes: Any) -> None:
+    """Set fields of params.json; `moe_args__top_k=3` sets a nested one."""
+    params = json.loads((source / "params.json").read_text())
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        place = params
+        for key in outer:
+            place = place[key]
+        place[last] = value
+    (source / "params.json").write_text(json.dumps(params))
