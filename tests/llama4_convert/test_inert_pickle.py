@@ -218,9 +218,11 @@ def test_a_name_on_the_list_cannot_be_called_for_anything_but_its_purpose() -> N
 def test_no_audited_action_happens_while_gadgets_are_read(tmp_path: Path) -> None:
     """In a process of its own, as an audit hook cannot be removed: no code runs and nothing is opened, imported or started."""
     marker = tmp_path / "marker"
-    for i, name in enumerate(GADGETS):
+    # the chain calls a result, which pickle.dumps cannot spell: it has a test above
+    names = [name for name in GADGETS if name != "getattr chain"]
+    for i, name in enumerate(names):
         (tmp_path / f"{i}.pkl").write_bytes(pickle.dumps({"w": gadgets(marker)[name][0]}, 4))
-    (tmp_path / f"{len(GADGETS)}.pkl").write_bytes(data_pkl({"w": torch.zeros(2), "s": io.BytesIO(b"x")}))
+    (tmp_path / f"{len(names)}.pkl").write_bytes(data_pkl({"w": torch.zeros(2), "s": io.BytesIO(b"x")}))
     script = """if True:
         import pathlib, sys
         from llama4_convert.checkpoints.inert_pickle import RefusedPickle, read_state_dict
@@ -240,7 +242,7 @@ def test_no_audited_action_happens_while_gadgets_are_read(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
-    assert done.stdout.strip() == f"{len(GADGETS)} ['w', 's'] []", done.stderr
+    assert done.stdout.strip() == f"{len(names)} ['w', 's'] []", done.stderr
     assert not marker.exists()
 
 
