@@ -226,11 +226,12 @@ def _construct(called: Any, args: tuple[Any, ...]) -> Any:
         if args and args != ((),) and args != ([],):
             raise RefusedPickle("an OrderedDict with constructor arguments, which torch.save never writes")
         return {}
-    if target == _ENCODE:  # how protocol 2 spells bytes
+    if target == _ENCODE:  # how protocol 2 spells bytes; nothing here has a use for them, and copies could add up
         text, encoding = args
         if encoding != "latin1":
             raise RefusedPickle("bytes in an encoding that torch.save never uses")
-        return _a(str, text).encode("latin1")
+        _a(str, text)
+        return Opaque("bytes")
     if target in _BYTES_IO:
         return Opaque("io.BytesIO")
     raise RefusedPickle(f"it calls {called.module}.{called.name}")

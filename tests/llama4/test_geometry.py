@@ -181,7 +181,7 @@ def test_no_optional_field_is_ignored() -> None:
     stated = {"n_kv_heads": 2, "vocab_size": 100, "multiple_of": 7, "ffn_dim_multiplier": 9, "ffn_exp": 40.0}
     stated |= {"norm_eps": 1e-6, "rope_theta": 1e4, "use_qk_norm": True, "nope_layer_interval": 3}
     stated |= {"attention_chunk_size": 32, "attn_temperature_tuning": True, "floor_scale": 5, "attn_scale": 0.2}
-    base = MINIMAL | {"moe_args": {"num_experts": 2}, "ffn_exp": 4.0, "ffn_dim_multiplier": 1.2}
+    base = MINIMAL | {"dim": 1024, "moe_args": {"num_experts": 2}, "ffn_exp": 4.0, "ffn_dim_multiplier": 1.2}
     for field, value in stated.items():
         assert geometry(base, **{field: value}) != geometry(base), field
     scaled = geometry(use_scaled_rope=True, rope_scaling_factor=8.0, rope_high_freq_factor=4.0)

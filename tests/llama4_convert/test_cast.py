@@ -17,28 +17,13 @@ BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 
 def fp32_patterns() -> NDArray[np.uint32]:
     """Specials and their neighbours, every half-way point of bf16, every fp16 value and what lies beside it, random bits."""
+    around_bf16 = [0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF]
+    around_fp16 = [0x477FE000, 0x477FEFFF, 0x477FF000, 0x477FF001, 0x33000000, 0x33000001, 0x33800000, 0x387FE000]
     specials = np.array(
         [
-            0,
-            1,
-            8388607,
-            8388608,
-            2139095039,
-            2139095040,
-            2139095041,
-            2143289343,
-            2143289344,
-            2147483647,
-            2139062271,
-            2139062272,
-            1199562752,
-            1199566847,
-            1199566848,
-            1199566849,
-            855638016,
-            855638017,
-            864026624,
-            947904512,
+            *(0, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF),
+            *(0x7F7F7FFF, 0x7F7F8000, 0x477FE000, 0x477FEFFF, 0x477FF000, 0x477FF001),
+            *(0x33000000, 0x33000001, 0x33800000, 0x387FE000),
         ],
         np.uint32,
     )
@@ -62,7 +47,7 @@ def bits_of(tensor: torch.Tensor, dtype: str) -> NDArray[np.generic]:
     return tensor.view(torch.int32 if dtype == "F32" else torch.int16).numpy().view(BITS[dtype])
 
 
-@pytest.mark.parametrize(("source", "target"), product(DTYPES, DTYPES))
+@pytest.mark.parametrize(("source", "target"), list(product(DTYPES, DTYPES)))
 def test_every_number_becomes_what_torch_makes_of_it(source: str, target: str) -> None:
     bits = patterns(source)
     before = as_torch(bits, source)
