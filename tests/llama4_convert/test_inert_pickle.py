@@ -378,7 +378,7 @@ def answered(data: bytes) -> tuple[float, int]:
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_is_answered_at_once_and_in_little_memory(bomb: str) -> None:
     seconds, peak = answered(BOMBS[bomb])
-    assert seconds < 5
+    assert seconds < 30  # a hang guard with room for a busy machine: it takes well under one
     assert peak < 200 * len(BOMBS[bomb]) + (8 << 20)
 
 
