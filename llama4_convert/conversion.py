@@ -154,6 +154,12 @@ class Job:
             max_length=self.max_position_embeddings,
         )
 
+    def peak_memory(self, max_memory: int) -> int:
+        """Bytes of own memory that the conversion takes under a bound of `max_memory`."""
+        from llama4_convert.run import peak_memory
+
+        return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")))
+
     def manifest(self) -> Manifest:
         options = {
             "dtype": self.request.dtype,
@@ -167,8 +173,6 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The JSON of `plan`."""
-        from llama4_convert.run import peak_memory
-
         plan = self.plan
         return {
             "source": str(self.request.source),
@@ -178,7 +182,7 @@ class Job:
             "dtype": plan.main_dtype,
             "parameters": plan.parameters,
             "output_bytes": plan.output_bytes,
-            "peak_memory_bytes": peak_memory(DEFAULT_MEMORY),
+            "peak_memory_bytes": self.peak_memory(DEFAULT_MEMORY),
             "max_position_embeddings": self.max_position_embeddings,
             "files": [{"file": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.files],
             "tensors": [
@@ -255,6 +259,10 @@ class _Conversion:
         for text in self.job.warnings:
             self.warn(text)
         contents = self.job.contents()
+        if (needed := self.job.peak_memory(LEAST_MEMORY)) > max(self.max_memory, 2 * LEAST_MEMORY):
+            raise UsageError(
+                f"max-memory must be at least {(needed >> 20) + 1} MiB for this source: its tokenizer takes that"
+            )
         resumed = self._look_at_target()
         if self._is_finished():
             return self._result("already complete", resumed)

@@ -17,8 +17,6 @@ BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 
 def fp32_patterns() -> NDArray[np.uint32]:
     """Specials and their neighbours, every half-way point of bf16, every fp16 value and what lies beside it, random bits."""
-    around_bf16 = [0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF]
-    around_fp16 = [0x477FE000, 0x477FEFFF, 0x477FF000, 0x477FF001, 0x33000000, 0x33000001, 0x33800000, 0x387FE000]
     specials = np.array(
         [
             *(0, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF),
