@@ -92,6 +92,8 @@ class Layout:
                 dims.append(tuple(merged.split()) if merged else (axis,))
         if not tensors and len(axes_of) == 1:
             tensors = tuple(axes_of)
+        if len(set(tensors)) != len(tensors):
+            raise MappingError(f"pattern {pattern!r}: holds a tensor twice")
         if not tensors or any(tensor not in axes_of for tensor in tensors):
             raise MappingError(f"pattern {pattern!r}: names none of {', '.join(axes_of)}")
         layout = Layout(pattern, tensors, tuple(dims), concat)

@@ -153,9 +153,7 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
         if not 0 <= entry.header_offset <= file_size - _LOCAL_HEADER.size:
             raise BadInput(f"{where} lies outside the file: it is truncated; download it again")
         raw = os.pread(fd, _LOCAL_HEADER.size, entry.header_offset)
-        magic, _version, flags, method, _time, _date, crc, size, _, name_length, extra_length = _LOCAL_HEADER.unpack(
-            raw
-        )
+        magic, _, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
         name = os.pread(fd, name_length, entry.header_offset + _LOCAL_HEADER.size)
         if (
             magic != b"PK\3\4"
@@ -164,16 +162,18 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
         ):
             raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
         streamed = flags & 8  # sizes and CRC follow the data; zip64 puts the sizes elsewhere
-        if not streamed and (crc != entry.CRC or size not in (entry.file_size, 0xFFFFFFFF)):
+        sizes = (entry.file_size, 0xFFFFFFFF)
+        if not streamed and (crc != entry.CRC or packed not in sizes or size not in sizes):
             raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + entry.file_size > file_size:
             raise BadInput(f"{where} ends beyond the file: it is truncated; download it again")
         records[entry.filename] = Record(entry.filename, start, entry.file_size, entry.CRC)
-    in_order = sorted(records.values(), key=lambda r: r.offset)
+    in_order = sorted(entries, key=lambda e: e.header_offset)
     for before, after in itertools.pairwise(in_order):
-        if before.offset + before.size > after.offset:
-            raise BadInput(f"{path.name}: records {before.name!r:.80} and {after.name!r:.80} overlap")
+        record = records[before.filename]
+        if record.offset + record.size > after.header_offset:
+            raise BadInput(f"{path.name}: records {before.filename!r:.80} and {after.filename!r:.80} overlap")
     return records
 
 

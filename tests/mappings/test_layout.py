@@ -96,7 +96,6 @@ def test_a_pattern_that_is_no_bijection_is_refused_and_quoted(pattern: str, axes
     assert repr(pattern) in str(refused.value)
 
 
-@pytest.mark.xfail(reason="Layout.parse takes [q|q]", strict=True)
 def test_a_tensor_cannot_be_concatenated_with_itself() -> None:
     with pytest.raises(MappingError):
         Layout.parse("[q|q] D", QKV)
