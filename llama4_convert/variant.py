@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from llama4.geometry import Geometry
@@ -19,7 +20,7 @@ def conclude(plan: Plan, source: Path) -> tuple[str, str]:
     resolved = source.resolve()
     name = resolved.parent.name if resolved.name == "original" else resolved.name
     for variant in ("guard", "instruct", "base"):
-        if variant in name.lower():
+        if variant in re.split(r"[^a-z0-9]+", name.lower()):
             return variant, f"the directory is called {name}"
     return "instruct", "nothing says that it is a base or a guard model"
 
