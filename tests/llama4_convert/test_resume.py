@@ -196,8 +196,10 @@ def test_a_killed_run_goes_on(source: Path, straight: dict[str, str], tmp_path: 
 
 
 def test_ctrl_c_exits_130_with_a_hint(source: Path, straight: dict[str, str], tmp_path: Path) -> None:
+    # Shells start background jobs with SIGINT ignored, and children inherit that: undone here, as on a terminal.
     slow = (
-        "import time; from llama4_convert import cli, run\n"
+        "import signal, time; from llama4_convert import cli, run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "check = run.Source.check\n"
         "def slowly(*a): print('begun', flush=True); time.sleep(0.2); check(*a)\n"
         "run.Source.check = slowly; cli.main()"
