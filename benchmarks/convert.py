@@ -1,6 +1,6 @@
 """`convert` against `cp` + sync of the same bytes, in turn, in one run: wall time, CPU time and own memory.
 
-    python benchmarks/convert.py [--layers 2] [--pairs 5] [--folder DIR] [--json FILE]
+    python benchmarks/convert.py [--layers 2] [--pairs 5] [--folder DIR] [--tokenizer FILE] [--json FILE]
 
 Synthesizes a Scout of full width with few layers in 8 ranks (some 15 GB for 2 layers, as much again for the output), and
 removes it at the end. "Own memory" is the peak resident set of the converting process less that of an idle interpreter, both
@@ -55,6 +55,9 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=2)
     options.add_argument("--pairs", type=int, default=5)
     options.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    options.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer.model to put into the source: its memory counts too"
+    )
     options.add_argument("--json", type=Path)
     args = options.parse_args()
     from llama4_convert import synth
@@ -63,6 +66,8 @@ def main() -> None:
     try:
         source, target = work / "meta", work / "out"
         size = synth(source, geometry="scout", layers=args.layers, ranks=8)["bytes"]
+        if args.tokenizer:
+            shutil.copy(args.tokenizer, source / "tokenizer.model")
         idle = int(subprocess.check_output([sys.executable, "-c", PEAK]))
         rows = []
         for _ in range(args.pairs):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4_convert import lock, variant
-from llama4_convert.errors import BadInput, ConvertError, EnvironmentFailed, UsageError, from_os_error
+from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError, from_os_error
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.version import TOOL
 from llama4_convert.writer import PARTIAL_SUFFIX
@@ -237,8 +237,6 @@ def convert(
             return _Conversion(Job(request), target, max_memory, overwrite, warn, start, progress).run()
     except OSError as error:
         raise from_os_error(error, f"writing {target}") from error
-    except ConvertError:
-        raise
     finally:
         if made_folder:
             with contextlib.suppress(OSError):  # not empty, or gone: somebody else is at work there
