@@ -2,121 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
+from llama4.config import Llama4Config, Llama4TextConfig
 from llama4.geometry import Geometry
-from llama4.weights import Bits, LogicalTensors, TensorReader, first_key
+from llama4.weights import BindingError, Bits, LogicalTensor, Rows, TensorReader, first_key
 
 _VISION_LAYER = "vision_embeddings.vision_encoder.transformer.resblocks."
 
 
-def logical_tensors(ranks: Sequence[TensorReader], g: Geometry) -> LogicalTensors:
-    """Every logical tensor of a checkpoint of any number of ranks, in model order."""
-    keys = ranks[0].keys()
+def complete(ranks: Sequence[TensorReader], g: Geometry) -> Geometry:
+    """`g` with the sizes that params.json leaves open read off the tensors. Raises BindingError."""
+    first, n = ranks[0], len(ranks)
+    keys = first.keys()
 
-    def whole(key: str) -> Callable[[], Bits]:
-        return partial(ranks[0].read, key)
+    def size(dimension: int, *endings: str) -> int:
+        """Dimension of the first tensor whose key ends so; 0 if there is none."""
+        return next((first.shape(key)[dimension] for key in keys for ending in endings if key.endswith(ending)), 0)
 
-    def joined(key: str, axis: int) -> Callable[[], Bits]:
-        return lambda: np.concatenate([rank.read(key) for rank in ranks], axis)
+    vocab = size(0, "tok_embeddings.weight") * n
+    if not vocab:
+        raise BindingError("no tensor tok_embeddings.weight")
+    fused = size(0, "feed_forward.mlp.fc1_weight") * n // 2
+    # A dense layer's w1, not a shared expert's.
+    plain = [key for key in keys if key.endswith("feed_forward.w1.weight")]
+    return g.completed(
+        vocab_size=vocab,
+        n_experts=size(1, "feed_forward.router_DE"),
+        expert_dim=size(0, "feed_forward.w_in_shared_FD.weight", "feed_forward.shared_expert.w1.weight") * n,
+        dense_dim=fused or (first.shape(plain[0])[0] * n if plain else 0),
+    )
 
-    def block(key: str, index: int, sizes: Sequence[int]) -> Callable[[], Bits]:
-        """Rows `index` of the blocks that every rank stacks on its dimension 0; `sizes` are the full model's."""
-        local = [size // len(ranks) for size in sizes]
-        start = sum(local[:index])
-        return lambda: np.concatenate([rank.read(key, (start, start + local[index])) for rank in ranks])
 
-    yield "tok_embeddings", joined("tok_embeddings.weight", 0)
-    for layer in range(g.n_layers):
+def logical_tensors(ranks: Sequence[TensorReader], config: Llama4Config) -> Iterator[LogicalTensor]:
+    """Every logical tensor of a checkpoint of any number of ranks, in model order. Raises BindingError."""
+    c, bind = config.text_config, _Binder(ranks)
+    yield bind.joined("tok_embeddings", 0, "tok_embeddings.weight")
+    for layer in range(c.num_hidden_layers):
         at = f"layers.{layer}."
         attention, ffn = f"{at}attention.", f"{at}feed_forward."
-        yield (
-            f"{at}attention_norm",
-            whole(first_key(keys, f"{attention}wqkv.layer_norm_weight", f"{at}attention_norm.weight")),
-        )
-        heads = [g.n_heads * g.head_dim, g.n_kv_heads * g.head_dim, g.n_kv_heads * g.head_dim]
+        yield bind.whole(f"{at}attention_norm", f"{attention}wqkv.layer_norm_weight", f"{at}attention_norm.weight")
+        heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
         for i, name in enumerate("qkv"):
-            fused = f"{attention}wqkv.weight"
-            yield (
+            yield bind.block(
                 f"{attention}{name}",
-                block(fused, i, heads) if fused in keys else joined(f"{attention}w{name}.weight", 0),
+                (f"{attention}wqkv.weight", i, [n * c.head_dim for n in heads]),
+                f"{attention}w{name}.weight",
             )
-        yield f"{attention}o", joined(f"{attention}wo.weight", 1)
+        yield bind.joined(f"{attention}o", 1, f"{attention}wo.weight")
         norms = (f"{ffn}norm.weight", f"{ffn}mlp.layer_norm_weight", f"{at}ffn_norm.weight")
-        yield f"{at}ffn_norm", whole(first_key(keys, *norms))
-        if g.is_moe(layer):
-            yield from _experts(ranks, g, ffn)
+        yield bind.whole(f"{at}ffn_norm", *norms)
+        if c.is_moe(layer):
+            yield from _experts(bind, c, ffn)
             for name, published, module in (
                 ("gate", "w_in_shared_FD", "w1"),
                 ("up", "w_swiglu_FD", "w3"),
                 ("down", "w_out_shared_DF", "w2"),
             ):
-                key = first_key(keys, f"{ffn}{published}.weight", f"{ffn}shared_expert.{module}.weight")
-                yield f"{ffn}shared.{name}", joined(key, int(name == "down"))
+                spellings = (f"{ffn}{published}.weight", f"{ffn}shared_expert.{module}.weight")
+                yield bind.joined(f"{ffn}shared.{name}", int(name == "down"), *spellings)
         else:
+            width = c.intermediate_size_mlp
             for i, (name, module) in enumerate((("gate", "w1"), ("up", "w3"))):
-                fused, width = f"{ffn}mlp.fc1_weight", g.dense_dim or 0
-                yield (
-                    f"{ffn}{name}",
-                    block(fused, i, [width, width]) if fused in keys else joined(f"{ffn}{module}.weight", 0),
-                )
-            yield f"{ffn}down", joined(first_key(keys, f"{ffn}mlp.fc2_weight", f"{ffn}w2.weight"), 1)
-    yield "norm", whole("norm.weight")
-    yield "output", joined("output.weight", 0)
-    if g.vision:
-        yield from _vision(g.vision.n_layers, whole, joined)
+                yield bind.block(f"{ffn}{name}", (f"{ffn}mlp.fc1_weight", i, [width, width]), f"{ffn}{module}.weight")
+            yield bind.joined(f"{ffn}down", 1, f"{ffn}mlp.fc2_weight", f"{ffn}w2.weight")
+    yield bind.whole("norm", "norm.weight")
+    yield bind.joined("output", 0, "output.weight")
+    if config.vision_config:
+        yield from _vision(bind, config.vision_config.num_hidden_layers)
 
 
-def _experts(ranks: Sequence[TensorReader], g: Geometry, ffn: str) -> LogicalTensors:
-    keys = ranks[0].keys()
-    yield f"{ffn}router", lambda: ranks[0].read(f"{ffn}router_DE").T
-    width = (g.expert_dim or 0) // len(ranks)
+class _Binder:
+    """Makes logical tensors from what the ranks hold; of several spellings it takes the one that is there."""
 
-    def expert(flat: str, stacked: str, rows: int, e: int, axis: int) -> Bits:
-        """Expert `e` as [in, out], from the flattened 2-D key or the 3-D one."""
-        if flat in keys:
-            parts = [rank.read(flat, (e * rows, (e + 1) * rows)) for rank in ranks]
+    def __init__(self, ranks: Sequence[TensorReader]) -> None:
+        self.ranks, self.keys = ranks, ranks[0].keys()
+
+    def tensor(self, name: str, key: str, load: Callable[[Rows | None], Bits]) -> LogicalTensor:
+        return LogicalTensor(name, (key,), self.ranks[0].dtype(key), load)
+
+    def whole(self, name: str, *spellings: str) -> LogicalTensor:
+        """Every rank holds all of it."""
+        key = first_key(self.keys, *spellings)
+        return self.tensor(name, key, partial(self.ranks[0].read, key))
+
+    def joined(self, name: str, axis: int, *spellings: str) -> LogicalTensor:
+        """The ranks share `axis`."""
+        key = first_key(self.keys, *spellings)
+        return self.tensor(name, key, partial(self._read_rows if axis == 0 else self._read_columns, key))
+
+    def block(self, name: str, fused: tuple[str, int, Sequence[int]], plain: str) -> LogicalTensor:
+        """Rows of the blocks that every rank stacks on dimension 0; sizes are the full model's. Or a key of its own."""
+        key, index, sizes = fused
+        if key not in self.keys:
+            return self.joined(name, 0, plain)
+        local = [size // len(self.ranks) for size in sizes]
+        start = sum(local[:index])
+
+        def load(rows: Rows | None) -> Bits:
+            parts = [rank.read(key, (start, start + local[index])) for rank in self.ranks]
+            return cut(np.concatenate(parts), rows)
+
+        return self.tensor(name, key, load)
+
+    def _read_columns(self, key: str, rows: Rows | None) -> Bits:
+        return np.concatenate([rank.read(key, rows) for rank in self.ranks], axis=-1)
+
+    def _read_rows(self, key: str, rows: Rows | None) -> Bits:
+        """Only from the ranks that hold them."""
+        height = self.ranks[0].shape(key)[0]
+        start, stop = rows or (0, height * len(self.ranks))
+        parts = []
+        for rank in range(start // height, -(-stop // height)):
+            first = rank * height
+            parts.append(self.ranks[rank].read(key, (max(start - first, 0), min(stop - first, height))))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def cut(bits: Bits, rows: Rows | None) -> Bits:
+    return bits if rows is None else bits[rows[0] : rows[1]]
+
+
+def _experts(bind: _Binder, c: Llama4TextConfig, ffn: str) -> Iterator[LogicalTensor]:
+    router = first_key(bind.keys, f"{ffn}router_DE")
+    yield bind.tensor(f"{ffn}router", router, lambda rows: cut(bind.ranks[0].read(router).T, rows))
+    d, width = c.hidden_size, c.intermediate_size // len(bind.ranks)
+
+    def expert(key: str, flat: bool, height: int, e: int, axis: int, rows: Rows | None) -> Bits:
+        """Expert `e` as [out, in]; it lies as [in, out], in the flattened 2-D key or in the 3-D one."""
+        if flat:
+            parts = [rank.read(key, (e * height, (e + 1) * height)) for rank in bind.ranks]
         else:
-            parts = [rank.read(stacked, (e, e + 1))[0] for rank in ranks]
-        return np.concatenate(parts, axis).T
+            parts = [rank.read(key, (e, e + 1))[0] for rank in bind.ranks]
+        return cut((parts[0] if len(parts) == 1 else np.concatenate(parts, axis)).T, rows)
 
-    for e in range(g.n_experts or 0):
-        for name, flat, stacked, rows, axis in (
-            ("gate", "moe_w_in_eD_F", "w1", g.dim, 1),
-            ("up", "moe_w_swiglu_eD_F", "w3", g.dim, 1),
+    for e in range(c.num_local_experts):
+        for name, flat, stacked, height, axis in (
+            ("gate", "moe_w_in_eD_F", "w1", d, 1),
+            ("up", "moe_w_swiglu_eD_F", "w3", d, 1),
             ("down", "moe_w_out_eF_D", "w2", width, 0),
         ):
-            load = partial(expert, f"{ffn}experts.{flat}", f"{ffn}experts.{stacked}", rows, e, axis)
-            yield f"{ffn}experts.{e}.{name}", load
+            key = first_key(bind.keys, f"{ffn}experts.{flat}", f"{ffn}experts.{stacked}")
+            load = partial(expert, key, key.endswith(flat), height, e, axis)
+            yield bind.tensor(f"{ffn}experts.{e}.{name}", key, load)
 
 
-def _vision(
-    n_layers: int, whole: Callable[[str], Callable[[], Bits]], joined: Callable[[str, int], Callable[[], Bits]]
-) -> LogicalTensors:
+def _vision(bind: _Binder, n_layers: int) -> Iterator[LogicalTensor]:
     encoder = "vision_embeddings.vision_encoder."
-    yield "vision.class_embedding", whole(f"{encoder}class_embedding")
-    yield "vision.position_embedding", whole(f"{encoder}positional_embedding_vlm")
-    yield "vision.patch_embedding", joined(f"{encoder}conv1._linear.weight", 0)
+    yield bind.whole("vision.class_embedding", f"{encoder}class_embedding")
+    yield bind.whole("vision.position_embedding", f"{encoder}positional_embedding_vlm")
+    yield bind.joined("vision.patch_embedding", 0, f"{encoder}conv1._linear.weight")
     for norm in ("ln_pre", "ln_post"):
         for kind in ("weight", "bias"):
-            yield f"vision.{norm}.{kind}", whole(f"{encoder}{norm}.{kind}")
+            yield bind.whole(f"vision.{norm}.{kind}", f"{encoder}{norm}.{kind}")
     for layer in range(n_layers):
         meta, at = f"{_VISION_LAYER}{layer}.", f"vision.layers.{layer}."
         for norm in ("ln_1", "ln_2"):
             for kind in ("weight", "bias"):
-                yield f"{at}{norm}.{kind}", whole(f"{meta}{norm}.{kind}")
+                yield bind.whole(f"{at}{norm}.{kind}", f"{meta}{norm}.{kind}")
         for name in ("wq", "wk", "wv"):
             for kind in ("weight", "bias"):
-                yield f"{at}{name}.{kind}", joined(f"{meta}attn.{name}.{kind}", 0)
-        yield f"{at}wo.weight", joined(f"{meta}attn.wo.weight", 1)
-        yield f"{at}wo.bias", whole(f"{meta}attn.wo.bias")
+                yield bind.joined(f"{at}{name}.{kind}", 0, f"{meta}attn.{name}.{kind}")
+        yield bind.joined(f"{at}wo.weight", 1, f"{meta}attn.wo.weight")
+        yield bind.whole(f"{at}wo.bias", f"{meta}attn.wo.bias")
         for kind in ("weight", "bias"):
-            yield f"{at}c_fc.{kind}", joined(f"{meta}mlp.c_fc.{kind}", 0)
-        yield f"{at}c_proj.weight", joined(f"{meta}mlp.c_proj.weight", 1)
-        yield f"{at}c_proj.bias", whole(f"{meta}mlp.c_proj.bias")
-    yield "vision.adapter.c_fc", joined("vision_embeddings.vision_adapter.mlp.c_fc.weight", 0)
-    yield "vision.adapter.c_proj", joined("vision_embeddings.vision_adapter.mlp.c_proj.weight", 1)
-    yield "vision.projection", joined("vision_projection.weight", 0)
+            yield bind.joined(f"{at}c_fc.{kind}", 0, f"{meta}mlp.c_fc.{kind}")
+        yield bind.joined(f"{at}c_proj.weight", 1, f"{meta}mlp.c_proj.weight")
+        yield bind.whole(f"{at}c_proj.bias", f"{meta}mlp.c_proj.bias")
+    yield bind.joined("vision.adapter.c_fc", 0, "vision_embeddings.vision_adapter.mlp.c_fc.weight")
+    yield bind.joined("vision.adapter.c_proj", 1, "vision_embeddings.vision_adapter.mlp.c_proj.weight")
+    yield bind.joined("vision.projection", 0, "vision_projection.weight")

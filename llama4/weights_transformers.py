@@ -1,76 +1,99 @@
-"""Transformers' layout bound by hand, fused experts: the same logical tensors as `weights_meta`, in the same order."""
+"""Transformers' layout bound by hand, experts fused or linearized: the same logical tensors as `weights_meta`, in its order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from functools import partial
 
-from llama4.geometry import Geometry
-from llama4.weights import Bits, LogicalTensors, TensorReader
+from llama4.config import Llama4Config
+from llama4.weights import BindingError, Bits, LogicalTensor, Rows, TensorReader, parameter_shapes
+
+_TEXT_PREFIX = "language_model."  # where there is a vision tower
+_EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|down)")
+
+# Endings and stems of logical names, and what Transformers calls them.
+_TEXT_NAMES = {
+    "tok_embeddings": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "output": "lm_head.weight",
+    "attention_norm": "input_layernorm.weight",
+    "attention.q": "self_attn.q_proj.weight",
+    "attention.k": "self_attn.k_proj.weight",
+    "attention.v": "self_attn.v_proj.weight",
+    "attention.o": "self_attn.o_proj.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "feed_forward.router": "feed_forward.router.weight",
+    "feed_forward.gate": "feed_forward.gate_proj.weight",
+    "feed_forward.up": "feed_forward.up_proj.weight",
+    "feed_forward.down": "feed_forward.down_proj.weight",
+    "feed_forward.shared.gate": "feed_forward.shared_expert.gate_proj.weight",
+    "feed_forward.shared.up": "feed_forward.shared_expert.up_proj.weight",
+    "feed_forward.shared.down": "feed_forward.shared_expert.down_proj.weight",
+}
+_VISION_NAMES = {
+    "class_embedding": "vision_model.class_embedding",
+    "position_embedding": "vision_model.positional_embedding_vlm",
+    "patch_embedding": "vision_model.patch_embedding.linear.weight",
+    "ln_pre": "vision_model.layernorm_pre",
+    "ln_post": "vision_model.layernorm_post",
+    "adapter.c_fc": "vision_model.vision_adapter.mlp.fc1.weight",
+    "adapter.c_proj": "vision_model.vision_adapter.mlp.fc2.weight",
+    "projection": "multi_modal_projector.linear_1.weight",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "c_fc": "mlp.fc1",
+    "c_proj": "mlp.fc2",
+}
 
 
-def logical_tensors(reader: TensorReader, g: Geometry) -> LogicalTensors:
-    """Every logical tensor of a directory, in model order."""
-    prefix = "language_model." if g.vision else ""
+def transformers_key(name: str, has_vision: bool) -> str:
+    """The key of the tensor that holds logical tensor `name`, experts in the fused form."""
+    if name.startswith("vision."):
+        stem = name.removeprefix("vision.")
+        stem, _, kind = stem.rpartition(".") if stem.endswith((".weight", ".bias")) else (stem, "", "")
+        layer = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
+        key = f"vision_model.model.layers.{layer[1]}.{_VISION_NAMES[layer[2]]}" if layer else _VISION_NAMES[stem]
+        return f"{key}.{kind}" if kind else key
+    prefix = _TEXT_PREFIX if has_vision else ""
+    if expert := _EXPERT.fullmatch(name):
+        return f"{prefix}model.{expert[1]}.{'down_proj' if expert[3] == 'down' else 'gate_up_proj'}"
+    if layer := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
+        return f"{prefix}model.layers.{layer[1]}.{_TEXT_NAMES[layer[2]]}"
+    return prefix + _TEXT_NAMES[name]
 
-    def load(key: str) -> Callable[[], Bits]:
-        return partial(reader.read, key)
 
-    yield "tok_embeddings", load(f"{prefix}model.embed_tokens.weight")
-    for layer in range(g.n_layers):
-        at, hf = f"layers.{layer}.", f"{prefix}model.layers.{layer}."
-        yield f"{at}attention_norm", load(f"{hf}input_layernorm.weight")
-        for name in "qkvo":
-            yield f"{at}attention.{name}", load(f"{hf}self_attn.{name}_proj.weight")
-        yield f"{at}ffn_norm", load(f"{hf}post_attention_layernorm.weight")
-        ffn, hf_ffn = f"{at}feed_forward.", f"{hf}feed_forward."
-        if g.is_moe(layer):
-            yield f"{ffn}router", load(f"{hf_ffn}router.weight")
-            yield from _experts(reader, g, ffn, f"{hf_ffn}experts.")
-            for name in ("gate", "up", "down"):
-                yield f"{ffn}shared.{name}", load(f"{hf_ffn}shared_expert.{name}_proj.weight")
+def logical_tensors(reader: TensorReader, config: Llama4Config) -> Iterator[LogicalTensor]:
+    """Every logical tensor of a directory, in model order. Raises BindingError."""
+    keys, has_vision = reader.keys(), config.vision_config is not None
+    for name in parameter_shapes(config):
+        key = transformers_key(name, has_vision)
+        if name == "output" and key not in keys and config.text_config.tie_word_embeddings:
+            key = transformers_key("tok_embeddings", has_vision)
+        expert = _EXPERT.fullmatch(name)
+        if expert is None:
+            if key not in keys:
+                raise BindingError(f"no tensor {key}")
+            yield LogicalTensor(name, (key,), reader.dtype(key), partial(reader.read, key))
+        elif key in keys:
+            load = partial(_fused, reader, key, int(expert[2]), expert[3])
+            yield LogicalTensor(name, (key,), reader.dtype(key), load)
         else:
-            for name in ("gate", "up", "down"):
-                yield f"{ffn}{name}", load(f"{hf_ffn}{name}_proj.weight")
-    yield "norm", load(f"{prefix}model.norm.weight")
-    yield "output", load(f"{prefix}lm_head.weight")
-    if g.vision:
-        yield from _vision(g.vision.n_layers, load)
+            stem = key.rpartition(".")[0]
+            linear = f"{stem}.{expert[2]}.{expert[3]}_proj.weight"
+            if linear not in keys:
+                raise BindingError(f"no tensor {key} or {linear}")
+            yield LogicalTensor(name, (linear,), reader.dtype(linear), partial(reader.read, linear))
 
 
-def _experts(reader: TensorReader, g: Geometry, ffn: str, hf: str) -> LogicalTensors:
-    def half(e: int, index: int) -> Bits:
-        gate_up: Bits = reader.read(f"{hf}gate_up_proj", (e, e + 1))[0]  # [in, gate | up]
-        width = gate_up.shape[1] // 2
-        columns: Bits = gate_up[:, index * width : (index + 1) * width]
-        return columns.T
-
-    def down(e: int) -> Bits:
-        matrix: Bits = reader.read(f"{hf}down_proj", (e, e + 1))[0]
-        return matrix.T
-
-    for e in range(g.n_experts or 0):
-        yield f"{ffn}experts.{e}.gate", partial(half, e, 0)
-        yield f"{ffn}experts.{e}.up", partial(half, e, 1)
-        yield f"{ffn}experts.{e}.down", partial(down, e)
-
-
-def _vision(n_layers: int, load: Callable[[str], Callable[[], Bits]]) -> LogicalTensors:
-    yield "vision.class_embedding", load("vision_model.class_embedding")
-    yield "vision.position_embedding", load("vision_model.positional_embedding_vlm")
-    yield "vision.patch_embedding", load("vision_model.patch_embedding.linear.weight")
-    for norm, hf_norm in (("ln_pre", "layernorm_pre"), ("ln_post", "layernorm_post")):
-        for kind in ("weight", "bias"):
-            yield f"vision.{norm}.{kind}", load(f"vision_model.{hf_norm}.{kind}")
-    for layer in range(n_layers):
-        at, hf = f"vision.layers.{layer}.", f"vision_model.model.layers.{layer}."
-        for name, hf_name in (
-            *(("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm")),
-            *((f"w{x}", f"self_attn.{x}_proj") for x in "qkvo"),
-            *(("c_fc", "mlp.fc1"), ("c_proj", "mlp.fc2")),
-        ):
-            for kind in ("weight", "bias"):
-                yield f"{at}{name}.{kind}", load(f"{hf}{hf_name}.{kind}")
-    yield "vision.adapter.c_fc", load("vision_model.vision_adapter.mlp.fc1.weight")
-    yield "vision.adapter.c_proj", load("vision_model.vision_adapter.mlp.fc2.weight")
-    yield "vision.projection", load("multi_modal_projector.linear_1.weight")
+def _fused(reader: TensorReader, key: str, expert: int, part: str, rows: Rows | None) -> Bits:
+    """One projection as [out, in], from [experts, in, out]; gate and up lie side by side, gate first."""
+    matrix: Bits = reader.read(key, (expert, expert + 1))[0]
+    if part != "down":
+        width = matrix.shape[1] // 2
+        matrix = matrix[:, :width] if part == "gate" else matrix[:, width:]
+    return matrix.T if rows is None else matrix.T[rows[0] : rows[1]]

@@ -1,7 +1,8 @@
 """Meta's original Llama 4 checkpoints to Transformers directories.
 
-The functions here are the commands of the same names; each is imported when first used, so that importing the package costs
-nothing. Their modules have other names: a submodule called `plan` would replace the function in this namespace.
+The functions here are the commands of the same names, and `load_reference`; each is imported when first used, so that importing
+the package costs nothing. Their modules have other names: a submodule called `plan` would replace the function in this
+namespace.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
     from llama4_convert.inspection import inspect as inspect
+    from llama4_convert.reference import load_reference as load_reference
     from llama4_convert.synthesis import synth as synth
     from llama4_convert.verification import verify as verify
 
@@ -24,11 +26,12 @@ _HOME = {
     "convert": "conversion",
     "plan": "conversion",
     "inspect": "inspection",
+    "load_reference": "reference",
     "synth": "synthesis",
     "verify": "verification",
 }
 
-__all__ = ["__version__", "convert", "inspect", "plan", "synth", "verify"]
+__all__ = ["__version__", "convert", "inspect", "load_reference", "plan", "synth", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,13 +58,31 @@ def parse(path: Path) -> ast.Module:
 @pytest.mark.parametrize("room", ["mappings", "llama4"])
 def test_the_tables_and_the_model_import_nothing_of_the_other_rooms(room: str) -> None:
     others = (set(ROOMS) | HEAVY | {"tests"}) - {room}
-    found = [(path.name, name) for path in modules(room) for name in imports(parse(path)) if name in others]
+    found = [
+        (path.name, name)
+        for path in modules(room)
+        for name in imports(parse(path))
+        if name in others - may_import(path)
+    ]
     assert found == []
 
 
+# The model computes with torch; what describes it and binds its layouts does not.
+MODEL = {"loading", "text", "cache", "moe", "vision", "image", "chat", "model", "generate"}
+
+
+def may_import(path: Path) -> set[str]:
+    return {"torch"} if path.parent.name == "llama4" and path.stem in MODEL else set()
+
+
 @pytest.mark.parametrize("room", ROOMS)
-def test_no_module_imports_torch_or_transformers_when_it_is_imported(room: str) -> None:
-    found = [(path.name, name) for path in modules(room) for name in at_module_level(parse(path)) if name in HEAVY]
+def test_no_module_imports_transformers_and_only_the_model_torch_when_it_is_imported(room: str) -> None:
+    found = [
+        (path.name, name)
+        for path in modules(room)
+        for name in at_module_level(parse(path))
+        if name in HEAVY - may_import(path)
+    ]
     assert found == []
 
 
@@ -105,6 +123,7 @@ def test_importing_every_module_loads_neither() -> None:
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
         for room in ROOMS
         for path in modules(room)
+        if not may_import(path)
     ]
     assert "llama4_convert.cli" in names
     script = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)"

@@ -24,6 +24,12 @@ class RankReader:
     def keys(self) -> Collection[str]:
         return self.index.tensors.keys()
 
+    def dtype(self, key: str) -> str:
+        return self.index.tensors[key].dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.index.tensors[key].shape
+
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
         """Raw bits, strides resolved; `rows` cuts the first dimension."""
         tensor = self.index.tensors[key]
@@ -44,6 +50,12 @@ class DirectoryReader:
 
     def keys(self) -> Collection[str]:
         return self.checkpoint.tensors.keys()
+
+    def dtype(self, key: str) -> str:
+        return self.checkpoint.tensors[key].dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.checkpoint.tensors[key].shape
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
         """Raw bits; `rows` cuts the first dimension."""

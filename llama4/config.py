@@ -1,0 +1,400 @@
+"""The configuration of a Llama 4 in the words of config.json, from either layout.
+
+`Llama4Config.from_geometry` says what params.json means, with Meta's defaults for what it leaves out;
+`Llama4Config.from_json` says what a reader makes of a config.json, with Transformers' defaults for what it leaves out. The model
+runs from either; `differences` names the fields in which two of them disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple
+
+from llama4.geometry import Geometry, RopeScaling, VisionGeometry
+
+# The model's code has these as constants; a config.json can say otherwise.
+_VISION_NORM_EPS = 1e-5
+_VISION_ROPE_THETA = 10000.0
+_HIDDEN_ACT, _VISION_HIDDEN_ACT = "silu", "gelu"
+_DEFAULT_CONTEXT = 131072
+
+
+class ConfigError(ValueError):
+    """A config.json that no Llama 4 can be built from; the message names the field."""
+
+
+@dataclass(frozen=True)
+class Llama4TextConfig:
+    """Sizes and switches of the text model. Lists have one entry a layer."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int  # of a routed expert and of the shared one
+    intermediate_size_mlp: int  # of a dense layer
+    num_local_experts: int
+    num_experts_per_tok: int
+    interleave_moe_layer_step: int  # 0: no layer is MoE
+    moe_layers: tuple[int, ...]
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    no_rope_layer_interval: int | None  # None: every layer rotates
+    no_rope_layers: tuple[bool, ...]  # the field's name says the opposite: True where a layer rotates
+    layer_types: tuple[str, ...]  # "chunked_attention" or "full_attention"
+    attention_chunk_size: int | None  # None: no layer is chunked
+    use_qk_norm: bool
+    attn_temperature_tuning: bool
+    floor_scale: float
+    attn_scale: float
+    hidden_act: str = _HIDDEN_ACT
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def is_moe(self, layer: int) -> bool:
+        return layer in self.moe_layers
+
+    def chunk_size(self, layer: int) -> int | None:
+        """Tokens a chunk that attention stays inside of; None where the layer sees everything."""
+        return self.attention_chunk_size if self.layer_types[layer] == "chunked_attention" else None
+
+    @staticmethod
+    def from_geometry(g: Geometry) -> Llama4TextConfig:
+        """`g` must be complete (`Geometry.completed`)."""
+        if g.vocab_size is None or g.n_experts is None or g.expert_dim is None or g.dense_dim is None:
+            raise ConfigError("params.json leaves sizes open, and no tensor told them")
+        layers = range(g.n_layers)
+        rotates = tuple(g.uses_rope(layer) for layer in layers)
+        return Llama4TextConfig(
+            vocab_size=g.vocab_size,
+            hidden_size=g.dim,
+            num_hidden_layers=g.n_layers,
+            num_attention_heads=g.n_heads,
+            num_key_value_heads=g.n_kv_heads,
+            head_dim=g.head_dim,
+            intermediate_size=g.expert_dim,
+            intermediate_size_mlp=g.dense_dim,
+            num_local_experts=g.n_experts,
+            num_experts_per_tok=g.top_k,
+            interleave_moe_layer_step=g.moe_step if g.moe_layers else 0,
+            moe_layers=tuple(g.moe_layers),
+            rms_norm_eps=g.norm_eps,
+            rope_theta=g.rope_theta,
+            rope_scaling=g.rope_scaling,
+            no_rope_layer_interval=None if all(rotates) else g.nope_interval,
+            no_rope_layers=rotates,
+            layer_types=tuple("chunked_attention" if g.is_chunked(layer) else "full_attention" for layer in layers),
+            attention_chunk_size=g.chunk_size if any(g.is_chunked(layer) for layer in layers) else None,
+            use_qk_norm=g.use_qk_norm,
+            attn_temperature_tuning=g.attn_temperature_tuning,
+            floor_scale=g.floor_scale,
+            attn_scale=g.attn_scale,
+        )
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any], tied: bool = False) -> Llama4TextConfig:
+        """From the `text_config` of a config.json (or the whole, of a text model). Raises ConfigError."""
+        c = _Json(body, "")
+        n_layers, n_heads = c.whole("num_hidden_layers", 48), c.whole("num_attention_heads", 40)
+        hidden = c.whole("hidden_size", 5120)
+        interval = c.whole("no_rope_layer_interval", 0)
+        rotates = tuple(bool(x) for x in c.integers("no_rope_layers") or ())
+        if not rotates:
+            rotates = tuple((layer + 1) % (interval or 4) != 0 for layer in range(n_layers))
+        stated_step = body.get("interleave_moe_layer_step") is not None
+        step = c.whole("interleave_moe_layer_step", 1, least=0)
+        moe_layers = c.integers("moe_layers")
+        if moe_layers is None:
+            moe_layers = tuple(range(step - 1, n_layers, step)) if step else ()
+        elif not stated_step:
+            step = moe_layers[0] + 1 if moe_layers else 0
+        types = c.strings("layer_types")
+        if types is None:
+            types = tuple("chunked_attention" if r else "full_attention" for r in rotates)
+        for name, values in (("no_rope_layers", rotates), ("layer_types", types)):
+            if len(values) < n_layers:
+                raise ConfigError(f"{name} has {len(values)} entries for {n_layers} layers")
+        rotates, types = rotates[:n_layers], types[:n_layers]
+        if not interval:
+            interval = next((layer + 1 for layer, r in enumerate(rotates) if not r), 0)
+        chunk = c.whole("attention_chunk_size", 8192) if body.get("attention_chunk_size", 0) is not None else 0
+        if chunk >= c.whole("max_position_embeddings", _DEFAULT_CONTEXT) and "chunked_attention" not in types:
+            chunk = 0  # a number for readers that look at nothing else: it never cuts
+        return Llama4TextConfig(
+            vocab_size=c.whole("vocab_size", 202048),
+            hidden_size=hidden,
+            num_hidden_layers=n_layers,
+            num_attention_heads=n_heads,
+            num_key_value_heads=c.whole("num_key_value_heads", 8),
+            head_dim=c.whole("head_dim", 128 if "head_dim" not in body else hidden // n_heads),
+            intermediate_size=c.whole("intermediate_size", 8192),
+            intermediate_size_mlp=c.whole("intermediate_size_mlp", 16384),
+            num_local_experts=c.whole("num_local_experts", 16, least=0),
+            num_experts_per_tok=c.whole("num_experts_per_tok", 1),
+            interleave_moe_layer_step=step if step <= n_layers else 0,
+            moe_layers=moe_layers,
+            rms_norm_eps=c.number("rms_norm_eps", 1e-5),
+            rope_theta=_rope_theta(c),
+            rope_scaling=_rope_scaling(c),
+            no_rope_layer_interval=interval if 0 < interval <= n_layers else None,
+            no_rope_layers=rotates,
+            layer_types=types,
+            attention_chunk_size=chunk or None,
+            use_qk_norm=c.boolean("use_qk_norm", True),
+            attn_temperature_tuning=c.boolean("attn_temperature_tuning", True),
+            floor_scale=c.number("floor_scale", 8192),
+            attn_scale=c.number("attn_scale", 0.1),
+            hidden_act=str(body.get("hidden_act") or _HIDDEN_ACT),
+            attention_bias=c.boolean("attention_bias", False),
+            tie_word_embeddings=tied or c.boolean("tie_word_embeddings", False),
+        )
+
+
+@dataclass(frozen=True)
+class Llama4VisionConfig:
+    """Sizes of the vision tower, its adapter and the width that it hands to the projector."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int  # of a tile's side, in pixels
+    patch_size: int
+    vision_output_dim: int
+    pixel_shuffle_ratio: float
+    norm_eps: float = _VISION_NORM_EPS
+    rope_theta: float = _VISION_ROPE_THETA
+    hidden_act: str = _VISION_HIDDEN_ACT
+
+    @property
+    def patches_a_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_a_tile(self) -> int:
+        """Patch tokens that one tile becomes in the text."""
+        return int(self.patches_a_side**2 * self.pixel_shuffle_ratio**2)
+
+    @property
+    def shuffled_size(self) -> int:
+        """Channels after pixel shuffle: the input width of the adapter."""
+        return int(self.hidden_size / self.pixel_shuffle_ratio**2)
+
+    @staticmethod
+    def from_geometry(v: VisionGeometry) -> Llama4VisionConfig:
+        return Llama4VisionConfig(
+            hidden_size=v.dim,
+            num_hidden_layers=v.n_layers,
+            num_attention_heads=v.n_heads,
+            intermediate_size=v.mlp_dim,
+            image_size=v.image_size,
+            patch_size=v.patch_size,
+            vision_output_dim=v.output_dim,
+            pixel_shuffle_ratio=v.pixel_shuffle_ratio,
+        )
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> Llama4VisionConfig:
+        """From the `vision_config` of a config.json. Raises ConfigError."""
+        c = _Json(body, "vision_config.")
+        output = c.whole("vision_output_dim", 7680)
+        for name in ("projector_input_dim", "projector_output_dim"):
+            if c.whole(name, 4096) != output:
+                raise ConfigError(f"vision_config.{name} ({c.whole(name, 4096)}) is not vision_output_dim ({output})")
+        # Transformers' code never reads norm_eps, but other readers do.
+        return Llama4VisionConfig(
+            hidden_size=c.whole("hidden_size", 768),
+            num_hidden_layers=c.whole("num_hidden_layers", 34),
+            num_attention_heads=c.whole("num_attention_heads", 16),
+            intermediate_size=c.whole("intermediate_size", 5632),
+            image_size=c.side("image_size", 448),
+            patch_size=c.side("patch_size", 14),
+            vision_output_dim=output,
+            pixel_shuffle_ratio=c.number("pixel_shuffle_ratio", 0.5),
+            norm_eps=c.number("norm_eps", _VISION_NORM_EPS),
+            rope_theta=_rope_theta(c, _VISION_ROPE_THETA),
+            hidden_act=str(body.get("hidden_act") or _VISION_HIDDEN_ACT),
+        )
+
+
+@dataclass(frozen=True)
+class Llama4Config:
+    """A whole model. `image_token_index` is the id that a tile's features replace (`<|patch|>`); None if it is not known."""
+
+    text_config: Llama4TextConfig
+    vision_config: Llama4VisionConfig | None = None
+    image_token_index: int | None = None
+    boi_token_index: int | None = None
+    eoi_token_index: int | None = None
+
+    @staticmethod
+    def from_geometry(g: Geometry) -> Llama4Config:
+        """Token ids are the tokenizer's to say and stay None; see `dataclasses.replace`."""
+        vision = Llama4VisionConfig.from_geometry(g.vision) if g.vision else None
+        return Llama4Config(Llama4TextConfig.from_geometry(g), vision)
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> Llama4Config:
+        """From a parsed config.json: of `llama4` with a vision tower, or of `llama4_text`. Raises ConfigError."""
+        text, vision = body.get("text_config"), body.get("vision_config")
+        if text is None:
+            return Llama4Config(Llama4TextConfig.from_json(body))
+        if not isinstance(text, Mapping) or not isinstance(vision, Mapping | None):
+            raise ConfigError("text_config and vision_config must be objects")
+        c = _Json(body, "")
+        return Llama4Config(
+            Llama4TextConfig.from_json(text, tied=c.boolean("tie_word_embeddings", False)),
+            None if vision is None else Llama4VisionConfig.from_json(vision),
+            image_token_index=c.token("image_token_index", 200092),
+            boi_token_index=c.token("boi_token_index", 200080),
+            eoi_token_index=c.token("eoi_token_index", 200081),
+        )
+
+
+class Difference(NamedTuple):
+    """One field in which two configurations disagree, by its name in config.json; vision's are prefixed."""
+
+    field: str
+    expected: Any
+    found: Any
+
+
+def differences(expected: Llama4Config, found: Llama4Config) -> Iterator[Difference]:
+    """The fields of `found` that contradict `expected`. What cannot matter is left out: experts where no layer is MoE."""
+    text_a, text_b = expected.text_config, found.text_config
+    idle = set()
+    if not text_a.moe_layers and not text_b.moe_layers:
+        idle = {"intermediate_size", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step"}
+    for difference in _compare(text_a, text_b, ""):
+        if difference.field not in idle:
+            yield difference
+    vision_a, vision_b = expected.vision_config, found.vision_config
+    if vision_a is None or vision_b is None:
+        if vision_a is not vision_b:
+            yield Difference("vision_config", *("present" if v else None for v in (vision_a, vision_b)))
+        return
+    yield from _compare(vision_a, vision_b, "vision_config.")
+    for name in ("image_token_index", "boi_token_index", "eoi_token_index"):
+        a, b = getattr(expected, name), getattr(found, name)
+        if a is not None and a != b:
+            yield Difference(name, a, b)
+
+
+def _compare(a: Any, b: Any, prefix: str) -> Iterator[Difference]:
+    for field in fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if x == y or (isinstance(x, float) and isinstance(y, float) and math.isclose(x, y, rel_tol=1e-12)):
+            continue
+        if is_dataclass(x) and is_dataclass(y):
+            for inner in _compare(x, y, f"{prefix}{field.name}."):
+                yield inner._replace(field=_ROPE_FIELDS.get(inner.field, inner.field))
+        else:
+            yield Difference(prefix + field.name, _plain(x), _plain(y))
+
+
+# What `RopeScaling` calls by Meta's meaning, config.json calls by its own name.
+_ROPE_FIELDS = {"rope_scaling.original_context": "rope_scaling.original_max_position_embeddings"}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [int(x) if isinstance(x, bool) else x for x in value]
+    return value
+
+
+def _rope_theta(c: _Json, default: float = 500000.0) -> float:
+    """Transformers 4 writes `rope_theta`, Transformers 5 `rope_parameters`, which wins where both are there."""
+    inner = c.nested("rope_parameters")
+    return inner.number("rope_theta", c.number("rope_theta", default)) if inner else c.number("rope_theta", default)
+
+
+def _rope_scaling(c: _Json) -> RopeScaling | None:
+    inner = c.nested("rope_parameters") or c.nested("rope_scaling")
+    if inner is None:
+        return None
+    kind = inner.values.get("rope_type") or inner.values.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f"{inner.prefix}rope_type is {kind!r:.40}: Llama 4 has llama3 or default")
+    return RopeScaling(
+        factor=inner.number("factor", 0),
+        high_freq_factor=inner.number("high_freq_factor", 0),
+        low_freq_factor=inner.number("low_freq_factor", 0),
+        original_context=inner.whole("original_max_position_embeddings", 8192),
+    )
+
+
+class _Json:
+    """Typed access to an object of a config.json; absent and null mean the default."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str) -> None:
+        self.values, self.prefix = values, prefix
+
+    def number(self, name: str, default: float) -> float:
+        value = self.values.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+            raise ConfigError(f"{self.prefix}{name} must be a number, not {value!r:.40}")
+        return float(value)
+
+    def whole(self, name: str, default: int, least: int = 1) -> int:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 40:
+            raise ConfigError(f"{self.prefix}{name} must be a whole number of at least {least}, not {value!r:.40}")
+        return value
+
+    def token(self, name: str, default: int) -> int | None:
+        """A token id; negative ones stand for a token that the vocabulary lacks."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{self.prefix}{name} must be a token id, not {value!r:.40}")
+        return value if value >= 0 else None
+
+    def side(self, name: str, default: int) -> int:
+        """A side in pixels: a number, or a list of two equal ones."""
+        value = self.values.get(name)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            return _Json({name: value[0]}, self.prefix).whole(name, default)
+        return self.whole(name, default)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, (bool, int)):  # published configs of the 4.x era have numbers here
+            raise ConfigError(f"{self.prefix}{name} must be true or false, not {value!r:.40}")
+        return bool(value)
+
+    def integers(self, name: str) -> tuple[int, ...] | None:
+        return self._list(name, int)
+
+    def strings(self, name: str) -> tuple[str, ...] | None:
+        return self._list(name, str)
+
+    def _list(self, name: str, kind: type) -> tuple[Any, ...] | None:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
+            raise ConfigError(f"{self.prefix}{name} must be a list with one entry a layer, not {value!r:.40}")
+        return tuple(value)
+
+    def nested(self, name: str) -> _Json | None:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{self.prefix}{name} must be an object, not {value!r:.40}")
+        return _Json(value, f"{self.prefix}{name}.")

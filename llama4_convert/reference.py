@@ -1,0 +1,161 @@
+"""`load_reference`: a checkpoint of either layout as a running model of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4 import weights_meta, weights_transformers
+from llama4.config import ConfigError, Llama4Config
+from llama4.weights import BindingError, LogicalTensor, TensorReader
+from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.errors import BadInput
+from llama4_convert.tokenizer import N_SPECIAL, TokenIds, read_bpe
+
+if TYPE_CHECKING:
+    import torch
+
+    from llama4.model import Llama4ForCausalLM
+
+_KEEP = 4 << 30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of either layout, as the reference sees it: what it says of itself, and its logical tensors."""
+
+    path: Path
+    layout: str  # "meta" or "transformers"
+    config: Llama4Config
+    stop_ids: tuple[int, ...]  # tokens that end a generation
+    bos_id: int | None
+    pad_id: int | None
+    readers: tuple[TensorReader, ...]  # one a rank, or the directory's
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Checkpoint:
+        """Meta's directory or a Transformers one. Raises UsageError, BadInput or EnvironmentFailed."""
+        path = Path(path)
+        try:
+            if (path / "params.json").exists() or not (path / "config.json").exists():
+                return _open_meta(MetaCheckpoint.open(path))
+            return _open_transformers(TransformersCheckpoint.open(path))
+        except (ConfigError, BindingError) as error:
+            file = "params.json" if (path / "params.json").exists() else "config.json"
+            raise BadInput(f"{path}: {file}: {error}") from error
+
+    def logical_tensors(self, config: Llama4Config | None = None) -> Iterator[LogicalTensor]:
+        """Every tensor, in model order, bound for this checkpoint's configuration or another. Raises BindingError."""
+        config = config or self.config
+        if self.layout == "meta":
+            return weights_meta.logical_tensors(self.readers, config)
+        return weights_transformers.logical_tensors(self.readers[0], config)
+
+
+def load_reference(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    keep_bytes: int = _KEEP,
+) -> Llama4ForCausalLM:
+    """The model of a checkpoint in either layout: Meta's of any rank count, or Transformers', experts fused or linearized.
+
+    `model(tokens, pixel_values=None)` takes token ids [batch, tokens] and tiles [tiles, 3, H, W] and returns logits [batch,
+    tokens, vocabulary]. Weights are read when they are needed and cast to `dtype` (None: the checkpoint's); up to `keep_bytes`
+    of them stay in memory, so that a small model is read once and a large one runs all the same. Raises UsageError, BadInput
+    or EnvironmentFailed.
+    """
+    return model_of(Checkpoint.open(path), dtype=dtype, device=device, keep_bytes=keep_bytes)
+
+
+def model_of(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    keep_bytes: int = _KEEP,
+    config: Llama4Config | None = None,
+) -> Llama4ForCausalLM:
+    """A checkpoint's model; `config` in the place of its own, to tell wrong weights from wrong words about them."""
+    from llama4.loading import DTYPES, LazyWeights
+    from llama4.model import build
+
+    config = config or checkpoint.config
+    try:
+        tensors = list(checkpoint.logical_tensors(config))
+    except BindingError as error:
+        raise BadInput(f"{checkpoint.path}: {error}: download it again, or convert again") from error
+    if dtype is None:
+        stored = tensors[0].dtype
+        if stored not in DTYPES:
+            raise BadInput(
+                f"{checkpoint.path}: {tensors[0].keys[0]} is {stored}, which the reference cannot compute with"
+            )
+        dtype = DTYPES[stored]
+    return build(config, LazyWeights(tensors, config, dtype=dtype, device=device, keep_bytes=keep_bytes))
+
+
+def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:
+    readers = tuple(RankReader(index) for index in checkpoint.ranks)
+    config = Llama4Config.from_geometry(weights_meta.complete(readers, checkpoint.geometry))
+    ids = token_ids(checkpoint.small_files, config.text_config.vocab_size)
+    if ids is not None and config.vision_config:
+        config = replace(config, image_token_index=ids.patch, boi_token_index=ids.boi, eoi_token_index=ids.eoi)
+    return Checkpoint(
+        checkpoint.path,
+        "meta",
+        config,
+        stop_ids=(ids.eos, ids.eom, ids.eot) if ids else (),
+        bos_id=ids.bos if ids else None,
+        pad_id=ids.pad if ids else None,
+        readers=readers,
+    )
+
+
+def token_ids(small_files: Mapping[str, bytes], vocab_size: int) -> TokenIds | None:
+    """Where the special tokens lie: behind the tokenizer's plain ones, or else at the end of the vocabulary."""
+    if "tokenizer.model" in small_files:
+        n_base = len(read_bpe(small_files["tokenizer.model"]))
+    else:
+        n_base = vocab_size - N_SPECIAL
+    return TokenIds.from_base(n_base) if 0 <= n_base <= vocab_size - N_SPECIAL else None
+
+
+def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:
+    text: Any = checkpoint.config.get("text_config") or checkpoint.config
+    config = Llama4Config.from_json(checkpoint.config)
+    return Checkpoint(
+        checkpoint.path,
+        "transformers",
+        config,
+        stop_ids=_stop_ids(checkpoint.path, text),
+        bos_id=_token(text, "bos_token_id"),
+        pad_id=_token(text, "pad_token_id"),
+        readers=(DirectoryReader(checkpoint),),
+    )
+
+
+def _stop_ids(path: Path, text: Mapping[str, Any]) -> tuple[int, ...]:
+    """generation_config.json decides where it is there, as in Transformers."""
+    body: Any = text
+    try:
+        body = json.loads((path / "generation_config.json").read_bytes())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path / 'generation_config.json'} cannot be read ({error}): convert again") from error
+    eos = body.get("eos_token_id") if isinstance(body, dict) else None
+    ids = eos if isinstance(eos, list) else [eos]
+    return tuple(i for i in ids if type(i) is int)
+
+
+def _token(body: Mapping[str, Any], name: str) -> int | None:
+    value = body.get(name)
+    return value if type(value) is int else None
