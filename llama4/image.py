@@ -84,9 +84,10 @@ class Llama4ImageProcessor:
     def _best_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(columns, rows) of the canvas for an image of `size` (width, height).
 
-        Equals are equal in float32, as in Meta's code: a finer comparison would find tiny differences between grids and
-        miss the smaller one. Two grids of the same scale and the same number of tiles do not occur: one would be bound
-        by the image's width, the other by its height, and the grid of just these two sides has that scale with fewer tiles.
+        Equals are equal in float32, as in Meta's code; a finer comparison would tell scales apart, and so miss the smaller
+        of two grids, only where a side has millions of pixels. Two grids of the same scale and the same number of tiles do
+        not occur: one would be bound by the image's width, the other by its height, and the grid of just these two sides
+        has that scale with fewer tiles.
         """
         sides = torch.tensor(self._grids, dtype=torch.float32) * self.image_size
         scales = (sides / torch.tensor(size, dtype=torch.float32)).amin(dim=1)
@@ -116,6 +117,6 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _normalized(image: Image.Image) -> Tensor:
-    """float32 [3, height, width], 0..255 mapped to -1..1, in the order of operations that rounds as Meta's does."""
+    """float32 [3, height, width], 0..255 mapped to -1..1: mean and deviation are 0.5 of full scale."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return (pixels.to(torch.float32) / 255 - 0.5) / 0.5

@@ -115,11 +115,12 @@ class _Binder:
         """Only from the ranks that hold them."""
         height = self.ranks[0].shape(key)[0]
         start, stop = rows or (0, height * len(self.ranks))
-        parts = []
-        for rank in range(start // height, -(-stop // height)):
-            first = rank * height
-            parts.append(self.ranks[rank].read(key, (max(start - first, 0), min(stop - first, height))))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = [
+            reader.read(key, (max(start - first, 0), stop - first))
+            for reader, first in zip(self.ranks, range(0, stop, height), strict=False)
+            if first + height > start
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [self.ranks[0].read(key, (0, 0))])
 
 
 def cut(bits: Bits, rows: Rows | None) -> Bits:

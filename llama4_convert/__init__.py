@@ -15,9 +15,11 @@ from llama4_convert.version import VERSION
 if TYPE_CHECKING:
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
+    from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
     from llama4_convert.reference import load_reference as load_reference
     from llama4_convert.synthesis import synth as synth
+    from llama4_convert.validation import validate as validate
     from llama4_convert.verification import verify as verify
 
 __version__ = VERSION
@@ -25,13 +27,25 @@ __version__ = VERSION
 _HOME = {
     "convert": "conversion",
     "plan": "conversion",
+    "generate": "generation",
     "inspect": "inspection",
     "load_reference": "reference",
     "synth": "synthesis",
+    "validate": "validation",
     "verify": "verification",
 }
 
-__all__ = ["__version__", "convert", "inspect", "load_reference", "plan", "synth", "verify"]
+__all__ = [
+    "__version__",
+    "convert",
+    "generate",
+    "inspect",
+    "load_reference",
+    "plan",
+    "synth",
+    "validate",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -179,6 +179,89 @@ def verify(path: Path, as_json: bool) -> None:
         raise CheckFailed(f"{path}: {len(bad)} file(s) are not what they should be, first {bad[0]}: {result['advice']}")
 
 
+class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        name, _, limit = value.partition("=")
+        try:
+            return name, float(limit)
+        except ValueError:
+            self.fail(f"{value!r}: write a metric and its limit, kl_mean=0.01", param, ctx)
+
+
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
+)
+file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+@cli.command()
+@click.argument("path", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--reference", required=True, metavar="SRC", type=click.Path(path_type=Path), help="What DST was made from."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Random tokens to try.")
+@click.option("--prompts", type=file_path, help="Try the lines of a text file instead, one prompt a line.")
+@click.option("--token-ids", type=file_path, help="Try token ids: a JSON list of lists, or one prompt a line.")
+@click.option("--image", "images", type=file_path, multiple=True, help="Try a picture; may be repeated.")
+@click.option(
+    "--with",
+    "runner",
+    type=click.Choice(["llama4", "transformers"]),
+    default="llama4",
+    show_default=True,
+    help="What runs DST. SRC always runs in our own reference model.",
+)
+@dtype_option
+@click.option("--gate", "gates", type=Gate(), multiple=True, help="Another limit: kl_mean=0.01. May be repeated.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@as_json
+def validate(path: Path, as_json: bool, gates: tuple[tuple[str, float], ...], **options: Any) -> None:
+    """Check that DST says, holds and computes what SRC does.
+
+    Every field of config.json is held against params.json, every tensor bit by bit against SRC's, and the logits of the same
+    prompts against our reference model's. What is wrong is named: the field, the tensor, the first layer that strays.
+
+    \b
+    Example:
+      llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original
+    """
+    from llama4_convert import validate as run
+
+    with report.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(path, gates=dict(gates), warn=report.warn, start=bar.start, progress=bar.advance, **options)
+    _show(result, as_json, report.validate_summary)
+    if not result["passed"]:
+        raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")
+
+
+@cli.command()
+@click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to go on from; <|image|> in it is where the picture goes.")
+@click.option("--image", type=file_path, help="A picture to look at.")
+@click.option("--chat", is_flag=True, help="Take the prompt as a user's message, and write the answer.")
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy.")
+@click.option(
+    "--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True, help="Nucleus."
+)
+@click.option("--seed", type=int, help="Repeat a sampled text.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: the checkpoint's.")
+@as_json
+def generate(path: Path, as_json: bool, **options: Any) -> None:
+    """Go on from a prompt with our reference model, from Meta's layout or Transformers'.
+
+    \b
+    Example:
+      llama4-convert generate scout-hf --prompt "The capital of France is"
+    """
+    from llama4_convert import generate as run
+
+    result = run(path, say=(lambda text: None) if as_json else _say_on, **options)
+    _print(json.dumps(result) if as_json else "")
+
+
 @cli.command()
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--geometry", type=click.Choice(["scout", "maverick", "guard"]), default="scout", show_default=True)
@@ -231,6 +314,14 @@ def _print(text: str) -> None:
         click.echo(text)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`), which is no failure. Click would call it one.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_on(text: str) -> None:
+    """Text as it comes, on one line with what came before."""
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -37,6 +37,7 @@ class Checkpoint:
     bos_id: int | None
     pad_id: int | None
     readers: tuple[TensorReader, ...]  # one a rank, or the directory's
+    is_text_only: bool = False  # a directory that says it is a text model's, not one whose vision tower is lost
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> Checkpoint:
@@ -72,7 +73,10 @@ def load_reference(
     of them stay in memory, so that a small model is read once and a large one runs all the same. Raises UsageError, BadInput
     or EnvironmentFailed.
     """
-    return model_of(Checkpoint.open(path), dtype=dtype, device=device, keep_bytes=keep_bytes)
+    try:
+        return model_of(Checkpoint.open(path), dtype=dtype, device=device, keep_bytes=keep_bytes)
+    except BindingError as error:
+        raise BadInput(f"{path}: {error}: download it again, or convert it again") from error
 
 
 def model_of(
@@ -83,22 +87,19 @@ def model_of(
     keep_bytes: int = _KEEP,
     config: Llama4Config | None = None,
 ) -> Llama4ForCausalLM:
-    """A checkpoint's model; `config` in the place of its own, to tell wrong weights from wrong words about them."""
+    """A checkpoint's model; `config` in the place of its own, to tell wrong weights from wrong words about them.
+
+    Raises BindingError if a tensor is missing.
+    """
     from llama4.loading import DTYPES, LazyWeights
     from llama4.model import build
 
     config = config or checkpoint.config
-    try:
-        tensors = list(checkpoint.logical_tensors(config))
-    except BindingError as error:
-        raise BadInput(f"{checkpoint.path}: {error}: download it again, or convert again") from error
+    tensors = list(checkpoint.logical_tensors(config))
     if dtype is None:
-        stored = tensors[0].dtype
-        if stored not in DTYPES:
-            raise BadInput(
-                f"{checkpoint.path}: {tensors[0].keys[0]} is {stored}, which the reference cannot compute with"
-            )
-        dtype = DTYPES[stored]
+        if tensors[0].dtype not in DTYPES:
+            raise BindingError(f"{tensors[0].keys[0]} is {tensors[0].dtype}, which the reference cannot compute with")
+        dtype = DTYPES[tensors[0].dtype]
     return build(config, LazyWeights(tensors, config, dtype=dtype, device=device, keep_bytes=keep_bytes))
 
 
@@ -139,6 +140,7 @@ def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:
         bos_id=_token(text, "bos_token_id"),
         pad_id=_token(text, "pad_token_id"),
         readers=(DirectoryReader(checkpoint),),
+        is_text_only="text_config" not in checkpoint.config,
     )
 
 

@@ -143,3 +143,54 @@ def verify_summary(result: dict[str, Any]) -> str:
 def synth_summary(target: Path, result: dict[str, Any]) -> str:
     size = f"{result['parameters'] / 1e9:.3f} B random parameters, {gigabytes(result['bytes'])}"
     return f"{target}: {size} in {len(result['files'])} files"
+
+
+def validate_summary(result: dict[str, Any]) -> str:
+    different, said = result["tensors_different"], result["config_differences"]
+    lines = [
+        f"config   {len(said)} field(s) differ" if said else "config   every field says what the reference says",
+        *(f"         {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}" for d in said),
+        f"weights  {len(different)} tensor(s) differ"
+        if different
+        else f"weights  {result['tensors_compared']} tensors are equal bit by bit",
+        *(f"         {d['tensor']} ({d['module']}): {d['cause']}" for d in different[:_SHOWN]),
+        *([f"         and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []),
+    ]
+    if result["tensors_unexpected"]:
+        names = result["tensors_unexpected"]
+        lines.append(f"         {len(names)} tensor(s) that no Llama 4 has, first {names[0]}")
+    if result["candidate_failure"]:
+        return "\n".join([*lines, f"logits   it does not run: {result['candidate_failure']}"])
+    perplexity = " and ".join(
+        "none" if result[f"perplexity_{side}"] is None else f"{result[f'perplexity_{side}']:.5g}"
+        for side in ("reference", "candidate")
+    )
+    lines.append(f"logits   {result['tokens']} tokens, {result['runner']}, {result['dtype']}; perplexity {perplexity}")
+    for name, limit in result["gates"].items():
+        value = result[name]
+        least = name == "top1_agreement"
+        verdict = "FAILED" if name in result["gates_failed"] else "ok"
+        shown = "not a number" if value is None else f"{value:.3g}"
+        lines.append(f"         {name:15} {shown:>10}  ({'at least' if least else 'at most'} {limit:g})  {verdict}")
+    return "\n".join(lines)
+
+
+_SHOWN = 10
+
+
+def validate_verdict(result: dict[str, Any]) -> str:
+    """The reason of a failed validation, the most telling first."""
+    if result["tensors_different"]:
+        first = result["tensors_different"][0]
+        return f"{first['tensor']}: {first['cause']}"
+    if result["config_differences"]:
+        d = result["config_differences"][0]
+        return f"config.json: {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}"
+    if result["candidate_failure"]:
+        return str(result["candidate_failure"])
+    return f"logits differ: {', '.join(result['gates_failed'])}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:60] + " ..."

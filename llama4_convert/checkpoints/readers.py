@@ -33,8 +33,10 @@ class RankReader:
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
         """Raw bits, strides resolved; `rows` cuts the first dimension."""
         tensor = self.index.tensors[key]
-        start, stop = rows or (0, tensor.shape[0])
+        start, stop = _clamped(rows, tensor.shape[0])
         shape = (stop - start, *tensor.shape[1:])
+        if 0 in shape:
+            return np.empty(shape, _BITS[tensor.itemsize])
         span = sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) + 1
         offset = tensor.record.offset + (tensor.offset + start * tensor.strides[0]) * tensor.itemsize
         flat = _read(self.index.path, offset, span, tensor.itemsize)
@@ -60,11 +62,17 @@ class DirectoryReader:
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
         """Raw bits; `rows` cuts the first dimension."""
         tensor = self.checkpoint.tensors[key]
-        start, stop = rows or (0, tensor.shape[0])
+        start, stop = _clamped(rows, tensor.shape[0])
         count = tensor.nbytes // max(tensor.shape[0], 1)  # bytes a row
         item = tensor.nbytes // max(int(np.prod(tensor.shape)), 1)
         flat = _read(tensor.file, tensor.offset + start * count, (stop - start) * count // item, item)
         return flat.reshape(stop - start, *tensor.shape[1:])
+
+
+def _clamped(rows: tuple[int, int] | None, height: int) -> tuple[int, int]:
+    """As slices do it: what lies beyond the end is left out, never the next tensor's."""
+    start, stop = rows or (0, height)
+    return min(start, height), min(stop, height)
 
 
 def _read(path: Path, offset: int, count: int, itemsize: int) -> Bits:

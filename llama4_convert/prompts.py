@@ -1,0 +1,135 @@
+"""What a model is tried on: random tokens, texts, token ids and images, as one padded batch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4.config import Llama4Config
+from llama4_convert.errors import BadInput, UsageError, from_os_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llama4.chat import Llama4Processor
+
+_MAX_FILE = 64 << 20
+_WORDS_BESIDE_TILE = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    tokens: list[int]
+    pixel_values: Tensor | None = None  # [tiles, 3, H, W]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts side by side, padded on the right, where causal attention lets padding change nothing."""
+
+    tokens: Tensor  # [batch, tokens]
+    is_real: Tensor  # [batch, tokens], False on padding
+    targets: Tensor  # [batch, tokens], the token that follows; -1 if none does, or one that nobody predicts (<|patch|>)
+    pixel_values: Tensor | None  # [tiles, 3, H, W]
+
+    @staticmethod
+    def of(prompts: Sequence[Prompt], config: Llama4Config) -> Batch:
+        import torch
+
+        length = max(len(prompt.tokens) for prompt in prompts)
+        tokens = torch.zeros(len(prompts), length, dtype=torch.long)
+        is_real = torch.zeros(len(prompts), length, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
+            is_real[row, : len(prompt.tokens)] = True
+        follows = torch.zeros_like(is_real)
+        follows[:, :-1] = is_real[:, 1:]
+        targets = torch.where(follows, tokens.roll(-1, 1), -1)
+        targets[targets == config.image_token_index] = -1
+        tiles = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+        return Batch(tokens, is_real, targets, torch.cat(tiles) if tiles else None)
+
+
+def random_prompts(config: Llama4Config, n_tokens: int, seed: int = 0) -> list[Prompt]:
+    """`n_tokens` random tokens; for a model that sees, also a tile of noise between a few more.
+
+    Never `<|patch|>` outside a tile: it stands for pixels that there are none of.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    patch = config.image_token_index
+    vocabulary = config.text_config.vocab_size
+
+    def words(n: int) -> list[int]:
+        ids = torch.randint(0, vocabulary - (patch is not None), (n,), generator=generator)
+        return [i + (patch is not None and i >= patch) for i in ids.tolist()]
+
+    prompts = [Prompt(words(n_tokens))]
+    vision = config.vision_config
+    if vision and patch is not None and patch < vocabulary:
+        tile = torch.rand((1, 3, vision.image_size, vision.image_size), generator=generator) * 2 - 1
+        patches = [patch] * vision.tokens_a_tile
+        prompts.append(Prompt([*words(_WORDS_BESIDE_TILE), *patches, *words(_WORDS_BESIDE_TILE)], tile))
+    return prompts
+
+
+def prompts_of_file(path: Path, processor: Llama4Processor) -> list[Prompt]:
+    """One prompt a line of text. Raises UsageError or BadInput."""
+    lines = [line for line in _read(path).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"{path} holds no prompt: write one a line")
+    return [Prompt(processor(line).tokens) for line in lines]
+
+
+def prompts_of_ids(path: Path) -> list[Prompt]:
+    """Token ids: a JSON list of lists, or one prompt a line with ids between blanks or commas. Raises UsageError, BadInput."""
+    text = _read(path)
+    try:
+        rows: Any = json.loads(text)
+        if isinstance(rows, list) and rows and all(type(i) is int for i in rows):
+            rows = [rows]
+    except (ValueError, RecursionError):
+        rows = [[int(i) for i in re.split(r"[\s,]+", line.strip())] for line in _number_lines(path, text)]
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f"{path} holds no token ids: write a JSON list of lists, or one prompt a line")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, list) or not row or not all(type(i) is int for i in row):
+            raise BadInput(f"{path}: prompt {number} is no list of token ids")
+    return [Prompt(row) for row in rows]
+
+
+def _number_lines(path: Path, text: str) -> list[str]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    for number, line in enumerate(lines, 1):
+        if not re.fullmatch(r"[\d\s,]{1,1000000}", line) or not re.search(r"\d", line) or re.search(r"\d{10}", line):
+            raise BadInput(f"{path}: line {number} is no list of token ids: {line[:40]!r}")
+    return [line.strip(", \t") for line in lines]
+
+
+def _read(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except OSError as error:
+        raise from_os_error(error, f"reading {path}") from error
+    if len(data) > _MAX_FILE:
+        raise UsageError(f"{path} has more than {_MAX_FILE >> 20} MiB: that is no list of prompts")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def check_tokens(prompts: Sequence[Prompt], config: Llama4Config) -> None:
+    """Raises BadInput for a token outside the vocabulary."""
+    for number, prompt in enumerate(prompts, 1):
+        for token in prompt.tokens:
+            if not 0 <= token < config.text_config.vocab_size:
+                raise BadInput(
+                    f"prompt {number} has token {token}, and the vocabulary ends at {config.text_config.vocab_size - 1}"
+                )

@@ -1,0 +1,85 @@
+"""A candidate run by Transformers, which nobody can say shares our mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4_convert.errors import UsageError
+from llama4_convert.parity import CandidateFailed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llama4_convert.prompts import Batch
+
+
+def load_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """The model of a directory. Raises UsageError without Transformers, CandidateFailed for a directory it does not take.
+
+    A tensor that is missing or misshapen fails here: Transformers itself warns and fills it with random numbers.
+    """
+    body: Any = json.loads((path / "config.json").read_bytes())
+    name = "Llama4ForConditionalGeneration" if "text_config" in body else "Llama4ForCausalLM"
+    try:
+        import transformers
+
+        kind = getattr(transformers, name)
+    except ImportError as error:  # also raised for a package that Transformers finds and cannot use
+        raise UsageError(
+            f"Transformers cannot be used here ({' '.join(str(error).split()):.150}):"
+            " pip install 'llama4-convert[transformers]'"
+        ) from error
+    try:
+        # It reports problems in tables on the terminal; they come back from here as an error.
+        with _quiet(transformers):
+            loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # it raises of every kind, about whatever its config classes check
+        raise CandidateFailed(f"Transformers refuses it: {' '.join(str(error).split()):.300}") from error
+    model, info = loaded
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(problem):
+            keys = sorted(str(key) for key in info[problem])
+            raise CandidateFailed(f"Transformers reports {problem.replace('_', ' ')}: {', '.join(keys[:3])}")
+    return model.eval()
+
+
+def transformers_logits(path: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Logits at the batch's real positions, in order: [positions, vocabulary]. Each prompt runs alone, without padding."""
+    import torch
+
+    model = load_transformers(path, dtype)
+    tiles = 0
+    parts = []
+    for tokens, real in zip(batch.tokens, batch.is_real, strict=True):
+        prompt = tokens[real][None]
+        extra: dict[str, Any] = {}
+        if batch.pixel_values is not None:
+            vision = model.config.vision_config
+            side = int(vision.image_size // vision.patch_size * vision.pixel_shuffle_ratio)
+            n = int((prompt == model.config.image_token_index).sum()) // side**2
+            if n:
+                extra["pixel_values"] = batch.pixel_values[tiles : tiles + n].to(dtype)
+                tiles += n
+        try:
+            parts.append(model(prompt, **extra).logits[0])
+        except Exception as error:  # whatever a wrong configuration leads it to
+            raise CandidateFailed(f"Transformers fails on it: {' '.join(str(error).split()):.300}") from error
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Any:
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        transformers.utils.logging.enable_progress_bar()

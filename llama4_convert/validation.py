@@ -1,0 +1,213 @@
+"""`validate`: whether a checkpoint computes what the original computes, and if not, which tensor or field is to blame.
+
+Three questions, each answered for itself. What does the candidate *say*: its config.json against what params.json means, field
+by field. What does it *hold*: every tensor bit by bit, each layout through its own binding. What does it *compute*: logits of
+the same prompts, from our reference model on both sides or from Transformers on the candidate's. Logits alone would miss much:
+at 256 tokens a wrong RoPE factor, chunk size or floor scale changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llama4.config import Difference, Llama4Config, differences
+from llama4.weights import BindingError, parameter_shapes
+from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.parity import CandidateFailed, Parity, against_transformers, side_by_side
+from llama4_convert.prompts import Batch, Prompt, check_tokens, prompts_of_file, prompts_of_ids, random_prompts
+from llama4_convert.reference import Checkpoint, model_of
+from llama4_convert.weight_check import WeightFault, compare_weights, unexpected_tensors
+
+RUNNERS = ("llama4", "transformers")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Largest value that passes (of top1_agreement: smallest); docs/validate.md tells what they were derived from.
+GATES: Mapping[str, Mapping[str, float]] = {
+    "float32": {"top1_agreement": 0.999, "kl_mean": 1e-6, "kl_p999": 1e-5, "nmse": 1e-8},
+    "bfloat16": {"top1_agreement": 0.95, "kl_mean": 2e-3, "kl_p999": 5e-2, "nmse": 2e-4},
+    "float16": {"top1_agreement": 0.98, "kl_mean": 1e-4, "kl_p999": 5e-3, "nmse": 1e-5},
+}
+GATE_NAMES = ("top1_agreement", "kl_mean", "kl_p999", "nmse", "max_abs_diff")
+
+
+_MODEL_BYTES = 1 << 30  # of weights that either model keeps
+
+
+def validate(
+    path: str | os.PathLike[str],
+    *,
+    reference: str | os.PathLike[str],
+    tokens: int = 256,
+    prompts: str | os.PathLike[str] | None = None,
+    token_ids: str | os.PathLike[str] | None = None,
+    images: Sequence[str | os.PathLike[str]] = (),
+    runner: str = "llama4",
+    dtype: str = "float32",
+    gates: Mapping[str, float] | None = None,
+    seed: int = 0,
+    start: Callable[[int, int], None] = lambda total, done: None,
+    progress: Callable[[int], None] = lambda n: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Hold the checkpoint at `path` against `reference`; either may be in either layout.
+
+    Prompts come from `prompts` (a file with one a line), `token_ids` (a file of ids) and `images`; without any, `tokens` random
+    tokens and, for a model that sees, a tile of noise. `runner` "transformers" runs the candidate in Transformers. Both sides
+    compute in `dtype`. `gates` replaces limits of `GATES`. The result's `passed` is true if no field differs, no tensor
+    differs, and every metric is within its gate. Raises UsageError, BadInput or EnvironmentFailed.
+    """
+    limits = _limits(dtype, gates or {})
+    if runner not in RUNNERS:
+        raise UsageError(f"unknown runner {runner!r}: choose one of {', '.join(RUNNERS)}")
+    original, candidate = Checkpoint.open(reference), Checkpoint.open(path)
+    config = original.config
+    if candidate.is_text_only and config.vision_config:
+        warn(f"{path} is a text model: the vision tower of {reference} is left out of the comparison")
+        config = replace(config, vision_config=None)
+    said, batch = _batch(original, candidate, config, tokens, prompts, token_ids, images, seed)
+    said += _said(original, candidate, config)
+
+    sizes = {name: prod(shape) for name, shape in parameter_shapes(config).items()}
+    total = sum(sizes.values()) * _item_size(original)
+    start(2 * total, 0)
+    try:
+        faults = list(compare_weights(original, candidate, config, progress))
+        run = _run(original, candidate, config, batch, runner, dtype, lambda part: progress(int(part * total)))
+    except BindingError as error:
+        raise BadInput(f"{reference}: {error}: download it again") from error
+
+    failed_gates = {name: limit for name, limit in limits.items() if not _within(name, run.metrics[name], limit)}
+    missing = [fault for fault in faults if fault.cause.startswith("no tensor")]
+    return {
+        "passed": not (said or faults or failed_gates or run.failure),
+        "path": str(path),
+        "reference": str(reference),
+        "runner": runner,
+        "dtype": dtype,
+        "config_differences": [difference._asdict() for difference in said],
+        "tensors_compared": len(sizes) if not missing else list(sizes).index(missing[0].name),
+        "tensors_different": [fault.to_json() for fault in faults],
+        "tensors_unexpected": unexpected_tensors(candidate, config),
+        **run.metrics,
+        "gates": limits,
+        "gates_failed": sorted(failed_gates),
+        "layers": run.layers,
+        "first_divergence": _first_divergence(faults, said, run),
+        "candidate_failure": run.failure,
+    }
+
+
+def _limits(dtype: str, overrides: Mapping[str, float]) -> dict[str, float]:
+    if dtype not in GATES:
+        raise UsageError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    for name in overrides:
+        if name not in GATE_NAMES:
+            raise UsageError(f"unknown gate {name!r}: choose one of {', '.join(GATE_NAMES)}")
+    return {**GATES[dtype], **overrides}
+
+
+def _within(name: str, value: float | int | None, limit: float) -> bool:
+    if value is None:  # NaN or infinite
+        return False
+    return value >= limit if name == "top1_agreement" else value <= limit
+
+
+def _item_size(checkpoint: Checkpoint) -> int:
+    first = next(checkpoint.logical_tensors())
+    return first.load((0, 1)).itemsize
+
+
+def _said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[Difference]:
+    """Where the candidate's configuration contradicts the reference's."""
+    found = list(differences(config, candidate.config))
+    for name, expected, actual in (
+        ("bos_token_id", original.bos_id, candidate.bos_id),
+        ("pad_token_id", original.pad_id, candidate.pad_id),
+    ):
+        if expected is not None and actual != expected:
+            found.append(Difference(name, expected, actual))
+    expected_stops, stops = original.stop_ids, candidate.stop_ids
+    # Which of the three end a generation depends on the variant, but there must be one, and no other.
+    if expected_stops and not (stops and set(stops) <= set(expected_stops)):
+        found.append(Difference("eos_token_id", list(expected_stops), list(stops)))
+    return found
+
+
+def _batch(
+    original: Checkpoint,
+    candidate: Checkpoint,
+    config: Llama4Config,
+    n_tokens: int,
+    prompts: str | os.PathLike[str] | None,
+    token_ids: str | os.PathLike[str] | None,
+    images: Sequence[str | os.PathLike[str]],
+    seed: int,
+) -> tuple[list[Difference], Batch]:
+    """The prompts, and a difference if the candidate's tokenizer makes other tokens of them."""
+    if n_tokens < 1:
+        raise UsageError("--tokens must be at least 1")
+    chosen: list[Prompt] = []
+    said: list[Difference] = []
+    if prompts is not None or images:
+        from llama4_convert.generation import open_image, open_processor
+
+        def encoded(checkpoint: Checkpoint) -> list[Prompt]:
+            processor = open_processor(checkpoint, config)
+            texts = prompts_of_file(Path(prompts), processor) if prompts is not None else []
+            seen = [processor("<|image|>", [open_image(Path(image))]) for image in images]
+            return [*texts, *(Prompt(inputs.tokens, inputs.pixel_values) for inputs in seen)]
+
+        chosen += encoded(original)
+        theirs = encoded(candidate)
+        for ours, other in zip(chosen, theirs, strict=True):
+            if ours.tokens != other.tokens:
+                at = next(
+                    (i for i, pair in enumerate(zip(ours.tokens, other.tokens, strict=False)) if len({*pair}) > 1), 0
+                )
+                said.append(Difference("tokenizer.json", ours.tokens[at : at + 8], other.tokens[at : at + 8]))
+                break
+    if token_ids is not None:
+        chosen += prompts_of_ids(Path(token_ids))
+    if not chosen:
+        chosen = random_prompts(config, n_tokens, seed)
+    check_tokens(chosen, config)
+    return said, Batch.of(chosen, config)
+
+
+def _run(
+    original: Checkpoint,
+    candidate: Checkpoint,
+    config: Llama4Config,
+    batch: Batch,
+    runner: str,
+    dtype: str,
+    advance: Callable[[float], None],
+) -> Parity:
+    import torch
+
+    kind = getattr(torch, dtype)
+    ours = model_of(original, dtype=kind, keep_bytes=_MODEL_BYTES, config=config)
+    with torch.inference_mode():
+        try:
+            if runner == "transformers":
+                return against_transformers(ours, candidate.path, batch, dtype, advance)
+            theirs = model_of(candidate, dtype=kind, keep_bytes=_MODEL_BYTES)
+            return side_by_side(ours, theirs, batch, dtype, advance)
+        except (CandidateFailed, BindingError) as failure:
+            return Parity(failure=str(failure))
+
+
+def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference], run: Parity) -> dict[str, Any] | None:
+    if faults:
+        return faults[0].to_json()
+    if run.strayed is None:
+        return None
+    layer, module = run.strayed
+    fields = ", ".join(difference.field for difference in said)
+    cause = f"config.json says otherwise in {fields}" if said else "weights and configuration are equal"
+    return {"layer": layer, "module": module, "tensor": None, "cause": cause}
