@@ -29,21 +29,20 @@ class TextTokenizer:
     """A byte-level tokenizer; `open` reads one. May be shared by threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Takes over `tokenizer`, whose decoder must be byte-level. Raises BadInput if it is not."""
+        """Takes over `tokenizer`, which must be byte-level. Raises BadInput if it is not."""
         from tokenizers import decoders
 
-        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        self._byte_of = _byte_of_character()
+        characters = set().union(*tokenizer.get_vocab(with_added_tokens=False))
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel) or not characters <= self._byte_of.keys():
             raise BadInput("its tokens do not stand for bytes, as Llama 4's do; use the model's own tokenizer")
         # Some files cut or fill up what they encode, for batches in training. A prompt is taken as it is.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._special = {
-            added.content: token_id for token_id, added in tokenizer.get_added_tokens_decoder().items() if added.special
-        }
-        self._special_ids = frozenset(self._special.values())
-        self._byte_of = _byte_of_character()
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._special = {added.content: token_id for token_id, added in self._added.items() if added.special}
 
     @staticmethod
     def open(path: Path) -> TextTokenizer:
@@ -101,18 +100,15 @@ class TextTokenizer:
         return self._special[name]
 
     def _bytes(self, token_id: int, skip_special: bool) -> bytes:
+        if added := self._added.get(token_id):
+            return b"" if added.special and skip_special else added.content.encode()
         try:
             token = self._tokenizer.id_to_token(token_id)
         except OverflowError:  # negative, or beyond 32 bits
             token = None
         if token is None:
             raise ValueError(f"the tokenizer has no token {token_id}")
-        if token_id in self._special_ids:
-            return b"" if skip_special else token.encode()
-        try:
-            return bytes(self._byte_of[character] for character in token)
-        except KeyError:  # an added token that is not special, spelt as it reads
-            return token.encode()
+        return bytes(self._byte_of[character] for character in token)
 
 
 class TextStream:
@@ -129,9 +125,7 @@ class TextStream:
 
     def finish(self) -> str:
         """U+FFFD if the ids ended inside a character, else nothing. The stream can then be used anew."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def _read(path: Path) -> bytes | None:

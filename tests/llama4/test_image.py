@@ -117,13 +117,27 @@ def test_a_palette_with_a_transparent_colour_is_metas() -> None:
 
 
 def test_the_grid_is_metas_for_every_image_up_to_eleven_tiles_a_side() -> None:
-    """All proportions, so also those where grids are equal in float32 and not in double precision."""
     ours, theirs = Llama4ImageProcessor(14), VariableSizeImageTransform(14)
     canvases = torch.tensor(theirs.find_supported_resolutions(max_num_chunks=16, patch_size=14))
     for width in range(1, 160):
         for height in range(1, 160):
             columns, rows = ours._best_grid((width, height))
             assert (columns * 14, rows * 14) == theirs.get_best_fit((width, height), canvases), (width, height)
+
+
+def test_the_grid_is_metas_where_scales_are_equal_in_single_precision_only() -> None:
+    """Sides of millions of pixels, a pixel off the proportions of a grid."""
+    ours, theirs = Llama4ImageProcessor(14), VariableSizeImageTransform(14)
+    canvases = torch.tensor(theirs.find_supported_resolutions(max_num_chunks=16, patch_size=14))
+    rounded = 0
+    for base in range(1_000_003, 5_000_000, 100_003):
+        for columns, rows in ours._grids:
+            size = (columns * base + 1, rows * base)
+            grid = ours._best_grid(size)
+            assert (grid[0] * 14, grid[1] * 14) == theirs.get_best_fit(size, canvases), size
+            scales = {g: min(g[0] / size[0], g[1] / size[1]) for g in ours._grids}
+            rounded += scales[grid] != max(scales.values())
+    assert rounded > 0
 
 
 # --- what that amounts to ---

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import meta_model
 import pytest
@@ -102,7 +105,7 @@ def test_a_name_that_is_no_special_token_is_refused(real: TextTokenizer, name: s
         real.special(name)
 
 
-def test_a_file_that_truncates_and_pads_encodes_whole_texts(small_json: dict[str, object], tmp_path: Path) -> None:
+def test_a_file_that_truncates_and_pads_encodes_whole_texts(small_json: dict[str, Any], tmp_path: Path) -> None:
     small_json["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     small_json["padding"] = {
         "strategy": {"Fixed": 9},
@@ -116,20 +119,23 @@ def test_a_file_that_truncates_and_pads_encodes_whole_texts(small_json: dict[str
     assert TextTokenizer.open(tmp_path).encode("abcd") == list(b"abcd")
 
 
-def test_threads_do_not_change_each_others_reading_of_special_tokens(small: TextTokenizer) -> None:
-    wrong: list[bool] = []
+def test_threads_do_not_change_each_others_reading_of_special_tokens(
+    small: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        """A library that lets other threads run before it looks at its setting."""
 
-    def encode(allow_special: bool) -> None:
-        for _ in range(3_000):
-            if (len(small.encode("<|eot|>", allow_special=allow_special)) == 1) != allow_special:
-                wrong.append(allow_special)
+        encode_special_tokens = False
 
-    threads = [threading.Thread(target=encode, args=(allow,)) for allow in (True, False, True, False)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+        def encode(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
+            time.sleep(0.01)
+            return SimpleNamespace(ids=[not self.encode_special_tokens])
+
+    monkeypatch.setattr(small, "_tokenizer", Slow())
+    asked = [True, False] * 8
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda allow: small.encode("", allow_special=allow), asked))
+    assert answers == [[allow] for allow in asked]
 
 
 # --- text ---
@@ -150,6 +156,21 @@ def test_an_id_without_a_token_is_refused(real: TextTokenizer, token_id: int) ->
         real.decode([5, token_id])
     with pytest.raises(ValueError, match=f"no token {token_id}"):
         real.stream().push(token_id)
+
+
+def test_a_token_added_to_the_vocabulary_is_spelt_as_it_reads(small_json: dict[str, Any], tmp_path: Path) -> None:
+    """The characters of "éé" are of the byte-level alphabet too, where they stand for bytes that are no text."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+    small_json["added_tokens"] += [
+        {"id": meta_model.VOCAB_SIZE + i, "content": content, **flags} for i, content in enumerate(("éé", "\u4e2d b"))
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(small_json))
+    tokenizer = TextTokenizer.open(tmp_path)
+    ids = tokenizer.encode("aéé\u4e2d b")
+    assert ids == [ord("a"), meta_model.VOCAB_SIZE, meta_model.VOCAB_SIZE + 1]
+    assert tokenizer.decode(ids) == "aéé\u4e2d b"
+    with pytest.raises(ValueError, match="no special token éé"):
+        tokenizer.special("éé")
 
 
 # --- streams ---
@@ -192,11 +213,11 @@ def test_a_stream_adds_up_to_decode(small: TextTokenizer, ids: list[int], skip: 
 
 
 @pytest.fixture
-def small_json(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def small_json(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("json") / "tokenizer.model"
     meta_model.write_tokenizer(path)
     content = tokenizer_files(path.read_bytes(), variant="base", vision=False, max_length=1)["tokenizer.json"]
-    loaded: dict[str, object] = json.loads(content)
+    loaded: dict[str, Any] = json.loads(content)
     return loaded
 
 
@@ -228,7 +249,7 @@ Damage = Callable[[bytes], bytes]
         lambda data: data.replace(b'"merges":[', b'"merges":[["no","such"],'),
     ],
 )
-def test_a_damaged_tokenizer_json_is_refused(small_json: dict[str, object], tmp_path: Path, damage: Damage) -> None:
+def test_a_damaged_tokenizer_json_is_refused(small_json: dict[str, Any], tmp_path: Path, damage: Damage) -> None:
     data = json.dumps(small_json, separators=(",", ":")).encode()
     assert damage(data) != data
     (tmp_path / "tokenizer.json").write_bytes(damage(data))
@@ -240,9 +261,10 @@ def test_a_damaged_tokenizer_model_is_refused(tmp_path: Path) -> None:
     assert "tokenizer.model" in refusal(tmp_path)
 
 
-def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece()
+@pytest.mark.parametrize(("token", "decoder"), [("a", decoders.WordPiece()), ("a b", decoders.ByteLevel())])
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path, token: str, decoder: Any) -> None:
+    tokenizer = Tokenizer(models.WordLevel({token: 0}, unk_token=token))
+    tokenizer.decoder = decoder
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert "do not stand for bytes" in refusal(tmp_path)
 
