@@ -26,11 +26,11 @@ from llama4_convert.weight_check import WeightFault, compare_weights, unexpected
 RUNNERS = ("llama4", "transformers")
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Largest value that passes (of top1_agreement: smallest); docs/validate.md tells what they were derived from.
+# Largest value that passes (of top1_agreement: smallest); docs/validate.md has the measurements behind them.
 GATES: Mapping[str, Mapping[str, float]] = {
     "float32": {"top1_agreement": 0.999, "kl_mean": 1e-6, "kl_p999": 1e-5, "nmse": 1e-8},
-    "bfloat16": {"top1_agreement": 0.95, "kl_mean": 2e-3, "kl_p999": 5e-2, "nmse": 2e-4},
-    "float16": {"top1_agreement": 0.98, "kl_mean": 1e-4, "kl_p999": 5e-3, "nmse": 1e-5},
+    "bfloat16": {"top1_agreement": 0.9, "kl_mean": 5e-3, "kl_p999": 0.5, "nmse": 1e-2},
+    "float16": {"top1_agreement": 0.97, "kl_mean": 3e-4, "kl_p999": 0.05, "nmse": 5e-4},
 }
 GATE_NAMES = ("top1_agreement", "kl_mean", "kl_p999", "nmse", "max_abs_diff")
 
