@@ -36,45 +36,45 @@ class LogitComparison:
     def update(self, first: int, reference: Logits, candidate: Logits) -> None:
         """Take in the logits [N, tokens] of the tokens from id `first` on."""
         pair = np.stack([reference, candidate]).astype(np.float64)
-        difference = pair[1] - pair[0]
-        self._squared_error += float(np.square(difference).sum())
-        self._squared += float(np.square(pair[0]).sum())
-        # Not max(): that would pass over a NaN.
-        self._largest = float(np.maximum(self._largest, np.abs(difference).max()))
+        with np.errstate(invalid="ignore", over="ignore"):  # of logits that overflowed: the NaN is the answer
+            difference = pair[1] - pair[0]
+            self._squared_error += float(np.square(difference).sum())
+            self._squared += float(np.square(pair[0]).sum())
+            # Not max(): that would pass over a NaN.
+            self._largest = float(np.maximum(self._largest, np.abs(difference).max()))
 
-        best = pair.max(-1)
-        self._top = np.where(best > self._max, first + pair.argmax(-1), self._top)
-        higher = np.maximum(best, self._max)
-        with np.errstate(invalid="ignore"):  # inf - inf, of logits that overflowed: the NaN is the answer
+            best = pair.max(-1)
+            self._top = np.where(best > self._max, first + pair.argmax(-1), self._top)
+            higher = np.maximum(best, self._max)
             rescale = np.exp(self._max - higher)
             e = np.exp(pair - higher[..., None])
-        self._sum = self._sum * rescale + e.sum(-1)
-        self._weighted = self._weighted * rescale[0] - (e[0] * difference).sum(-1)
-        self._max = higher
+            self._sum = self._sum * rescale + e.sum(-1)
+            self._weighted = self._weighted * rescale[0] - (e[0] * difference).sum(-1)
+            self._max = higher
 
         here = np.flatnonzero((self.targets >= first) & (self.targets < first + reference.shape[-1]))
         self._of_target[:, here] = pair[:, here, self.targets[here] - first]
 
     def result(self) -> dict[str, float | int | None]:
         """The metrics by their names in the JSON contract; None for what is not a finite number."""
-        log_sum = self._max + np.log(self._sum)
-        kl = self._weighted / self._sum[0] - (log_sum[0] - log_sum[1])
-        kl = np.maximum(kl, 0)  # below zero by rounding only
-        followed = self.targets >= 0
-        nll = (log_sum - self._of_target)[:, followed]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            log_sum = self._max + np.log(self._sum)
+            kl = self._weighted / self._sum[0] - (log_sum[0] - log_sum[1])
+            kl = np.maximum(kl, 0)  # below zero by rounding only
+            nll = (log_sum - self._of_target)[:, self.targets >= 0]
+        sound = bool(np.isfinite(kl).all())
         perplexity = [_perplexity(row) for row in nll]
         metrics: dict[str, float | int | None] = {
             "tokens": len(self.targets),
-            "top1_agreement": float((self._top[0] == self._top[1]).mean()),
+            # argmax calls NaN the largest: two broken models would agree.
+            "top1_agreement": float((self._top[0] == self._top[1]).mean()) if sound else None,
             "kl_mean": float(kl.mean()),
-            "kl_p999": float(np.quantile(kl, 0.999)),
+            "kl_p999": float(np.quantile(kl, 0.999)) if sound else None,
             "nmse": self._squared_error / self._squared if self._squared else math.nan,
             "max_abs_diff": self._largest,
             "perplexity_reference": perplexity[0],
             "perplexity_candidate": perplexity[1],
         }
-        if not np.isfinite(kl).all():  # argmax calls NaN the largest: two broken models would agree
-            metrics["top1_agreement"] = None
         return {name: finite(value) for name, value in metrics.items()}
 
 
