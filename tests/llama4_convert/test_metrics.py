@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -232,3 +233,17 @@ def test_nmse_squares_what_single_precision_could_not_hold() -> None:
 @pytest.mark.parametrize(("value", "kept"), [(1.5, 1.5), (0, 0), (None, None), (math.nan, None), (-math.inf, None)])
 def test_finite_leaves_out_what_json_lacks(value: Any, kept: Any) -> None:
     assert finite(value) == kept
+
+
+# -------------------- the terminal
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["candidate", "reference", "both"])
+def test_no_number_makes_no_warning_on_the_terminal(value: float, side: str) -> None:
+    pair = {"reference": logits(0), "candidate": logits(0)}
+    for name in pair if side == "both" else [side]:
+        pair[name][2, 3] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(**pair, widths=[10, 10])
