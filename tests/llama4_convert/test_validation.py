@@ -395,6 +395,14 @@ def test_an_expert_is_named_where_many_share_a_tensor(source: Callable[..., Path
     assert fault["cause"].startswith("128 of 13,312 elements differ, by up to ")
 
 
+def test_the_sign_of_a_zero_is_a_bit_like_any_other(converted: Callable[..., Path], tmp_path: Path) -> None:
+    one, other = (commands.copy(converted("text_only"), tmp_path / name) for name in ("one", "other"))
+    change_tensors(one, lambda tensors: tensors["model.norm.weight"].fill_(0.0))
+    change_tensors(other, lambda tensors: tensors["model.norm.weight"].fill_(-0.0))
+    [fault] = validate(other, reference=one, tokens=2)["tensors_different"]
+    assert fault["tensor"] == "model.norm.weight"
+
+
 def test_a_wrong_rounding_to_another_dtype_is_found(
     source: Callable[..., Path], converted: Callable[..., Path]
 ) -> None:
