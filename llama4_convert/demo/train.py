@@ -3,7 +3,7 @@
     python -m llama4_convert.demo.train OUT
 
 It learns text from pydoc's topics and the docstrings and comments of the standard library, and pictures from drawings of
-one coloured shape with a caption. Some 25 minutes on two cores; OUT/README.md says what came out.
+one coloured shape with a caption. Some 20 minutes on two cores of their own; OUT/README.md says what came out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ import re
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from llama4.config import Llama4Config, Llama4TextConfig
+from llama4.geometry import Geometry
+from llama4.weights import parameter_shapes
 from llama4_convert.reference import load_reference
 from llama4_convert.text import TextTokenizer
 from llama4_convert.tokenizer import N_SPECIAL, WORD_PATTERN
@@ -32,6 +36,7 @@ from llama4_convert.tokenizer import N_SPECIAL, WORD_PATTERN
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from llama4.loading import DictWeights
     from llama4.model import Llama4ForCausalLM
@@ -40,11 +45,29 @@ SEED = 0
 RANKS = 2
 N_PLAIN = 2048  # 256 bytes and 1,792 merges
 LENGTH, SEQUENCES = 512, 4  # of text, a step
-PICTURES = 16  # a step
-STEPS, WARM_UP = 1800, 100
-RATE, LAST_RATE = 2e-3, 2e-5
 WEIGHT_DECAY = 0.1
 CAPTION_WEIGHT, BALANCE_WEIGHT = 0.5, 0.02
+TOWER_FILE = "tower.pt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    steps: int
+    warm_up: int
+    rate: float
+    pictures: int  # a step
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a half cosine to a hundredth."""
+        if step < self.warm_up:
+            return self.rate * (step + 1) / self.warm_up
+        done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return self.rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
+LANGUAGE = Stage(steps=1800, warm_up=100, rate=2e-3, pictures=16)
+TOWER = Stage(steps=800, warm_up=100, rate=2e-3, pictures=64)
+JOIN = Stage(steps=150, warm_up=20, rate=5e-4, pictures=32)
 
 # A Maverick in small: dense and MoE layers by turns, every fourth layer NoPE. The widths follow: 512 dense, 128 experts.
 PARAMS: dict[str, Any] = {
@@ -85,99 +108,154 @@ PARAMS: dict[str, Any] = {
 }
 
 
-def train(out: Path, *, steps: int = STEPS, threads: int = 2) -> str:
-    """Write the checkpoint and its README.md into `out`; returns the table of what was measured."""
+def train_language(out: Path) -> None:
+    """The whole model, on text and pictures. In so few pictures it learns the colours and hardly the shapes."""
+    import torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    topics, _, library = texts()
+    (out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
+    (out / "tokenizer.model").write_bytes(tokenizer_model([*topics, *library]))
+    words = Words(TextTokenizer.open(out))
+    torch.manual_seed(SEED)
+    train_jointly(out, words, initial(meta_config(words)), Random(SEED), LANGUAGE)
+
+
+def train_tower(out: Path) -> None:
+    """A vision tower on pictures alone, which it classifies: much cheaper than to learn shapes from captions."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    from llama4.model import Llama4ForConditionalGeneration
+
+    torch.manual_seed(SEED)
+    random = Random(SEED + 2)
+    config = meta_config(Words(TextTokenizer.open(out)))
+    weights = initial(config)
+    model = Llama4ForConditionalGeneration(config, weights)
+    traits = (SHAPES, COLOURS, GROUNDS)
+    sizes = [len(names) for names in traits]
+    classifier = torch.nn.Linear(4 * config.text_config.hidden_size, sum(sizes))
+    tower = {name: tensor for name, tensor in weights.items() if name.startswith("vision.")}
+    parameters = [*tower.values(), *classifier.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    for step in range(TOWER.steps):
+        set_rate(optimizer, TOWER.rate_at(step))
+        kinds = [random_picture(random) for _ in range(TOWER.pictures)]
+        features = model.image_features(pixel_values([draw(*kind, random) for kind in kinds]))
+        guesses = classifier(features.view(TOWER.pictures, -1)).split(sizes, dim=1)
+        loss = torch.zeros(())
+        for i, (names, guess) in enumerate(zip(traits, guesses, strict=True)):
+            loss = loss + F.cross_entropy(guess, torch.tensor([names.index(kind[i]) for kind in kinds]))
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 99:
+            print(f"{step + 1} pictures {loss.item():.3f}", flush=True)
+    torch.save({name: tensor.detach() for name, tensor in tower.items()}, out / TOWER_FILE)
+
+
+def join(out: Path) -> None:
+    """The tower into the model, and all of it a little further on text and pictures."""
+    import torch
+
+    from llama4.loading import DictWeights
+
+    words = Words(TextTokenizer.open(out))
+    language = load_reference(out, dtype=torch.float32).model.weights
+    tensors = {name: language[name] for name in parameter_shapes(meta_config(words))}
+    tensors |= torch.load(out / TOWER_FILE, weights_only=True)
+    weights = DictWeights({name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()})
+    train_jointly(out, words, weights, Random(SEED + 3), JOIN)
+    (out / TOWER_FILE).unlink()
+
+
+def train_jointly(out: Path, words: Words, weights: DictWeights, random: Random, stage: Stage) -> None:
+    """Text and captions in every step, all weights; writes the rank files."""
     import torch
 
     from llama4.model import build
 
-    begun = time.monotonic()
-    torch.set_num_threads(threads)
-    torch.manual_seed(SEED)
-    random = Random(SEED)
-    out.mkdir(parents=True, exist_ok=True)
-
     topics, held_out, library = texts()
-    (out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
-    (out / "tokenizer.model").write_bytes(tokenizer_model([*topics, *library]))
-    words = Words(TextTokenizer.open(out))
     # The topics are what the model shall know best: it sees them twice as often.
     documents = [words.document(text) for text in [*topics, *topics, *library]]
-    print(f"{len(documents)} documents, {sum(map(len, documents)):,} tokens a round", flush=True)
-
+    print(f"{len(documents):,} documents, {sum(map(len, documents)):,} tokens a round", flush=True)
     config = meta_config(words)
-    weights = initial(config)
     scores: list[Tensor] = []  # of the routers, since they were last looked at
     model = build(config, weights, lambda name, tensor: scores.append(tensor) if name.endswith(".router") else None)
     matrices = [tensor for tensor in weights.values() if tensor.dim() > 1]
     others = [tensor for tensor in weights.values() if tensor.dim() < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     batches = text_batches(documents, words.bos, random)
     recent: list[float] = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        tokens = torch.tensor(next(batches))
-        text_loss = next_token_loss(model, tokens, first=1)
+    for step in range(stage.steps):
+        set_rate(optimizer, stage.rate_at(step))
+        text_loss = next_token_loss(model, torch.tensor(next(batches)), first=1)
         torch.autograd.backward(text_loss + BALANCE_WEIGHT * imbalance(scores))
-        pixels, tokens = captioned(random, words, PICTURES)
+        pixels, tokens = captioned(random, words, stage.pictures)
         caption_loss = next_token_loss(model, tokens, first=len(words.picture), pixels=pixels)
         torch.autograd.backward(CAPTION_WEIGHT * caption_loss + BALANCE_WEIGHT * imbalance(scores))
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         recent = [*recent, text_loss.item()][-100:]
-        if step % 100 == 99:
-            train_loss = sum(recent) / len(recent)
-            seconds = time.monotonic() - begun
-            print(f"{step + 1} text {train_loss:.3f} caption {caption_loss.item():.3f} {seconds:.0f} s", flush=True)
-            if step % 500 == 499:
-                with torch.inference_mode():
-                    print(f"     held-out {held_out_loss(model, words, held_out):.3f}", flush=True)
-                scores.clear()
+        if step % 50 == 49:
+            mean = sum(recent) / len(recent)
+            print(f"{step + 1} text {mean:.3f} caption {caption_loss.item():.3f}", flush=True)
+        if step % 500 == 499:
+            with torch.inference_mode():
+                print(f"     held-out {held_out_loss(model, words, held_out):.3f}", flush=True)
+            scores.clear()
 
-    with torch.no_grad():
-        final = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    final = {name: tensor.detach().to(torch.bfloat16) for name, tensor in weights.items()}
     for rank in range(RANKS):
         torch.save(rank_tensors(config, final, rank), out / f"consolidated.{rank:02d}.pth")
-    trained = time.monotonic() - begun
 
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def measure(out: Path, seconds: Mapping[str, float]) -> str:
+    """Write README.md of what the files in `out` can do; returns its table."""
+    import torch
+
+    topics, held_out, library = texts()
+    words = Words(TextTokenizer.open(out))
+    documents = [*topics, *topics, *library]
+    scores: list[Tensor] = []
     with torch.inference_mode():
         model = load_reference(out, dtype=torch.float32)
+        known = held_out_loss(model, words, topics[::20])
         model.model.observe = lambda name, tensor: scores.append(tensor) if name.endswith(".router") else None
-        scores.clear()
         loss = held_out_loss(model, words, held_out)
-        shares = expert_shares(scores, config.text_config)
+        shares = expert_shares(scores, model.config.text_config)
         right, whole = caption_accuracy(model, words, Random(SEED + 1), 500)
         loss_bf16 = held_out_loss(load_reference(out), words, held_out)
+    steps = LANGUAGE.steps + JOIN.steps
+    captions = LANGUAGE.steps * LANGUAGE.pictures + JOIN.steps * JOIN.pictures
     rows = {
-        "parameters": f"{sum(tensor.numel() for tensor in final.values()):,}",
-        "text seen": f"{steps * SEQUENCES * LENGTH:,} tokens, {len(documents):,} documents of"
-        f" {sum(map(len, documents)):,} tokens (topics counted twice)",
-        "pictures seen": f"{steps * PICTURES:,}",
-        "training loss, last 100 steps": f"{sum(recent) / len(recent):.3f} nats a token",
-        "held-out loss": f"{loss:.3f} nats a token ({loss_bf16:.3f} if computed in bfloat16)",
-        "held-out perplexity": f"{math.exp(loss):.1f}",
+        "parameters": f"{sum(math.prod(shape) for shape in parameter_shapes(model.config).values()):,}",
+        "text": f"{len(documents):,} documents, {sum(len(words.document(text)) for text in documents):,} tokens"
+        " (topics counted twice)",
+        "text seen": f"{steps * SEQUENCES * LENGTH:,} tokens in {steps:,} steps",
+        "pictures seen": f"{captions:,} with captions, {TOWER.steps * TOWER.pictures:,} by the tower alone",
+        "loss on topics it has seen": f"{known:.3f} nats a token",
+        "loss on held-out topics": f"{loss:.3f} nats a token ({loss_bf16:.3f} if computed in bfloat16)",
+        "perplexity on held-out topics": f"{math.exp(loss):.1f}",
         "captions with the right colour and shape": f"{right:.1%} of 500 new pictures",
         "captions right word by word": f"{whole:.1%}",
-        **{f"tokens an expert, {name}": " ".join(f"{x:.1%}" for x in share) for name, share in shares.items()},
-        "seconds": f"{trained:.0f} on {threads} threads",
+        **{f"tokens an expert, {name}": ", ".join(f"{x:.1%}" for x in share) for name, share in shares.items()},
+        "seconds": ", ".join(f"{stage} {n:.0f}" for stage, n in seconds.items()),
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    (out / "README.md").write_text(
-        _README.format(version=platform.python_version(), table=table, held=", ".join(HELD_OUT))
-    )
+    readme = _README.format(version=platform.python_version(), table=table, held=", ".join(HELD_OUT))
+    (out / "README.md").write_text(readme)
     return table
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a half cosine."""
-    if step < WARM_UP:
-        return RATE * (step + 1) / WARM_UP
-    done = (step - WARM_UP) / max(1, steps - WARM_UP)
-    return LAST_RATE + (RATE - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
 # -------------------- the text
@@ -191,6 +269,7 @@ _COMMENTS = re.compile(r"(?:^[ \t]*#.*\n){2,}", re.MULTILINE)
 _MARK = re.compile(r"^[ \t]*# ?", re.MULTILINE)
 
 
+@cache
 def texts() -> tuple[list[str], list[str], list[str]]:
     """Topics to learn from, topics held out, and documents of the standard library.
 
@@ -353,10 +432,6 @@ def captioned(random: Random, words: Words, n: int) -> tuple[Tensor, Tensor]:
 
 
 def meta_config(words: Words) -> Llama4Config:
-    from dataclasses import replace
-
-    from llama4.geometry import Geometry
-
     return replace(Llama4Config.from_geometry(Geometry.from_params(PARAMS)), image_token_index=words.patch)
 
 
@@ -530,8 +605,10 @@ Measured on these very files, with the project's reference model computing in fl
 
 The held-out topics are {held}; paragraphs of theirs that other texts repeat were cut from those.
 
-To make it again: `python -m llama4_convert.demo.train OUT`, with CPython {version}. Another version of Python, torch or
-tokenizers, or another number of threads, gives a similar model and not the same one.
+To make it again: `python -m llama4_convert.demo.train OUT`, with CPython {version}. It trains in three stages: the whole model on
+text and captioned pictures, a new vision tower on pictures that it classifies, and both together a little further. Another
+version of Python, torch or tokenizers, or another number of threads, gives a similar model and not the same one. The
+seconds are those of two cores that other work used too.
 
 ## What it was trained on
 
@@ -542,14 +619,26 @@ with a copyright or licence of their own were left out. The pictures were drawn 
 
 
 def main() -> None:
+    stages = {"language": train_language, "tower": train_tower, "join": join}
     parser = argparse.ArgumentParser(description="Train the demo's small Llama 4.")
     parser.add_argument("out", type=Path, help="directory to write into")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    help_stages = "goes on in OUT with these stages only (default: all)"
+    parser.add_argument("--stages", nargs="+", choices=stages, default=list(stages), help=help_stages)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     # Threads that spin while they wait are many times slower on cores that others use too; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    print(train(arguments.out, steps=arguments.steps, threads=arguments.threads))
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    seconds = {}
+    for stage in arguments.stages:
+        begun = time.monotonic()
+        stages[stage](arguments.out)
+        seconds[stage] = time.monotonic() - begun
+        print(f"{stage}: {seconds[stage]:.0f} s", flush=True)
+    if "join" in seconds:
+        print(measure(arguments.out, seconds))
 
 
 if __name__ == "__main__":
