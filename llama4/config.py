@@ -19,6 +19,7 @@ _VISION_NORM_EPS = 1e-5
 _VISION_ROPE_THETA = 10000.0
 _HIDDEN_ACT, _VISION_HIDDEN_ACT = "silu", "gelu"
 _DEFAULT_CONTEXT = 131072
+_MOST = 1024  # layers, experts: far beyond any Llama 4; a damaged number must not make lists of its length
 
 
 class ConfigError(ValueError):
@@ -100,7 +101,7 @@ class Llama4TextConfig:
     def from_json(body: Mapping[str, Any], tied: bool = False) -> Llama4TextConfig:
         """From the `text_config` of a config.json (or the whole, of a text model). Raises ConfigError."""
         c = _Json(body, "")
-        n_layers, n_heads = c.whole("num_hidden_layers", 48), c.whole("num_attention_heads", 40)
+        n_layers, n_heads = c.whole("num_hidden_layers", 48, most=_MOST), c.whole("num_attention_heads", 40)
         hidden = c.whole("hidden_size", 5120)
         interval = c.whole("no_rope_layer_interval", 0)
         rotates = tuple(bool(x) for x in c.integers("no_rope_layers") or ())
@@ -134,7 +135,7 @@ class Llama4TextConfig:
             head_dim=c.whole("head_dim", 128 if "head_dim" not in body else hidden // n_heads),
             intermediate_size=c.whole("intermediate_size", 8192),
             intermediate_size_mlp=c.whole("intermediate_size_mlp", 16384),
-            num_local_experts=c.whole("num_local_experts", 16, least=0),
+            num_local_experts=c.whole("num_local_experts", 16, least=0, most=_MOST),
             num_experts_per_tok=c.whole("num_experts_per_tok", 1),
             interleave_moe_layer_step=step if step <= n_layers else 0,
             moe_layers=moe_layers,
@@ -209,13 +210,13 @@ class Llama4VisionConfig:
         # Transformers' code never reads norm_eps, but other readers do.
         return Llama4VisionConfig(
             hidden_size=c.whole("hidden_size", 768),
-            num_hidden_layers=c.whole("num_hidden_layers", 34),
+            num_hidden_layers=c.whole("num_hidden_layers", 34, most=_MOST),
             num_attention_heads=c.whole("num_attention_heads", 16),
             intermediate_size=c.whole("intermediate_size", 5632),
             image_size=c.side("image_size", 448),
             patch_size=c.side("patch_size", 14),
             vision_output_dim=output,
-            pixel_shuffle_ratio=c.number("pixel_shuffle_ratio", 0.5),
+            pixel_shuffle_ratio=_ratio(c),
             norm_eps=c.number("norm_eps", _VISION_NORM_EPS),
             rope_theta=_rope_theta(c, _VISION_ROPE_THETA),
             hidden_act=str(body.get("hidden_act") or _VISION_HIDDEN_ACT),
@@ -303,20 +304,33 @@ _ROPE_FIELDS = {"rope_scaling.original_context": "rope_scaling.original_max_posi
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        names = {field.name: _ROPE_FIELDS.get(f"rope_scaling.{field.name}", field.name) for field in fields(value)}
+        return {name.removeprefix("rope_scaling."): getattr(value, own) for own, name in names.items()}
     if isinstance(value, tuple):
         return [int(x) if isinstance(x, bool) else x for x in value]
     return value
 
 
+def _ratio(c: _Json) -> float:
+    ratio = c.number("pixel_shuffle_ratio", 0.5)
+    if not 0 < ratio <= 1:
+        raise ConfigError(f"{c.prefix}pixel_shuffle_ratio must be above 0 and at most 1, not {ratio:g}")
+    return ratio
+
+
+def _rope(c: _Json) -> _Json | None:
+    """Where RoPE's numbers are: Transformers 4 writes `rope_scaling`, which wins where both are there, 5 `rope_parameters`."""
+    both = [c.nested(name) for name in ("rope_scaling", "rope_parameters")]
+    return next((inner for inner in both if inner and inner.values), None)
+
+
 def _rope_theta(c: _Json, default: float = 500000.0) -> float:
-    """Transformers 4 writes `rope_theta`, Transformers 5 `rope_parameters`, which wins where both are there."""
-    inner = c.nested("rope_parameters")
-    return inner.number("rope_theta", c.number("rope_theta", default)) if inner else c.number("rope_theta", default)
+    inner, outer = _rope(c), c.number("rope_theta", default)
+    return inner.number("rope_theta", outer) if inner else outer
 
 
 def _rope_scaling(c: _Json) -> RopeScaling | None:
-    inner = c.nested("rope_parameters") or c.nested("rope_scaling")
+    inner = _rope(c)
     if inner is None:
         return None
     kind = inner.values.get("rope_type") or inner.values.get("type") or "default"
@@ -328,7 +342,9 @@ def _rope_scaling(c: _Json) -> RopeScaling | None:
         factor=inner.number("factor", 0),
         high_freq_factor=inner.number("high_freq_factor", 0),
         low_freq_factor=inner.number("low_freq_factor", 0),
-        original_context=inner.whole("original_max_position_embeddings", 8192),
+        original_context=inner.whole(
+            "original_max_position_embeddings", c.whole("max_position_embeddings", _DEFAULT_CONTEXT)
+        ),
     )
 
 
@@ -345,12 +361,12 @@ class _Json:
             raise ConfigError(f"{self.prefix}{name} must be a number, not {value!r:.40}")
         return float(value)
 
-    def whole(self, name: str, default: int, least: int = 1) -> int:
+    def whole(self, name: str, default: int, least: int = 1, most: int = 1 << 40) -> int:
         value = self.values.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 40:
-            raise ConfigError(f"{self.prefix}{name} must be a whole number of at least {least}, not {value!r:.40}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigError(f"{self.prefix}{name} must be a whole number from {least} to {most:,}, not {value!r:.40}")
         return value
 
     def token(self, name: str, default: int) -> int | None:
@@ -360,7 +376,7 @@ class _Json:
             return default
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{self.prefix}{name} must be a token id, not {value!r:.40}")
-        return value if value >= 0 else None
+        return value if 0 <= value < 1 << 40 else None
 
     def side(self, name: str, default: int) -> int:
         """A side in pixels: a number, or a list of two equal ones."""

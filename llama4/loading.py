@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor, parameter_shapes
+from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -37,10 +37,6 @@ class DictWeights(dict[str, Tensor]):
 
     def rows(self, name: str, index: slice | Tensor) -> Tensor:
         return self[name][index]
-
-
-class ShapeError(BindingError):
-    """A tensor has not the shape that the configuration calls for; the message names the key."""
 
 
 def to_tensor(bits: Bits, dtype: str) -> Tensor:

@@ -51,6 +51,10 @@ class BindingError(ValueError):
     """A layout lacks a tensor that the configuration calls for; the message names the keys that were looked for."""
 
 
+class ShapeError(BindingError):
+    """A tensor has not the shape that the configuration calls for; the message names the key."""
+
+
 def first_key(keys: Collection[str], *candidates: str) -> str:
     """The first of several spellings that is there. Raises BindingError."""
     for key in candidates:

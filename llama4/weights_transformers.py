@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor, Rows, TensorReader, parameter_shapes
+from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError, TensorReader, parameter_shapes
 
 _TEXT_PREFIX = "language_model."  # where there is a vision tower
 _EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|down)")
@@ -92,6 +92,9 @@ def logical_tensors(reader: TensorReader, config: Llama4Config) -> Iterator[Logi
 
 def _fused(reader: TensorReader, key: str, expert: int, part: str, rows: Rows | None) -> Bits:
     """One projection as [out, in], from [experts, in, out]; gate and up lie side by side, gate first."""
+    shape = reader.shape(key)
+    if len(shape) != 3 or expert >= shape[0]:
+        raise ShapeError(f"{key} has shape {list(shape)}: no matrix of expert {expert}")
     matrix: Bits = reader.read(key, (expert, expert + 1))[0]
     if part != "down":
         width = matrix.shape[1] // 2

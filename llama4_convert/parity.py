@@ -68,28 +68,28 @@ def side_by_side(
     strayed: tuple[int | None, str] | None = None
     layers: list[dict[str, Any]] = []
     x = ours.embed(batch.tokens, batch.pixel_values)
-    with _candidate():
+    with candidate_steps():
         y = theirs.embed(batch.tokens, batch.pixel_values)
     if not error(x, y) <= threshold:  # which NaN is not either
         strayed = (None, "embed")
     for index in range(n_layers):
         before, x = x, ours.model.layer(index, x)
-        with _candidate():
+        with candidate_steps():
             # As one batch: the candidate's weights are read once for both.
             y, alone = theirs.model.layer(index, torch.cat([y, before])).chunk(2)
         local, propagated = error(x, alone), error(x, y)
         layers.append({"layer": index, "nmse_local": finite(local), "nmse_propagated": finite(propagated)})
         if strayed is None and not local <= threshold:
-            with _candidate():
+            with candidate_steps():
                 attention = [_attention(model, index, before) for model in (ours, theirs)]
             strayed = (index, "feed_forward" if error(*attention) <= threshold else "attention")
         advance(1 / (n_layers + 1))
     x, before = ours.model.final_norm(x), x
-    with _candidate():
+    with candidate_steps():
         alone, y = theirs.model.final_norm(before), theirs.model.final_norm(y)
     if strayed is None and not error(x, alone) <= threshold:
         strayed = (None, "norm")
-    with _candidate():
+    with candidate_steps():
         metrics = _compare_logits(ours, x, batch, theirs.logit_slices(y[batch.is_real], _METRIC_ROWS))
     advance(1 / (n_layers + 1))
     return Parity(metrics, layers, strayed)
@@ -137,7 +137,7 @@ def _compare_logits(
 
 
 @contextlib.contextmanager
-def _candidate() -> Iterator[None]:
+def candidate_steps() -> Iterator[None]:
     """Steps of the candidate: what they raise is its failure, not ours."""
     try:
         yield

@@ -91,10 +91,12 @@ def prompts_of_ids(path: Path) -> list[Prompt]:
     text = _read(path)
     try:
         rows: Any = json.loads(text)
+        if type(rows) is int:
+            rows = [rows]
         if isinstance(rows, list) and rows and all(type(i) is int for i in rows):
             rows = [rows]
     except (ValueError, RecursionError):
-        rows = [[int(i) for i in re.split(r"[\s,]+", line.strip())] for line in _number_lines(path, text)]
+        rows = [[int(i) for i in re.findall(r"\d+", line)] for line in _number_lines(path, text)]
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path} holds no token ids: write a JSON list of lists, or one prompt a line")
     for number, row in enumerate(rows, 1):
@@ -108,7 +110,7 @@ def _number_lines(path: Path, text: str) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not re.fullmatch(r"[\d\s,]{1,1000000}", line) or not re.search(r"\d", line) or re.search(r"\d{10}", line):
             raise BadInput(f"{path}: line {number} is no list of token ids: {line[:40]!r}")
-    return [line.strip(", \t") for line in lines]
+    return lines
 
 
 def _read(path: Path) -> str:
@@ -125,8 +127,15 @@ def _read(path: Path) -> str:
         raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def check_tokens(prompts: Sequence[Prompt], config: Llama4Config) -> None:
-    """Raises BadInput for a token outside the vocabulary."""
+def check_prompts(prompts: Sequence[Prompt], config: Llama4Config) -> None:
+    """Raises BadInput for a token outside the vocabulary, UsageError for `<|patch|>` tokens that no tile stands behind."""
+    vision = config.vision_config
+    patches = sum(prompt.tokens.count(config.image_token_index or -1) for prompt in prompts)
+    tiles = sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
+    if vision and tiles and patches != tiles * vision.tokens_a_tile:
+        raise UsageError(
+            f"the prompts have {patches} <|patch|> tokens, and their pictures make {tiles * vision.tokens_a_tile}"
+        )
     for number, prompt in enumerate(prompts, 1):
         for token in prompt.tokens:
             if not 0 <= token < config.text_config.vocab_size:

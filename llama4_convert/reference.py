@@ -43,6 +43,9 @@ class Checkpoint:
     def open(path: str | os.PathLike[str]) -> Checkpoint:
         """Meta's directory or a Transformers one. Raises UsageError, BadInput or EnvironmentFailed."""
         path = Path(path)
+        named = {name for name in ("params.json", "config.json") if (path / name).exists()}
+        if not named and any(path.glob("*.safetensors*")):
+            raise BadInput(f"{path} has safetensors files and no config.json: copy it there, or convert again")
         try:
             if (path / "params.json").exists() or not (path / "config.json").exists():
                 return _open_meta(MetaCheckpoint.open(path))

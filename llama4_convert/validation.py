@@ -8,6 +8,7 @@ at 256 tokens a wrong RoPE factor, chunk size or floor scale changes nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,8 +19,8 @@ from typing import Any
 from llama4.config import Difference, Llama4Config, differences
 from llama4.weights import BindingError, parameter_shapes
 from llama4_convert.errors import BadInput, UsageError
-from llama4_convert.parity import CandidateFailed, Parity, against_transformers, side_by_side
-from llama4_convert.prompts import Batch, Prompt, check_tokens, prompts_of_file, prompts_of_ids, random_prompts
+from llama4_convert.parity import CandidateFailed, Parity, against_transformers, candidate_steps, side_by_side
+from llama4_convert.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
 from llama4_convert.reference import Checkpoint, model_of
 from llama4_convert.weight_check import WeightFault, compare_weights, unexpected_tensors
 
@@ -64,7 +65,11 @@ def validate(
     limits = _limits(dtype, gates or {})
     if runner not in RUNNERS:
         raise UsageError(f"unknown runner {runner!r}: choose one of {', '.join(RUNNERS)}")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise UsageError("the seed must fit into 64 bits")
     original, candidate = Checkpoint.open(reference), Checkpoint.open(path)
+    if runner == "transformers" and candidate.layout != "transformers":
+        raise UsageError(f"{path} is in Meta's layout, which Transformers does not read: leave --with out")
     config = original.config
     if candidate.is_text_only and config.vision_config:
         warn(f"{path} is a text model: the vision tower of {reference} is left out of the comparison")
@@ -77,9 +82,9 @@ def validate(
     start(2 * total, 0)
     try:
         faults = list(compare_weights(original, candidate, config, progress))
-        run = _run(original, candidate, config, batch, runner, dtype, lambda part: progress(int(part * total)))
     except BindingError as error:
         raise BadInput(f"{reference}: {error}: download it again") from error
+    run = _run(original, candidate, config, batch, runner, dtype, lambda part: progress(int(part * total)))
 
     failed_gates = {name: limit for name, limit in limits.items() if not _within(name, run.metrics[name], limit)}
     missing = [fault for fault in faults if fault.cause.startswith("no tensor")]
@@ -108,6 +113,8 @@ def _limits(dtype: str, overrides: Mapping[str, float]) -> dict[str, float]:
     for name in overrides:
         if name not in GATE_NAMES:
             raise UsageError(f"unknown gate {name!r}: choose one of {', '.join(GATE_NAMES)}")
+        if not math.isfinite(overrides[name]):
+            raise UsageError(f"gate {name} must be a finite number, not {overrides[name]}")
     return {**GATES[dtype], **overrides}
 
 
@@ -162,8 +169,11 @@ def _batch(
             seen = [processor("<|image|>", [open_image(Path(image))]) for image in images]
             return [*texts, *(Prompt(inputs.tokens, inputs.pixel_values) for inputs in seen)]
 
-        chosen += encoded(original)
-        theirs = encoded(candidate)
+        try:
+            chosen += encoded(original)
+            theirs = encoded(candidate)
+        except ValueError as error:
+            raise UsageError(f"the prompts do not fit {original.path}: {error}") from error
         for ours, other in zip(chosen, theirs, strict=True):
             if ours.tokens != other.tokens:
                 at = next(
@@ -175,7 +185,7 @@ def _batch(
         chosen += prompts_of_ids(Path(token_ids))
     if not chosen:
         chosen = random_prompts(config, n_tokens, seed)
-    check_tokens(chosen, config)
+    check_prompts(chosen, config)
     return said, Batch.of(chosen, config)
 
 
@@ -188,6 +198,7 @@ def _run(
     dtype: str,
     advance: Callable[[float], None],
 ) -> Parity:
+    """Raises BadInput if it is the reference that does not run."""
     import torch
 
     kind = getattr(torch, dtype)
@@ -196,10 +207,14 @@ def _run(
         try:
             if runner == "transformers":
                 return against_transformers(ours, candidate.path, batch, dtype, advance)
-            theirs = model_of(candidate, dtype=kind, keep_bytes=_MODEL_BYTES)
+            with candidate_steps():
+                theirs = model_of(candidate, dtype=kind, keep_bytes=_MODEL_BYTES)
             return side_by_side(ours, theirs, batch, dtype, advance)
-        except (CandidateFailed, BindingError) as failure:
+        except CandidateFailed as failure:
             return Parity(failure=str(failure))
+        except (BindingError, RuntimeError, ValueError, IndexError) as error:
+            text = " ".join(str(error).split())
+            raise BadInput(f"{original.path}: its weights and its configuration make no model: {text}") from error
 
 
 def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference], run: Parity) -> dict[str, Any] | None:

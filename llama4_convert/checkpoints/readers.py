@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from llama4.weights import Bits
 from llama4_convert.checkpoints.pth import PthIndex
-from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersCheckpoint
 from llama4_convert.errors import BadInput
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -33,12 +34,13 @@ class RankReader:
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
         """Raw bits, strides resolved; `rows` cuts the first dimension."""
         tensor = self.index.tensors[key]
-        start, stop = _clamped(rows, tensor.shape[0])
-        shape = (stop - start, *tensor.shape[1:])
+        start, stop = _clamped(rows, tensor.shape[0] if tensor.shape else 1)
+        shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
         if 0 in shape:
             return np.empty(shape, _BITS[tensor.itemsize])
         span = sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) + 1
-        offset = tensor.record.offset + (tensor.offset + start * tensor.strides[0]) * tensor.itemsize
+        first = tensor.offset + (start * tensor.strides[0] if shape else 0)
+        offset = tensor.record.offset + first * tensor.itemsize
         flat = _read(self.index.path, offset, span, tensor.itemsize)
         strides = tuple(s * tensor.itemsize for s in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
@@ -62,10 +64,12 @@ class DirectoryReader:
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
         """Raw bits; `rows` cuts the first dimension."""
         tensor = self.checkpoint.tensors[key]
+        item = ITEM_SIZES[tensor.dtype]
+        if not tensor.shape:
+            return _read(tensor.file, tensor.offset, 1, item).reshape(())
         start, stop = _clamped(rows, tensor.shape[0])
-        count = tensor.nbytes // max(tensor.shape[0], 1)  # bytes a row
-        item = tensor.nbytes // max(int(np.prod(tensor.shape)), 1)
-        flat = _read(tensor.file, tensor.offset + start * count, (stop - start) * count // item, item)
+        row = prod(tensor.shape[1:])
+        flat = _read(tensor.file, tensor.offset + start * row * item, (stop - start) * row, item)
         return flat.reshape(stop - start, *tensor.shape[1:])
 
 

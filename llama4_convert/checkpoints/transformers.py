@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _HEADER_LIMIT = 100_000_000  # the bound that the safetensors library sets itself
 _WIDTHS = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "BF16 F16 I16 U16", 1: "F8_E4M3 F8_E5M2 I8 U8 BOOL"}
-_ITEM_SIZES = {dtype: size for size, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
+ITEM_SIZES = {dtype: size for size, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _tensor(path: Path, entry: Mapping[str, Any], base: int) -> SafeTensor:
         numel *= n
         if numel > 2**62:
             raise ValueError("a size beyond any disk")
-    if numel * _ITEM_SIZES[entry["dtype"]] != end - begin:
+    if numel * ITEM_SIZES[entry["dtype"]] != end - begin:
         raise ValueError("a shape that does not fill its bytes")
     return SafeTensor(path, entry["dtype"], shape, base + begin, end - begin)
 

@@ -497,3 +497,40 @@ def test_several_changes_are_all_named(body: Callable[..., Body]) -> None:
     changed["text_config"].update(rms_norm_eps=1e-6, use_qk_norm=False)
     changed["vision_config"]["norm_eps"] = 1e-3
     assert named(expected, Llama4Config.from_json(changed)) == ["rms_norm_eps", "use_qk_norm", "vision_config.norm_eps"]
+
+
+# -------------------- where Transformers 5.23 reads RoPE's numbers from
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_scaling": LLAMA3, "max_position_embeddings": 1000},
+        {
+            "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 10},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
+        },
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 10, "rope_theta": 7.0}, "rope_theta": 9.0},
+        {"rope_scaling": {}, "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 10, "rope_theta": 7.0}},
+    ],
+    ids=str,
+)
+def test_rope_is_read_as_transformers_reads_it(given: Body) -> None:
+    assert Llama4TextConfig.from_json(given) == real_text(**copy.deepcopy(given))
+
+
+def test_a_difference_in_the_whole_of_rope_is_in_the_words_of_config_json(body: Callable[..., Body]) -> None:
+    changed = body()
+    changed["text_config"]["rope_scaling"] = None
+    [difference] = differences(Llama4Config.from_json(body()), Llama4Config.from_json(changed))
+    assert "original_max_position_embeddings" in difference.expected
+
+
+@pytest.mark.parametrize("n", [30_000, 10**9])
+def test_absurd_numbers_of_layers_end_in_a_message(n: int) -> None:
+    """Not in lists of that length, which took minutes and filled the memory."""
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        Llama4TextConfig.from_json({"num_hidden_layers": n})

@@ -16,7 +16,7 @@ from llama4.chat import Inputs
 from llama4.config import Llama4Config
 from llama4_convert import prompts
 from llama4_convert.errors import BadInput, ConvertError, EnvironmentFailed, UsageError
-from llama4_convert.prompts import Batch, Prompt, check_tokens, prompts_of_file, prompts_of_ids, random_prompts
+from llama4_convert.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
 
 PATCH = 42
 BOM = b"\xef\xbb\xbf"
@@ -177,10 +177,10 @@ def test_a_file_without_a_line_of_text_is_a_mistake_of_use(file: Any) -> None:
 def test_a_token_outside_the_vocabulary_is_named(config: Llama4Config, token: int, valid: bool) -> None:
     given_prompts = [Prompt([1]), Prompt([2, token])]
     if valid:
-        check_tokens(given_prompts, config)
+        check_prompts(given_prompts, config)
         return
     with pytest.raises(BadInput, match=f"prompt 2 has token {token}, and the vocabulary ends at 99"):
-        check_tokens(given_prompts, config)
+        check_prompts(given_prompts, config)
 
 
 def test_random_prompts_are_repeatable_and_differ_between_seeds(config: Llama4Config) -> None:
@@ -199,7 +199,7 @@ def test_random_prompts_have_a_patch_token_for_every_feature_of_a_tile_and_no_ot
         assert seen.tokens.count(PATCH) == config.vision_config.tokens_a_tile == 4
         assert seen.pixel_values.shape == (1, 3, 56, 56)
         assert seen.pixel_values.abs().max() <= 1
-        check_tokens([text, seen], config)
+        check_prompts([text, seen], config)
 
 
 def test_random_tokens_cover_the_vocabulary_from_the_first_to_the_last(config: Llama4Config) -> None:
@@ -259,3 +259,13 @@ def test_what_a_prompt_computes_does_not_depend_on_its_neighbours(meta_checkpoin
     together = meta_model.logits(source.model, batch.tokens)[batch.is_real]
     alone = [meta_model.logits(source.model, torch.tensor([row])) for row in (rows[0], rows[1][:3])]
     torch.testing.assert_close(together, torch.cat([x[0] for x in alone]), atol=1e-5, rtol=0)
+
+
+# -------------------- a file with one id; blanks other than space and tab around commas
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("5\n", [[5]]), ("\xa0,1\n", [[1]]), ("1, 2,\u2003\n", [[1, 2]]), ("1,\xa0\n", [[1]])]
+)
+def test_one_id_and_blanks_of_every_kind(file: Any, content: str, expected: list[list[int]]) -> None:
+    assert ids_of(file(content)) == expected

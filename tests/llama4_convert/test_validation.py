@@ -883,3 +883,125 @@ def test_another_tokenizer_is_named(source: Callable[..., Path], copy: Callable[
     result = validate(path, reference=source(), prompts=tmp_path / "prompts")
     assert not result["passed"]
     assert fields(result) == {"tokenizer.json"}
+
+
+# -------------------- tracebacks, wrong words, and JSON that is none
+
+
+@pytest.mark.parametrize("limit", ["inf", "nan", "-inf"])
+def test_a_gate_that_json_cannot_say(command: Callable[..., commands.Outcome], limit: str) -> None:
+    outcome = command("--gate", f"kl_mean={limit}", "--json")
+    assert outcome.code == 2
+
+
+def test_the_placeholder_of_an_image_in_a_prompt(command: Callable[..., commands.Outcome], tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("hello <|image|> there\n")
+    assert command("--prompts", tmp_path / "prompts").code == 2
+
+
+def test_an_image_beside_patch_tokens(command: Callable[..., commands.Outcome], tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
+    (tmp_path / "ids").write_text(f"[[1, {meta_model.PATCH_TOKEN}, 2]]")
+    outcome = command("--image", tmp_path / "picture.png", "--token-ids", tmp_path / "ids")
+    assert outcome.code in (2, 3)
+
+
+def test_patch_tokens_without_an_image_in_transformers(
+    command: Callable[..., commands.Outcome], tmp_path: Path
+) -> None:
+    (tmp_path / "ids").write_text(f"[[1, {meta_model.PATCH_TOKEN}, 2]]")
+    assert (
+        command("--token-ids", tmp_path / "ids").code
+        == command("--token-ids", tmp_path / "ids", "--with", "transformers").code
+    )
+
+
+def test_an_image_for_a_model_that_does_not_see(
+    source: Callable[..., Path],
+    converted: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
+    arguments = ("--reference", source("text_only"), "--image", tmp_path / "picture.png")
+    outcome = commands.run(capsys, "validate", converted("text_only"), *arguments)
+    assert outcome.code == 2
+
+
+def test_a_seed_that_torch_cannot_hold(command: Callable[..., commands.Outcome]) -> None:
+    assert command("--seed", 10**30).code == 2
+
+
+def test_metas_layout_has_nothing_for_transformers(
+    source: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = commands.run(capsys, "validate", source(), "--reference", source(), "--with", "transformers")
+    assert outcome.code == 2
+    assert "Meta's layout" in outcome.error
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_experts_per_tok": 9}, {"head_dim": 16}, {"vision_config__num_attention_heads": 7}], ids=str
+)
+def test_a_reference_that_cannot_run_is_not_the_candidates_failure(
+    changes: dict[str, Any], converted: Callable[..., Path], copy: Callable[..., Path], capsys: Any
+) -> None:
+    path = copy()
+    change_config(path, **changes)
+    outcome = commands.run(capsys, "validate", converted(), "--reference", path, "--tokens", 20)
+    assert outcome.code == 3
+    assert str(path) in outcome.error
+
+
+@pytest.mark.parametrize("changes", [{"vision_config__pixel_shuffle_ratio": 0}, {"image_token_index": 10**30}], ids=str)
+def test_numbers_that_end_in_a_traceback(
+    changes: dict[str, Any], source: Callable[..., Path], copy: Callable[..., Path], capsys: Any
+) -> None:
+    path = copy()
+    change_config(path, **changes)
+    outcome = commands.run(capsys, "validate", path, "--reference", source(), "--tokens", 2)
+    assert outcome.code in (3, 5)
+
+
+@pytest.mark.parametrize("field", ["num_local_experts", "vision_config__num_hidden_layers"])
+def test_absurd_counts_are_refused_before_lists_of_their_length_are_made(
+    field: str, source: Callable[..., Path], copy: Callable[..., Path]
+) -> None:
+    path = copy()
+    change_config(path, **{field: 20_000})
+    with pytest.raises(BadInput, match=field.rpartition("__")[2]):
+        validate(path, reference=source(), tokens=2)
+
+
+def test_without_config_json_the_words_are_of_the_other_layout(refusal: Callable[..., str]) -> None:
+    assert "config.json" in refusal(lambda path: (path / "config.json").unlink())
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [
+        (f"{TEXT}norm.weight", torch.tensor(1.0)),
+        (f"{TEXT}embed_tokens.weight", torch.tensor(1.0)),
+        (f"{LAYER}feed_forward.experts.gate_up_proj", torch.ones(9)),
+        (f"{LAYER}feed_forward.experts.gate_up_proj", torch.ones(0, 128, 208)),
+        (f"{LAYER}feed_forward.experts.gate_up_proj", torch.ones(2, 128, 208)),
+        (f"{LAYER}feed_forward.experts.down_proj", torch.ones(4, 104)),
+    ],
+    ids=["norm-0d", "embedding-0d", "experts-1d", "no-experts", "fewer-experts", "experts-2d"],
+)
+def test_a_tensor_of_fewer_dimensions_or_experts_is_named(
+    key: str, tensor: Tensor, source: Callable[..., Path], copy: Callable[..., Path]
+) -> None:
+    path = copy()
+    change_tensors(path, lambda tensors: tensors.update({key: tensor.to(torch.bfloat16)}))
+    result = validate(path, reference=source(), tokens=2)
+    assert not result["passed"]
+    assert {fault["tensor"] for fault in result["tensors_different"]} == {key}
+
+
+def test_a_wider_embedding_is_said_to_have_other_rows(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
+    path = copy()
+    key = f"{TEXT}embed_tokens.weight"
+    change_tensors(path, lambda tensors: tensors.update({key: tensors[key][:, :64]}))
+    [fault] = validate(path, reference=source(), tokens=2)["tensors_different"]
+    assert "rows" not in fault["cause"]
