@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.jit import compiled
+from quant.kernels.jit import compiled, part
 
 # Indices are unsigned: a signed one might be negative for all that LLVM knows, and its loop is not vectorized then.
 _U = np.uintp
 BLOCK = _U(128)  # outputs at a time: the group in float32 is 64 KiB, in the second-level cache of anything current
-_TWO_BLOCKS, _THREE_BLOCKS = BLOCK * _U(2), BLOCK * _U(3)
-_SPREAD = _U(4)  # inputs read in one step while transposing: a uint64 holds four bf16
+_TWO, _THREE, _FOUR = _U(2), _U(3), _U(4)  # loops take four inputs a step: fewer trips to the sums in memory
 _TOGETHER = _U(512)  # inputs whose words are written together
 _CODES = _U(8)  # codes of 4 bits in a packed word
 
@@ -33,12 +32,14 @@ _F32 = np.float32
 _ROUND = np.float32(1.5 * 2**23)  # adding it rounds a small float to an integer, ties to even, in its lowest bits
 _ROUND_BITS = np.int32(0x4B400000)
 _SIGN = np.int16(-0x8000)
+_LOW_32, _EVEN_16 = np.uint64(0xFFFFFFFF), np.uint64(0x0000FFFF0000FFFF)
+_BY_32, _BY_16 = np.uint64(32), np.uint64(16)
 _HALF_8, _KEEP_8 = np.uint32(0x8000), np.uint32(0xFFFF0000)
 _HALF_16, _KEEP_16 = np.uint32(0x80), np.uint32(0xFFFFFF00)
 _LOWEST_CODE, _HIGHEST_CODE = np.int32(-8), np.int32(7)
 # Added to four codes with their bits of _ROUND, shifted by 0, 4, 8 and 12: takes these bits off and adds 8 to each code.
 _OFFSETS = np.int32((0x8888 - 0x1111 * 0x4B400000 + 2**31) % 2**32 - 2**31)
-_FOUR, _EIGHT, _TWELVE = np.int32(4), np.int32(8), np.int32(12)
+_SHIFTS = (np.int32(4), np.int32(8), np.int32(12))
 _LOWEST, _HIGHEST = np.float32(-8), np.float32(7)
 _HALF_RANGE = np.float32(7.5)
 _INFINITY = 0x7F80  # as bf16 bits: magnitudes from here on are infinite or NaN
@@ -56,7 +57,7 @@ def scratch(group: int) -> tuple[NDArray[Any], ...]:
     block = int(BLOCK)
     return (
         np.empty(group * block, np.int16),  # tile: the group as it was read, [group, BLOCK]
-        np.empty((group + int(_SPREAD)) * block, np.int16),  # rows: before transposing
+        np.empty((group + int(_FOUR)) * block, np.int16),  # rows: before transposing
         np.empty(group * block, np.float32),  # y: the group in the normal domain
         np.empty(COLUMN_ROWS * block, np.float32),
         np.empty(2 * block, np.int16),  # extremes
@@ -65,66 +66,79 @@ def scratch(group: int) -> tuple[NDArray[Any], ...]:
     )
 
 
-@compiled
+@part
 def _widened(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@compiled
+@part
 def _to_bf16(value):
     """Bits of a finite float32 rounded to bf16, ties to even."""
     wide = np.float32(value).view(np.uint32)
     return np.uint16((wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@compiled
-def _read_in_out(source, stride, k0, n0, group, width, tile):
-    for r in range(group):
-        start = (k0 + r) * stride + n0
+@part
+def _note_extremes(extremes, j, b0, b1, b2, b3):
+    """The largest positive and the largest negative magnitude as bf16 bits; NaN counts as larger than all."""
+    extremes[j] = max(extremes[j], max(max(b0, b1), max(b2, b3)))
+    b0, b1, b2, b3 = b0 ^ _SIGN, b1 ^ _SIGN, b2 ^ _SIGN, b3 ^ _SIGN
+    extremes[BLOCK + j] = max(extremes[BLOCK + j], np.int16(max(max(b0, b1), max(b2, b3))))
+
+
+@part
+def _read_in_out(source, stride, k0, n0, group, width, tile, extremes):
+    for four in range(group // _FOUR):
+        start = (k0 + four * _FOUR) * stride + n0
+        to = four * _FOUR * BLOCK
         for j in range(width):
-            tile[r * BLOCK + j] = source[start + j]
+            b0 = source[start + j]
+            b1 = source[start + stride + j]
+            b2 = source[start + stride * _TWO + j]
+            b3 = source[start + stride * _THREE + j]
+            tile[to + j] = b0
+            tile[to + BLOCK + j] = b1
+            tile[to + _TWO * BLOCK + j] = b2
+            tile[to + _THREE * BLOCK + j] = b3
+            _note_extremes(extremes, j, b0, b1, b2, b3)
 
 
-@compiled
-def _read_out_in(source, stride, k0, n0, group, width, rows, tile):
-    """Transposes. The rows are first copied together: in the source they lie a power of two apart, in one cache set."""
-    pitch = group + _SPREAD
+@part
+def _read_out_in(source, stride, k0, n0, group, width, rows, tile, extremes):
+    """Transposes, four by four in uint64 (halves of 32 bits change places, then of 16).
+
+    The rows are first copied together: in the source they lie a power of two apart and would share few cache sets.
+    """
+    pitch = group + _FOUR
     for j in range(width):
         start = (n0 + j) * stride + k0
         for r in range(group):
             rows[j * pitch + r] = source[start + r]
+    pitch //= _FOUR
     fours = rows.view(np.uint64)
-    pitch //= _SPREAD
-    for r in range(group // _SPREAD):
-        to = r * _SPREAD * BLOCK
-        for j in range(width):
-            four = fours[j * pitch + r]
-            tile[to + j] = np.int16(four & np.uint64(0xFFFF))
-            tile[to + BLOCK + j] = np.int16((four >> np.uint64(16)) & np.uint64(0xFFFF))
-            tile[to + _TWO_BLOCKS + j] = np.int16((four >> np.uint64(32)) & np.uint64(0xFFFF))
-            tile[to + _THREE_BLOCKS + j] = np.int16(four >> np.uint64(48))
-
-
-@compiled
-def _extremes(tile, group, extremes):
-    """Largest positive and largest negative magnitude as bf16 bits; 0 where there is none. NaN counts as larger than all."""
-    for j in range(_TWO_BLOCKS):
-        extremes[j] = 0
-    for four in range(group // _SPREAD):
-        r0 = four * _TWO_BLOCKS * _U(2)
+    lanes = tile.view(np.uint64)
+    for r in range(group // _FOUR):
+        to = r * BLOCK
+        for j in range((width + _THREE) // _FOUR):
+            at = j * _FOUR * pitch + r
+            a0, a1, a2, a3 = fours[at], fours[at + pitch], fours[at + _TWO * pitch], fours[at + _THREE * pitch]
+            b0 = (a0 & _LOW_32) | (a2 << _BY_32)
+            b1 = (a1 & _LOW_32) | (a3 << _BY_32)
+            b2 = (a0 >> _BY_32) | (a2 & ~_LOW_32)
+            b3 = (a1 >> _BY_32) | (a3 & ~_LOW_32)
+            lanes[to + j] = (b0 & _EVEN_16) | ((b1 & _EVEN_16) << _BY_16)
+            lanes[to + BLOCK // _FOUR + j] = ((b0 >> _BY_16) & _EVEN_16) | (b1 & ~_EVEN_16)
+            lanes[to + BLOCK // _TWO + j] = (b2 & _EVEN_16) | ((b3 & _EVEN_16) << _BY_16)
+            lanes[to + BLOCK // _FOUR * _THREE + j] = ((b2 >> _BY_16) & _EVEN_16) | (b3 & ~_EVEN_16)
+    for four in range(group // _FOUR):
+        at = four * _FOUR * BLOCK
         for j in range(BLOCK):
-            b0, b1, b2, b3 = (
-                tile[r0 + j],
-                tile[r0 + BLOCK + j],
-                tile[r0 + _TWO_BLOCKS + j],
-                tile[r0 + _THREE_BLOCKS + j],
-            )
-            extremes[j] = max(extremes[j], max(max(b0, b1), max(b2, b3)))
-            b0, b1, b2, b3 = b0 ^ _SIGN, b1 ^ _SIGN, b2 ^ _SIGN, b3 ^ _SIGN
-            extremes[BLOCK + j] = max(extremes[BLOCK + j], np.int16(max(max(b0, b1), max(b2, b3))))
+            b0, b1 = tile[at + j], tile[at + BLOCK + j]
+            b2, b3 = tile[at + _TWO * BLOCK + j], tile[at + _THREE * BLOCK + j]
+            _note_extremes(extremes, j, b0, b1, b2, b3)
 
 
-@compiled
+@part
 def _not_finite(tile, group):
     count = 0
     for i in range(group * BLOCK):
@@ -132,7 +146,7 @@ def _not_finite(tile, group):
     return count
 
 
-@compiled
+@part
 def _prepare(extremes, signed, columns, plain_bits):
     """Per output: the power of two into the normal domain, negative where the group is to be mirrored; the plain scale."""
     for j in range(BLOCK):
@@ -154,14 +168,14 @@ def _prepare(extremes, signed, columns, plain_bits):
         columns[_HIGH + j] = np.float32(8) if mirrored else _HIGHEST
 
 
-@compiled
+@part
 def _normalize(tile, group, columns, y):
     for r in range(group):
         for j in range(BLOCK):
             y[r * BLOCK + j] = _widened(tile[r * BLOCK + j]) * columns[_FACTOR + j]
 
 
-@compiled
+@part
 def _quotient(y, inverse, half, keep):
     """y / scale rounded to the bits in `keep`, without a division; y and scale have the 8 significant bits of bf16.
 
@@ -173,14 +187,14 @@ def _quotient(y, inverse, half, keep):
     return np.uint32((bits + half) & keep).view(np.float32)
 
 
-@compiled
+@part
 def _rounded(t, low, high):
     q = (t + _ROUND) - _ROUND
     q = low if q < low else q
     return high if q > high else q
 
 
-@compiled
+@part
 def _correlate_plain(y, group, columns):
     """<y,q>, <q,q> and the squared error at the plain scale, with the limits of the codes of the unmirrored group."""
     for j in range(BLOCK):
@@ -189,7 +203,7 @@ def _correlate_plain(y, group, columns):
         columns[_PLAIN_ERROR + j] = _F32(0)
         columns[_INVERSE + j] = _F32(1) / columns[_PLAIN + j]
     for two in range(group >> _U(1)):
-        r0 = two * _TWO_BLOCKS
+        r0 = two * _TWO * BLOCK
         for j in range(BLOCK):
             scale = columns[_PLAIN + j]
             low = columns[_LOW + j]
@@ -205,20 +219,20 @@ def _correlate_plain(y, group, columns):
             columns[_PLAIN_ERROR + j] = (columns[_PLAIN_ERROR + j] + d0 * d0) + d1 * d1
 
 
-@compiled
+@part
 def _correlate(y, group, columns):
     """<y,q> and <q,q> of the codes that the inverse scales in _INVERSE give."""
     for j in range(BLOCK):
         columns[_XQ + j] = _F32(0)
         columns[_QQ + j] = _F32(0)
-    for four in range(group // _SPREAD):
-        r0 = four * _TWO_BLOCKS * _U(2)
+    for four in range(group // _FOUR):
+        r0 = four * _FOUR * BLOCK
         for j in range(BLOCK):
             inverse = columns[_INVERSE + j]
             y0 = y[r0 + j]
             y1 = y[r0 + BLOCK + j]
-            y2 = y[r0 + _TWO_BLOCKS + j]
-            y3 = y[r0 + _THREE_BLOCKS + j]
+            y2 = y[r0 + _TWO * BLOCK + j]
+            y3 = y[r0 + _THREE * BLOCK + j]
             q0 = _rounded(y0 * inverse, _LOWEST, _HIGHEST)
             q1 = _rounded(y1 * inverse, _LOWEST, _HIGHEST)
             q2 = _rounded(y2 * inverse, _LOWEST, _HIGHEST)
@@ -227,7 +241,7 @@ def _correlate(y, group, columns):
             columns[_QQ + j] = (((columns[_QQ + j] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
 
 
-@compiled
+@part
 def _keep_best(columns):
     """Least squares: codes q serve x best at scale <x,q>/<q,q>, and the error is then <x,x> - <x,q>^2/<q,q>."""
     for j in range(BLOCK):
@@ -238,7 +252,7 @@ def _keep_best(columns):
         columns[_RATIO + j] = ratio if better else columns[_RATIO + j]
 
 
-@compiled
+@part
 def _search(y, group, clips, signed, columns, scale_bits, plain_bits):
     """The scale bits of the best clip, without the sign of mirrored groups, and the same scale in the normal domain."""
     for j in range(BLOCK):
@@ -266,22 +280,22 @@ def _search(y, group, clips, signed, columns, scale_bits, plain_bits):
         columns[_SCALE + j] = _widened(bits) * abs(columns[_FACTOR + j])
 
 
-@compiled
+@part
 def _code(y, inverse, half, keep):
     """The code, still with the bits of _ROUND that made it an integer."""
     rounded = np.float32(_quotient(y, inverse, half, keep) + _ROUND).view(np.int32)
     return np.int32(min(max(rounded, _ROUND_BITS + _LOWEST_CODE), _ROUND_BITS + _HIGHEST_CODE))
 
 
-@compiled
+@part
 def _squared_error(y, scale, code):
     d = y - scale * (np.int32(code).view(np.float32) - _ROUND)  # the product is exact: 8 bits by 4
     return d * d
 
 
-@compiled
-def _encode(y, group, columns, half, keep, j0, j1, words, w0):
-    """Codes y / scale packed eight to a word, lowest nibble first, plus 8; squared error and power of each output.
+@part
+def _encode(tile, group, columns, half, keep, j0, j1, words, w0):
+    """Codes weight / scale packed eight to a word, lowest nibble first, plus 8; squared error and power of each output.
 
     `half` and `keep` say whether the quotient is rounded to bf16 before it is rounded to a code.
     """
@@ -289,44 +303,42 @@ def _encode(y, group, columns, half, keep, j0, j1, words, w0):
         columns[_ERROR + j] = _F32(0)
         columns[_POWER + j] = _F32(0)
         columns[_INVERSE + j] = _F32(1) / columns[_SCALE + j]
-    for four in range(group // _SPREAD):
-        r0 = four * _TWO_BLOCKS * _U(2)
+    for four in range(group // _FOUR):
+        r0 = four * _FOUR * BLOCK
         to = w0 + (four >> _U(1)) * BLOCK
-        shift = np.uint32((four & _U(1)) << _U(4))
+        shift = np.uint32((four & _U(1)) << _FOUR)
         kept = np.int32(-(four & _U(1)))  # the low half of a word starts it afresh
         for j in range(j0, j1):
             scale = columns[_SCALE + j]
             inverse = columns[_INVERSE + j]
-            y0 = y[r0 + j]
-            y1 = y[r0 + BLOCK + j]
-            y2 = y[r0 + _TWO_BLOCKS + j]
-            y3 = y[r0 + _THREE_BLOCKS + j]
+            factor = columns[_FACTOR + j]
+            y0 = _widened(tile[r0 + j]) * factor
+            y1 = _widened(tile[r0 + BLOCK + j]) * factor
+            y2 = _widened(tile[r0 + _TWO * BLOCK + j]) * factor
+            y3 = _widened(tile[r0 + _THREE * BLOCK + j]) * factor
             c0 = _code(y0, inverse, half, keep)
             c1 = _code(y1, inverse, half, keep)
             c2 = _code(y2, inverse, half, keep)
             c3 = _code(y3, inverse, half, keep)
-            codes = np.uint32(_OFFSETS + (c0 + (c1 << _FOUR) + (c2 << _EIGHT) + (c3 << _TWELVE)))
+            codes = np.uint32(_OFFSETS + (c0 + (c1 << _SHIFTS[0]) + (c2 << _SHIFTS[1]) + (c3 << _SHIFTS[2])))
             words[to + j] = (words[to + j] & kept) | np.int32(codes << shift)
             error = (columns[_ERROR + j] + _squared_error(y0, scale, c0)) + _squared_error(y1, scale, c1)
             columns[_ERROR + j] = (error + _squared_error(y2, scale, c2)) + _squared_error(y3, scale, c3)
             columns[_POWER + j] = (((columns[_POWER + j] + y0 * y0) + y1 * y1) + y2 * y2) + y3 * y3
 
 
-@compiled
-def _fall_back(y, group, columns, scale_bits, plain_bits, words, w0):
+@part
+def _fall_back(tile, group, columns, scale_bits, plain_bits, words, w0):
     """The plain scale again where the searched one, once rounded to bf16, turned out worse: seldom."""
     for j in range(BLOCK):
         if columns[_ERROR + j] > columns[_PLAIN_ERROR + j]:
-            if columns[_FACTOR + j] < 0:
-                columns[_FACTOR + j] = -columns[_FACTOR + j]
-                for r in range(group):
-                    y[r * BLOCK + j] = -y[r * BLOCK + j]
+            columns[_FACTOR + j] = abs(columns[_FACTOR + j])
             scale_bits[j] = min(plain_bits[j], np.uint16(_LARGEST_SCALE))
             columns[_SCALE + j] = _widened(scale_bits[j]) * columns[_FACTOR + j]
-            _encode(y, group, columns, _HALF_16, _KEEP_16, j, j + _U(1), words, w0)
+            _encode(tile, group, columns, _HALF_16, _KEEP_16, j, j + _U(1), words, w0)
 
 
-@compiled
+@part
 def _write(words, halves, n0, width, first, last, group, packed, scales):
     """Transposes groups first .. last into the outputs: some groups together, as each output's row is another page."""
     per_group = group // _CODES
@@ -373,33 +385,34 @@ def quantize_band(
     together = _TOGETHER // group
     if width < BLOCK:
         tile[:] = np.int16(0)
+        rows[:] = np.int16(0)
     for g in range(first, last):
+        extremes[:] = np.int16(0)
         if in_out:
-            _read_in_out(source, stride, g * group, n0, group, width, tile)
+            _read_in_out(source, stride, g * group, n0, group, width, tile, extremes)
         else:
-            _read_out_in(source, stride, g * group, n0, group, width, rows, tile)
-        _extremes(tile, group, extremes)
+            _read_out_in(source, stride, g * group, n0, group, width, rows, tile, extremes)
         largest = np.int16(0)
-        for j in range(_TWO_BLOCKS):
+        for j in range(_TWO * BLOCK):
             largest = max(largest, extremes[j])
         if largest >= _INFINITY:
             bad += _not_finite(tile, group)
         if bad:
             continue
         _prepare(extremes, signed, columns, plain_bits)
-        _normalize(tile, group, columns, y)
         slot = (g - first) % together
         w0 = slot * (group // _CODES) * BLOCK
         scale_bits = halves[(slot + _U(1)) * BLOCK : (slot + _U(2)) * BLOCK]
         if len(clips):
+            _normalize(tile, group, columns, y)
             _search(y, group, clips, signed, columns, scale_bits, plain_bits)
-            _encode(y, group, columns, _HALF_16, _KEEP_16, _U(0), BLOCK, words, w0)
-            _fall_back(y, group, columns, scale_bits, plain_bits, words, w0)
+            _encode(tile, group, columns, _HALF_16, _KEEP_16, _U(0), BLOCK, words, w0)
+            _fall_back(tile, group, columns, scale_bits, plain_bits, words, w0)
         else:
             for j in range(BLOCK):
                 scale_bits[j] = plain_bits[j]
                 columns[_SCALE + j] = columns[_PLAIN + j]
-            _encode(y, group, columns, _HALF_8, _KEEP_8, _U(0), BLOCK, words, w0)
+            _encode(tile, group, columns, _HALF_8, _KEEP_8, _U(0), BLOCK, words, w0)
         for j in range(BLOCK):
             if columns[_FACTOR + j] < _F32(0):
                 scale_bits[j] |= np.uint16(0x8000)
