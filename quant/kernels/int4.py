@@ -26,7 +26,7 @@ _U = np.uintp
 BLOCK = _U(128)  # outputs at a time: the group in float32 is 64 KiB, in the second-level cache of anything current
 _TWO, _THREE, _FOUR = _U(2), _U(3), _U(4)  # loops take four inputs a step: fewer trips to the sums in memory
 _TOGETHER = _U(512)  # inputs whose words are written together
-_CODES = _U(8)  # codes of 4 bits in a packed word
+CODES_PER_WORD = _U(8)  # codes of 4 bits in a packed word
 
 _F32 = np.float32
 _ROUND = np.float32(1.5 * 2**23)  # adding it rounds a small float to an integer, ties to even, in its lowest bits
@@ -62,7 +62,7 @@ def scratch(group: int) -> tuple[NDArray[Any], ...]:
         np.empty(COLUMN_ROWS * block, np.float32),
         np.empty(2 * block, np.int16),  # extremes
         np.empty((1 + int(_TOGETHER) // group) * block, np.uint16),  # plain scales, then the scales not yet written
-        np.empty(int(_TOGETHER) // int(_CODES) * block, np.int32),  # words not yet written
+        np.empty(int(_TOGETHER) // int(CODES_PER_WORD) * block, np.int32),  # words not yet written
     )
 
 
@@ -341,7 +341,7 @@ def _fall_back(tile, group, columns, scale_bits, plain_bits, words, w0):
 @part
 def _write(words, halves, n0, width, first, last, group, packed, scales):
     """Transposes groups first .. last into the outputs: some groups together, as each output's row is another page."""
-    per_group = group // _CODES
+    per_group = group // CODES_PER_WORD
     for j in range(width):
         for w in range((last - first) * per_group):
             packed[n0 + j, first * per_group + w] = words[w * BLOCK + j]
@@ -401,7 +401,7 @@ def quantize_band(
             continue
         _prepare(extremes, signed, columns, plain_bits)
         slot = (g - first) % together
-        w0 = slot * (group // _CODES) * BLOCK
+        w0 = slot * (group // CODES_PER_WORD) * BLOCK
         scale_bits = halves[(slot + _U(1)) * BLOCK : (slot + _U(2)) * BLOCK]
         if len(clips):
             _normalize(tile, group, columns, y)
@@ -429,7 +429,7 @@ def quantize_band(
 @compiled
 def dequantize_f32(packed, scales, group, result):
     """scale * code, exact, for all rows."""
-    per_group = _U(group) // _CODES
+    per_group = _U(group) // CODES_PER_WORD
     values = np.empty(16, np.float32)
     for n in range(packed.shape[0]):
         for g in range(_U(scales.shape[1])):
@@ -438,14 +438,14 @@ def dequantize_f32(packed, scales, group, result):
                 values[code] = scale * np.float32(code - 8)
             for w in range(g * per_group, (g + _U(1)) * per_group):
                 word = np.uint32(packed[n, w])
-                for c in range(_CODES):
-                    result[n, w * _CODES + c] = values[(word >> np.uint32(_U(4) * c)) & np.uint32(0xF)]
+                for c in range(CODES_PER_WORD):
+                    result[n, w * CODES_PER_WORD + c] = values[(word >> np.uint32(_U(4) * c)) & np.uint32(0xF)]
 
 
 @compiled
 def dequantize_bf16(packed, scales, group, result):
     """scale * code rounded to bf16, for all rows."""
-    per_group = _U(group) // _CODES
+    per_group = _U(group) // CODES_PER_WORD
     values = np.empty(16, np.uint16)
     for n in range(packed.shape[0]):
         for g in range(_U(scales.shape[1])):
@@ -454,5 +454,5 @@ def dequantize_bf16(packed, scales, group, result):
                 values[code] = _to_bf16(scale * np.float32(code - 8))
             for w in range(g * per_group, (g + _U(1)) * per_group):
                 word = np.uint32(packed[n, w])
-                for c in range(_CODES):
-                    result[n, w * _CODES + c] = values[(word >> np.uint32(_U(4) * c)) & np.uint32(0xF)]
+                for c in range(CODES_PER_WORD):
+                    result[n, w * CODES_PER_WORD + c] = values[(word >> np.uint32(_U(4) * c)) & np.uint32(0xF)]

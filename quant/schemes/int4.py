@@ -27,7 +27,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.formats.compressed_tensors import CODES_PER_WORD
 from quant.kernels import int4 as kernels
 from quant.kernels.bands import share
 from quant.schemes import Indivisible, NotFinite
@@ -35,6 +34,7 @@ from quant.schemes import Indivisible, NotFinite
 Method = Literal["plain", "search", "signed"]
 GROUP_SIZES = (32, 64, 128)
 
+CODES_PER_WORD = int(kernels.CODES_PER_WORD)
 _BAND = 1024  # inputs of a band; with the outputs of a block the unit that threads share
 _PLAIN_RANGE = 7.5  # half of what 16 codes span
 _CLIPS = np.linspace(0.6, 1, 7)
@@ -47,7 +47,7 @@ _PROPOSALS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
     """A matrix of N outputs and K inputs in int4, and what that cost."""
 
@@ -93,8 +93,9 @@ class Int4:
         """Quantizes bf16 bits, [K, N] if `in_out` (Meta's and fused experts) and else [N, K]; the result is [N, ...] of both.
 
         `bits` may be a slice as long as its last axis is contiguous. `out` takes the words and the scales into arrays of
-        the caller's (int32, uint16, contiguous). `threads` threads share the work, of `pool` if one is given; the result
-        is the same bytes for any number of them, on any machine. Needs 0.2 MB a thread besides the result.
+        the caller's (int32, uint16, contiguous). `threads` threads share the work, of `pool` if one is given (never the
+        pool that the call itself runs in: it would wait for itself); the result is the same bytes for any number of them,
+        on any machine. Needs 0.2 MB a thread besides the result. The first call on a machine compiles for some seconds.
 
         Raises Indivisible if K is no multiple of the group size and NotFinite, having looked at all of the matrix.
         """
