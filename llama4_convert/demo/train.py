@@ -68,6 +68,7 @@ class Stage:
 LANGUAGE = Stage(steps=1800, warm_up=100, rate=2e-3, pictures=16)
 TOWER = Stage(steps=800, warm_up=100, rate=2e-3, pictures=64)
 JOIN = Stage(steps=150, warm_up=20, rate=5e-4, pictures=32)
+POLISH = Stage(steps=120, warm_up=20, rate=5e-4, pictures=64)
 
 # A Maverick in small: dense and MoE layers by turns, every fourth layer NoPE. The widths follow: 512 dense, 128 experts.
 PARAMS: dict[str, Any] = {
@@ -160,15 +161,26 @@ def join(out: Path) -> None:
     """The tower into the model, and all of it a little further on text and pictures."""
     import torch
 
+    train_further(out, torch.load(out / TOWER_FILE, weights_only=True), Random(SEED + 3), JOIN)
+    (out / TOWER_FILE).unlink()
+
+
+def polish(out: Path) -> None:
+    """Once more, with more pictures: the shapes have only just reached the captions."""
+    train_further(out, {}, Random(SEED + 4), POLISH)
+
+
+def train_further(out: Path, replaced: Mapping[str, Tensor], random: Random, stage: Stage) -> None:
+    """Joint training from the files in `out`, some tensors replaced."""
+    import torch
+
     from llama4.loading import DictWeights
 
     words = Words(TextTokenizer.open(out))
-    language = load_reference(out, dtype=torch.float32).model.weights
-    tensors = {name: language[name] for name in parameter_shapes(meta_config(words))}
-    tensors |= torch.load(out / TOWER_FILE, weights_only=True)
+    written = load_reference(out, dtype=torch.float32).model.weights
+    tensors = {name: replaced.get(name, written[name]) for name in parameter_shapes(meta_config(words))}
     weights = DictWeights({name: torch.nn.Parameter(tensor.clone()) for name, tensor in tensors.items()})
-    train_jointly(out, words, weights, Random(SEED + 3), JOIN)
-    (out / TOWER_FILE).unlink()
+    train_jointly(out, words, weights, random, stage)
 
 
 def train_jointly(out: Path, words: Words, weights: DictWeights, random: Random, stage: Stage) -> None:
@@ -236,8 +248,9 @@ def measure(out: Path, seconds: Mapping[str, float]) -> str:
         shares = expert_shares(scores, model.config.text_config)
         right, whole = caption_accuracy(model, words, Random(SEED + 1), 500)
         loss_bf16 = held_out_loss(load_reference(out), words, held_out)
-    steps = LANGUAGE.steps + JOIN.steps
-    captions = LANGUAGE.steps * LANGUAGE.pictures + JOIN.steps * JOIN.pictures
+    joint = (LANGUAGE, JOIN, POLISH)
+    steps = sum(stage.steps for stage in joint)
+    captions = sum(stage.steps * stage.pictures for stage in joint)
     rows = {
         "parameters": f"{sum(math.prod(shape) for shape in parameter_shapes(model.config).values()):,}",
         "text": f"{len(documents):,} documents, {sum(len(words.document(text)) for text in documents):,} tokens"
@@ -605,8 +618,8 @@ Measured on these very files, with the project's reference model computing in fl
 
 The held-out topics are {held}; paragraphs of theirs that other texts repeat were cut from those.
 
-To make it again: `python -m llama4_convert.demo.train OUT`, with CPython {version}. It trains in three stages: the whole model on
-text and captioned pictures, a new vision tower on pictures that it classifies, and both together a little further. Another
+To make it again: `python -m llama4_convert.demo.train OUT`, with CPython {version}. It trains in four stages: the whole model on
+text and captioned pictures, a new vision tower on pictures that it classifies, and twice both together a little further. Another
 version of Python, torch or tokenizers, or another number of threads, gives a similar model and not the same one. The
 seconds are those of two cores that other work used too.
 
@@ -619,7 +632,7 @@ with a copyright or licence of their own were left out. The pictures were drawn 
 
 
 def main() -> None:
-    stages = {"language": train_language, "tower": train_tower, "join": join}
+    stages = {"language": train_language, "tower": train_tower, "join": join, "polish": polish}
     parser = argparse.ArgumentParser(description="Train the demo's small Llama 4.")
     parser.add_argument("out", type=Path, help="directory to write into")
     help_stages = "goes on in OUT with these stages only (default: all)"
@@ -637,7 +650,7 @@ def main() -> None:
         stages[stage](arguments.out)
         seconds[stage] = time.monotonic() - begun
         print(f"{stage}: {seconds[stage]:.0f} s", flush=True)
-    if "join" in seconds:
+    if "polish" in seconds:
         print(measure(arguments.out, seconds))
 
 
