@@ -53,6 +53,11 @@ as_json = click.option(
 source_argument = click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 request_options = _options(
     click.option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Quantize on the way: a built-in recipe (`llama4-convert recipes` lists them) or a TOML file.",
+    ),
+    click.option(
         "--variant",
         type=click.Choice(["base", "instruct", "guard"]),
         help="Kind of model: decides chat template, stop tokens and context. Default: concluded from the checkpoint.",
@@ -78,13 +83,17 @@ request_options = _options(
 @cli.command("plan")
 @source_argument
 @request_options
+@click.option("--gpu", metavar="NAME", help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of context that must fit as well.")
 @as_json
 def plan_command(source: Path, as_json: bool, **request: Any) -> None:
     """Show what `convert` would write, how large, and in how much memory. Reads no tensor data.
 
     \b
-    Example:
+    Examples:
       llama4-convert plan Llama-4-Scout-17B-16E-Instruct/original
+      llama4-convert plan Llama-4-Scout-17B-16E-Instruct/original --recipe int4 --gpu h100-80gb --context 131072
     """
     from llama4_convert import plan
 
@@ -101,11 +110,23 @@ def plan_command(source: Path, as_json: bool, **request: Any) -> None:
 @click.option(
     "--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process."
 )
+@click.option(
+    "--max-error",
+    type=click.FloatRange(min=0),
+    help="Stop (exit 5) at a matrix whose relative squared error by quantization is larger.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @as_json
 def convert(
-    source: Path, target: Path, max_memory: int, overwrite: bool, dry_run: bool, as_json: bool, **request: Any
+    source: Path,
+    target: Path,
+    max_memory: int,
+    max_error: float | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **request: Any,
 ) -> None:
     """Convert Meta's checkpoint SRC (consolidated.NN.pth, params.json) to a Transformers directory DST.
 
@@ -127,6 +148,7 @@ def convert(
                 source,
                 target,
                 max_memory=max_memory,
+                max_error=max_error,
                 overwrite=overwrite,
                 warn=report.warn,
                 start=bar.start,
@@ -137,6 +159,22 @@ def convert(
             command = shlex.join(["llama4-convert", *sys.argv[1:], "--overwrite"])
             raise UsageError(f"{error}; to replace it: {command}") from error
     _show(result, as_json, report.convert_summary)
+
+
+@cli.command()
+@as_json
+def recipes(as_json: bool) -> None:
+    """List the built-in recipes. A file of your own in the same form is taken as well.
+
+    \b
+    Example:
+      llama4-convert recipes
+    """
+    from quant.recipe import built_in
+
+    found = built_in()
+    body = {"recipes": [{"name": r.name, "format": r.format, "summary": r.summary} for r in found.values()]}
+    _show(body, as_json, lambda b: "\n".join(f"{r['name']:14} {r['summary']}" for r in b["recipes"]))
 
 
 @cli.command()
@@ -190,6 +228,7 @@ class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{value!r}: write a metric and its limit, kl_mean=0.01", param, ctx)
 
 
+SEED = click.IntRange(min=-(1 << 63), max=(1 << 63) - 1)
 dtype_option = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
 )
@@ -215,7 +254,7 @@ file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
 )
 @dtype_option
 @click.option("--gate", "gates", type=Gate(), multiple=True, help="Another limit: kl_mean=0.01. May be repeated.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random tokens.")
 @as_json
 def validate(path: Path, as_json: bool, gates: tuple[tuple[str, float], ...], **options: Any) -> None:
     """Check that DST says, holds and computes what SRC does.
@@ -246,7 +285,7 @@ def validate(path: Path, as_json: bool, gates: tuple[tuple[str, float], ...], **
 @click.option(
     "--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True, help="Nucleus."
 )
-@click.option("--seed", type=int, help="Repeat a sampled text.")
+@click.option("--seed", type=SEED, help="Repeat a sampled text.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: the checkpoint's.")
 @as_json
 def generate(path: Path, as_json: bool, **options: Any) -> None:

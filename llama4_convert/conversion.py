@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama4_convert import lock, variant
-from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError, from_os_error
+from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.version import TOOL
 from llama4_convert.writer import PARTIAL_SUFFIX
+
+if TYPE_CHECKING:
+    from llama4_convert.planning import Plan
+    from llama4_convert.run import RunResult
+    from quant.recipe import Recipe
 
 Warn = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -43,6 +49,7 @@ class Request:
     shard_size: int = DEFAULT_SHARD_SIZE
     max_position_embeddings: int | None = None
     allow_rank_mismatch: bool = False
+    recipe: str | None = None  # a built-in one's name, or the path of a TOML file
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -64,14 +71,18 @@ class Job:
         from llama4_convert.planning import make_plan
 
         self.request = request
+        self.recipe = _load_recipe(request.recipe) if request.recipe else None
         self.source = MetaCheckpoint.open(request.source)
         self.plan = make_plan(
             self.source,
+            recipe=self.recipe,
             text_only=request.text_only,
             dtype=DTYPES[request.dtype] if request.dtype else None,
             shard_size=request.shard_size,
             allow_rank_mismatch=request.allow_rank_mismatch,
         )
+        if self.recipe:
+            _check_recipe(self.recipe, self.plan)
         self.variant, self.variant_reason = variant.conclude(self.plan, request.source)
         if request.variant:
             self.variant, self.variant_reason = request.variant, "you said so"
@@ -118,18 +129,20 @@ class Job:
         Everything that can be wrong with the source has been found out by the time this returns.
         """
         from llama4_convert import config
+        from llama4_convert.quantization import quantization_config
 
         g, source = self.plan.geometry, self.source
+        body = config.model_config(
+            g,
+            self.token_ids,
+            variant=self.variant,
+            dtype=self.plan.main_dtype,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        if self.recipe:
+            body["quantization_config"] = quantization_config(self.recipe, self.plan)
         made: dict[str, bytes] = {
-            "config.json": config.to_json(
-                config.model_config(
-                    g,
-                    self.token_ids,
-                    variant=self.variant,
-                    dtype=self.plan.main_dtype,
-                    max_position_embeddings=self.max_position_embeddings,
-                )
-            ),
+            "config.json": config.to_json(body),
             "generation_config.json": config.to_json(config.generation_config(self.token_ids, self.variant)),
             "original/params.json": source.small_files["params.json"],
         }
@@ -161,18 +174,22 @@ class Job:
         return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")))
 
     def manifest(self) -> Manifest:
-        options = {
+        options: dict[str, Any] = {
             "dtype": self.request.dtype,
             "max_position_embeddings": self.max_position_embeddings,
             "shard_size": self.request.shard_size,
             "text_only": self.request.text_only,
             "variant": self.variant,
         }
+        if self.recipe:
+            options["recipe"] = dataclasses.asdict(self.recipe)
         source = {"layout": "meta", "ranks": len(self.source.ranks), "sha256": self.source.fingerprint()}
         return Manifest(TOOL, source, options, list(self.plan.meta_keys), dict(self.plan.dropped))
 
     def describe(self) -> dict[str, Any]:
         """The JSON of `plan`."""
+        from llama4_convert.quantization import describe_sizes
+
         plan = self.plan
         return {
             "source": str(self.request.source),
@@ -200,12 +217,61 @@ class Job:
             ],
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
             "warnings": self.warnings,
+            **({"quantization": {"recipe": self.recipe.name, **describe_sizes(plan)}} if self.recipe else {}),
         }
 
 
-def plan(source: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """What `convert` would write, as the JSON of the design says. Options: those of `Request`. Reads no tensor data."""
-    return Job(Request(Path(source), **options)).describe()
+def _load_recipe(name: str) -> Recipe:
+    from quant.recipe import RecipeError, load
+
+    try:
+        return load(name)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_recipe(recipe: Recipe, plan: Plan) -> None:
+    from quant.recipe import RecipeError
+
+    try:
+        recipe.check(plan.geometry.n_layers, plan.geometry.n_experts or 0)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    if not any(planned.scheme for planned in plan.matrices):
+        raise UsageError(f"recipe {recipe.name} quantizes nothing of this model: leave it out")
+
+
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    gpu: str | None = None,
+    gpus: int = 1,
+    context: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What `convert` would write, as the JSON of the design says. Options: those of `Request`. Reads no tensor data.
+
+    With `gpu` ("h100-80gb"), `fit` says in which runtimes the result fits onto `gpus` of them with `context` tokens.
+    """
+    job = Job(Request(Path(source), **options))
+    described = job.describe()
+    if gpu is None:
+        if context is not None or gpus != 1:
+            raise UsageError("a context and a number of GPUs mean something with --gpu only")
+        return described
+    from llama4_convert.fit import fit
+    from llama4_convert.quantization import fit_format
+
+    verdict = fit(
+        job.plan.geometry,
+        sum(tensor.nbytes for tensor in job.plan.tensors),
+        gpu=gpu,
+        context=context,
+        format=fit_format(job.plan),
+        n_gpus=gpus,
+        max_context=job.max_position_embeddings,
+    )
+    return {**described, "fit": verdict}
 
 
 def convert(
@@ -213,6 +279,7 @@ def convert(
     target: str | os.PathLike[str],
     *,
     max_memory: int = DEFAULT_MEMORY,
+    max_error: float | None = None,
     overwrite: bool = False,
     warn: Warn = lambda text: None,
     start: Start = lambda total, done: None,
@@ -223,7 +290,8 @@ def convert(
 
     `options` are the fields of `Request`. `max_memory` (bytes) bounds the process's own memory above an idle interpreter.
     `start(total, done)` and `progress(n)` count bytes of tensor data. An interrupted conversion goes on when called again; a
-    finished one is left alone. Raises a ConvertError; the target then holds nothing that loads as a model.
+    finished one is left alone. `max_error` bounds the relative squared error of every quantized matrix (CheckFailed beyond).
+    Raises a ConvertError; the target then holds nothing that loads as a model.
     """
     request, target = Request(Path(source), **options), Path(target)
     if max_memory < LEAST_MEMORY:
@@ -234,7 +302,7 @@ def convert(
     made_folder = _make_folder(target)
     try:
         with lock.owned(target):
-            return _Conversion(Job(request), target, max_memory, overwrite, warn, start, progress).run()
+            return _Conversion(Job(request), target, max_memory, max_error, overwrite, warn, start, progress).run()
     except OSError as error:
         raise from_os_error(error, f"writing {target}") from error
     finally:
@@ -245,9 +313,18 @@ def convert(
 
 class _Conversion:
     def __init__(
-        self, job: Job, target: Path, max_memory: int, overwrite: bool, warn: Warn, start: Start, progress: Progress
+        self,
+        job: Job,
+        target: Path,
+        max_memory: int,
+        max_error: float | None,
+        overwrite: bool,
+        warn: Warn,
+        start: Start,
+        progress: Progress,
     ) -> None:
         self.job, self.target, self.max_memory, self.overwrite = job, target, max_memory, overwrite
+        self.max_error = max_error
         self.warn, self.start, self.progress = warn, start, progress
         self.manifest = job.manifest()
         self.index = job.plan.index()
@@ -303,6 +380,7 @@ class _Conversion:
         if self.lost_small_files:
             kept &= weights
         self.manifest.files = {name: old.files[name] for name in kept}
+        self.manifest.errors = old.errors  # of files that are made again they are made again too
         return len(self._weights_done())
 
     def _is_interrupted(self) -> bool:
@@ -366,10 +444,24 @@ class _Conversion:
             for file in left:
                 with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
                     write_file(plan, file, source, writer, result, self.progress)
+                    self._take_errors(result)
                     digest = writer.commit()
                 self.manifest.add(file.name, digest, file.size)
                 self.manifest.write(self.target)
         return result.overflows
+
+    def _take_errors(self, result: RunResult) -> None:
+        """Into the manifest, with the file that they belong to. Raises CheckFailed beyond what was allowed."""
+        from llama4_convert.quantization import relative_mse
+
+        for module, (error, power) in result.errors.items():
+            if self.max_error is not None and not relative_mse(error, power) <= self.max_error:
+                raise CheckFailed(
+                    f"{module}: a relative squared error of {relative_mse(error, power):.4g} is more than the"
+                    f" {self.max_error:g} that --max-error allows"
+                )
+            self.manifest.errors[module] = [error, power]
+        result.errors.clear()
 
     def _result(self, status: str, resumed: int) -> dict[str, Any]:
         plan = self.job.plan
@@ -384,7 +476,18 @@ class _Conversion:
             "files_kept_from_earlier_run": resumed,
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
             "warnings": self.job.warnings,
+            **self._quantization(),
         }
+
+    def _quantization(self) -> dict[str, Any]:
+        from llama4_convert.quantization import describe_errors, describe_sizes
+
+        plan, recipe = self.job.plan, self.job.recipe
+        if recipe is None:
+            return {}
+        errors = {module: (pair[0], pair[1]) for module, pair in self.manifest.errors.items()}
+        told = {"recipe": recipe.name, **describe_sizes(plan), **describe_errors(plan.matrices, errors)}
+        return {"quantization": told}
 
 
 def _make_folder(target: Path) -> bool:

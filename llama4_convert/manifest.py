@@ -29,6 +29,8 @@ class Manifest:
     meta_keys: list[str]  # the source keys used: the spelling, so that the way back is exact
     dropped: Mapping[str, str]  # source key -> why
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"sha256", "size"}
+    # module -> sums of squares, of the quantization's error and of the weights; relative MSE is their ratio
+    errors: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, sha256: str, size: int) -> None:
         self.files[name] = {"sha256": sha256, "size": size}
@@ -48,8 +50,12 @@ class Manifest:
             if body.pop("version") != _VERSION:
                 raise ValueError("another version")
             manifest = Manifest(**body)
-            if not all(isinstance(part, dict) for part in (manifest.source, manifest.options, manifest.files)):
+            parts = (manifest.source, manifest.options, manifest.files, manifest.errors)
+            if not all(isinstance(part, dict) for part in parts):
                 raise ValueError("a part is no object")
+            for module, sums in manifest.errors.items():
+                if not (isinstance(sums, list) and len(sums) == 2 and all(isinstance(x, float) for x in sums)):
+                    raise ValueError(f"no two sums for {module!r:.60}")
             for name, entry in manifest.files.items():
                 if name != Path(name).as_posix() or ".." in Path(name).parts or Path(name).is_absolute():
                     raise ValueError(f"a file outside the directory: {name!r:.60}")

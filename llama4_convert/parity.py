@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # A layer that was given the reference's input and strays further than this has not merely rounded.
 _LOCAL_NMSE = {"float32": 1e-9, "bfloat16": 1e-4, "float16": 1e-6}
+_LOSSY_NMSE = 0.5
 _METRIC_ROWS = 2048  # of the vocabulary at a time
 
 _NO_METRICS: dict[str, float | int | None] = {
@@ -47,16 +48,19 @@ def side_by_side(
     theirs: Llama4ForCausalLM,
     batch: Batch,
     dtype: str,
+    is_lossy: bool = False,
     advance: Callable[[float], None] = lambda part: None,
 ) -> Parity:
     """Both models a layer at a time, so that each weight is read once; `advance` is told the parts done, which sum to 1.
 
     Two errors a layer: propagated, each model on its own output of the layer before; and local, the candidate on the
-    reference's. Raises CandidateFailed.
+    reference's. `is_lossy`: the candidate is quantized, and only a layer that has lost most of its output strays. Raises
+    CandidateFailed.
     """
     import torch
 
-    n_layers, threshold = ours.config.text_config.num_hidden_layers, _LOCAL_NMSE[dtype]
+    n_layers = ours.config.text_config.num_hidden_layers
+    threshold = _LOSSY_NMSE if is_lossy else _LOCAL_NMSE[dtype]
     if theirs.config.text_config.num_hidden_layers != n_layers:
         raise CandidateFailed(f"it has {theirs.config.text_config.num_hidden_layers} layers, not {n_layers}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,7 +16,10 @@ from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
 from llama4_convert.errors import BadInput
+from llama4_convert.matrices import Matrix, matrices
 from mappings import Binding, Copy, MappingError, ModelShape, Placement, copies, load_table
+from quant.encoding import Encoder, Linear
+from quant.recipe import Recipe, Scheme
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 # A header that fills whole pages keeps the tensors behind it aligned for direct I/O and for mmap.
@@ -44,14 +47,37 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class PlannedMatrix:
+    """A matrix that a recipe stores in its own way: gathered whole, encoded, and written as several tensors."""
+
+    matrix: Matrix
+    scheme: Scheme | None  # None: linearized and otherwise as it is
+    encoder: Encoder
+    gathered: PlannedTensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors that a matrix is encoded into: which of the encoder's parts, or the bytes where they are known."""
+
+    matrix: PlannedMatrix
+    index: int
+    constant: bytes | None = None
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor. `offset` is the position of its first byte in the file; `pieces` cover it exactly once."""
+    """One output tensor. `offset` is the position of its first byte in the file; `pieces` cover it exactly once.
+
+    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     pieces: tuple[Piece, ...]
+    part: Part | None = None
 
     @property
     def numel(self) -> int:
@@ -91,10 +117,19 @@ class Plan:
     unread: tuple[tuple[int, Record], ...]  # records to check beforehand: replicas, dropped, or not read front to back
     compare: tuple[tuple[str, int], ...]  # (key, rank): copies to hold against rank 0's, where CRCs cannot tell
     warnings: tuple[str, ...]
+    linear_layers: tuple[
+        tuple[Matrix, Scheme | None], ...
+    ] = ()  # with a recipe: what it says of every one it could name
 
     @property
     def tensors(self) -> list[PlannedTensor]:
         return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def matrices(self) -> list[PlannedMatrix]:
+        """Those that a recipe encodes, each once, in the order of the files."""
+        found = {t.part.matrix.matrix.module: t.part.matrix for t in self.tensors if t.part}
+        return list(found.values())
 
     @property
     def output_bytes(self) -> int:
@@ -102,14 +137,16 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors)
+        plain = sum(tensor.numel for tensor in self.tensors if tensor.part is None)
+        return plain + sum(m.matrix.n * m.matrix.k for m in self.matrices)
 
     @property
     def main_dtype(self) -> str:
         """The dtype of most bytes."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
-            counts[tensor.dtype] += tensor.nbytes
+            if tensor.part is None:
+                counts[tensor.dtype] += tensor.nbytes
         return counts.most_common(1)[0][0]
 
     def index(self) -> bytes:
@@ -127,8 +164,9 @@ def make_plan(
     dtype: str | None = None,
     shard_size: int = 5_000_000_000,
     allow_rank_mismatch: bool = False,
+    recipe: Recipe | None = None,
 ) -> Plan:
-    """Plan the conversion of `source` to Transformers' layout.
+    """Plan the conversion of `source` to Transformers' layout; with a `recipe`, quantized as that says.
 
     `dtype` ("BF16", "F16", "F32") casts every tensor, None keeps each as it is. `shard_size` bounds an output file in bytes;
     only a tensor, or tensors that share a source record, larger than that exceed it. Raises BadInput where names, shapes or
@@ -140,7 +178,7 @@ def make_plan(
         claims = binding.claim(source.keys, text_only=text_only)
         _check_tensors(binding, source)
         warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
-        tensors = _output_tensors(binding, source, claims.spelling, dtype)
+        tensors = _output_tensors(binding, source, claims.spelling, dtype, recipe)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
     streamed = _streamed_records(tensors, source)
@@ -157,7 +195,14 @@ def make_plan(
         unread=_unread_records(source, streamed, skipped),
         compare=tuple(compare),
         warnings=tuple(warnings),
+        linear_layers=tuple(_linear_layers(binding, recipe)) if recipe else (),
     )
+
+
+def _linear_layers(binding: Binding, recipe: Recipe) -> Iterator[tuple[Matrix, Scheme | None]]:
+    for key in binding.transformers:
+        for matrix in matrices(binding, key):
+            yield matrix, recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
 
 
 def _bind(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
@@ -263,10 +308,15 @@ def mismatch(key: str, first: str, other: str) -> str:
 
 
 def _output_tensors(
-    binding: Binding, source: MetaCheckpoint, spelling: Mapping[str, str], dtype: str | None
+    binding: Binding,
+    source: MetaCheckpoint,
+    spelling: Mapping[str, str],
+    dtype: str | None,
+    recipe: Recipe | None,
 ) -> list[PlannedTensor]:
     ranks = len(source.ranks)
     placed: dict[tuple[int, str], dict[str, Placement]] = {}
+    logical = binding.logical
 
     def placement(rank: int, tensor: str) -> Placement:
         key = spelling[tensor]
@@ -275,11 +325,9 @@ def _output_tensors(
             placed[rank, key] = {p.tensor: p for p in binding.meta_placements(key, ranks, rank, strides)}
         return placed[rank, key][tensor]
 
-    logical = binding.logical
-    tensors = []
-    for name in binding.transformers:
+    def planned(name: str, shape: tuple[int, ...], targets: Sequence[Placement], dtype: str | None) -> PlannedTensor:
         pieces: list[Piece] = []
-        for target in binding.transformers_placements(name):
+        for target in targets:
             for rank in range(ranks if logical[target.tensor].shard else 1):
                 key = spelling[target.tensor]
                 stored = source.tensor(rank, key)
@@ -287,7 +335,6 @@ def _output_tensors(
                 if copy is not None:
                     shifted = replace(copy, source_offset=copy.source_offset + stored.offset)
                     pieces.append(Piece(rank, key, stored, shifted))
-        shape = binding.transformers_shape(name)
         dtypes = {piece.source.dtype for piece in pieces}
         if len(dtypes) > 1:
             raise MappingError(
@@ -296,8 +343,52 @@ def _output_tensors(
             )
         tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces))
         _check_conserved(tensor)
-        tensors.append(tensor)
+        return tensor
+
+    tensors: list[PlannedTensor] = []
+    for name in binding.transformers:
+        to_encode = list(_to_encode(binding, name, recipe)) if recipe else []
+        for matrix, scheme in to_encode:
+            assert recipe is not None
+            # Schemes quantize bf16, which is what checkpoints are published in.
+            gathered = planned(f"{matrix.module}.weight", matrix.shape, [matrix.target], "BF16" if scheme else dtype)
+            tensors += _encoded(matrix, scheme, recipe, gathered)
+        if not to_encode:
+            shape = binding.transformers_shape(name)
+            tensors.append(planned(name, shape, binding.transformers_placements(name), dtype))
     return tensors
+
+
+def _to_encode(binding: Binding, key: str, recipe: Recipe) -> Iterator[tuple[Matrix, Scheme | None]]:
+    """The matrices of a Transformers tensor that are stored in another way, and how; None: linearized, no more.
+
+    Experts always: runtimes that read some of them quantized expect none fused.
+    """
+    for matrix in matrices(binding, key):
+        scheme = recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
+        if scheme or matrix.expert is not None:
+            yield matrix, scheme
+
+
+def _encoded(matrix: Matrix, scheme: Scheme | None, recipe: Recipe, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
+    """The tensors that a matrix becomes. Raises MappingError if its size does not fit the scheme."""
+    from quant.encoders import encoder_for
+
+    encoder = encoder_for(scheme) if scheme else Linear(gathered.dtype)
+    planned = PlannedMatrix(matrix, scheme, encoder, gathered)
+    try:
+        outputs = encoder.outputs(matrix.n, matrix.k)
+    except ValueError as error:
+        raise MappingError(f"{matrix.module} ({matrix.n} x {matrix.k}): {error}") from error
+    index = 0
+    for output in outputs:
+        name = f"{matrix.module}.{output.suffix}"
+        if output.constant is not None:
+            yield PlannedTensor(name, output.dtype, output.shape, 0, (), Part(planned, 0, output.constant))
+            continue
+        pieces = gathered.pieces if index == 0 else ()
+        yield PlannedTensor(name, output.dtype, output.shape, 0, pieces, Part(planned, index))
+        index += 1
 
 
 def _check_conserved(tensor: PlannedTensor) -> None:
@@ -378,9 +469,22 @@ def _files(groups: Sequence[list[PlannedTensor]], shard_size: int) -> tuple[Plan
     )
 
 
+def _in_file_order(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+    """Readers view a tensor's bytes in place, so its offset must be a multiple of its item size: widest first.
+
+    But the parts of a matrix stay together where their sizes allow it: what comes later waits in memory until then.
+    """
+
+    def place(tensor: PlannedTensor) -> int:
+        width = ITEM_SIZES[tensor.dtype]
+        streams = tensor.part is not None and tensor.part.constant is None and not tensor.nbytes % 4 and width <= 4
+        return {8: 0, 4: 1}.get(width, 4 - width + 1) if not streams else 2
+
+    return sorted(tensors, key=place)
+
+
 def _file(name: str, tensors: list[PlannedTensor]) -> PlannedFile:
-    # Widest first: readers view a tensor's bytes in place, so its offset must be a multiple of its item size.
-    tensors = sorted(tensors, key=lambda t: -ITEM_SIZES[t.dtype])
+    tensors = _in_file_order(tensors)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:

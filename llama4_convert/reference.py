@@ -54,6 +54,12 @@ class Checkpoint:
             file = "params.json" if (path / "params.json").exists() else "config.json"
             raise BadInput(f"{path}: {file}: {error}") from error
 
+    @property
+    def quantized(self) -> Mapping[str, str]:
+        """Keys that are dequantized as they are read, each with its scheme: "int4"."""
+        matrices = getattr(self.readers[0], "quantized", {})
+        return {key: matrix.kind for key, matrix in matrices.items()}
+
     def logical_tensors(self, config: Llama4Config | None = None) -> Iterator[LogicalTensor]:
         """Every tensor, in model order, bound for this checkpoint's configuration or another. Raises BindingError."""
         config = config or self.config
@@ -142,9 +148,17 @@ def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:
         stop_ids=_stop_ids(checkpoint.path, text),
         bos_id=_token(text, "bos_token_id"),
         pad_id=_token(text, "pad_token_id"),
-        readers=(DirectoryReader(checkpoint),),
+        readers=(_reader(checkpoint),),
         is_text_only="text_config" not in checkpoint.config,
     )
+
+
+def _reader(checkpoint: TransformersCheckpoint) -> DirectoryReader:
+    if "quantization_config" not in checkpoint.config:
+        return DirectoryReader(checkpoint)
+    from llama4_convert.checkpoints.quantized import QuantizedReader
+
+    return QuantizedReader(checkpoint)
 
 
 def _stop_ids(path: Path, text: Mapping[str, Any]) -> tuple[int, ...]:

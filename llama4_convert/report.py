@@ -104,6 +104,12 @@ def plan_summary(plan: dict[str, Any]) -> str:
     for why, names in reasons.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"dropped  {names[0]}{more}: {why}")
+    if "quantization" in plan:
+        lines += quantization_summary(plan["quantization"])
+    if "fit" in plan:
+        from llama4_convert.fit import fit_summary
+
+        lines.append(fit_summary(plan["fit"]))
     return "\n".join(lines)
 
 
@@ -113,10 +119,28 @@ def convert_summary(result: dict[str, Any]) -> str:
     weights = [f for f in result["files"] if f["file"].startswith("model-")]
     kept = result["files_kept_from_earlier_run"]
     resumed = f" ({kept} kept from the run before)" if kept else ""
-    return (
+    line = (
         f"{result['output']}: {result['parameters'] / 1e9:.2f} B parameters, {gigabytes(result['output_bytes'])} in"
         f" {len(weights)} file(s){resumed}, variant {result['variant']} ({result['variant_reason']})"
     )
+    return "\n".join([line, *(quantization_summary(result["quantization"]) if "quantization" in result else ())])
+
+
+def quantization_summary(told: dict[str, Any]) -> list[str]:
+    """Lines on what a recipe does to the bytes, and, once it is done, on the error that it made."""
+    kinds = ", ".join(
+        f"{kind.replace('_', ' ')} {gigabytes(told['bytes_before'][kind])} to {gigabytes(size)}"
+        for kind, size in told["bytes_after"].items()
+        if kind != "other"
+    )
+    lines = [f"recipe   {told['recipe']}: {kinds}; {told['bits_per_quantized_weight']:.3g} bits a quantized weight"]
+    if "relative_mse" in told:
+        families = ", ".join(
+            f"{family.replace('_', ' ')} {summed['relative_mse']:.4g}" for family, summed in told["families"].items()
+        )
+        lines.append(f"error    relative squared error {families}; of single matrices the largest:")
+        lines += [f"         {w['relative_mse']:.4g}  {w['module']}" for w in told["worst"]]
+    return lines
 
 
 def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
@@ -150,9 +174,7 @@ def validate_summary(result: dict[str, Any]) -> str:
     lines = [
         f"config   {len(said)} field(s) differ" if said else "config   every field says what the reference says",
         *(f"         {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}" for d in said),
-        f"weights  {len(different)} tensor(s) differ"
-        if different
-        else f"weights  {result['tensors_compared']} tensors are equal bit by bit",
+        f"weights  {len(different)} tensor(s) differ" if different else f"weights  {_equal(result)}",
         *(f"         {d['tensor']} ({d['module']}): {d['cause']}" for d in different[:_SHOWN]),
         *([f"         and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []),
     ]
@@ -173,6 +195,19 @@ def validate_summary(result: dict[str, Any]) -> str:
         shown = "not a number" if value is None else f"{value:.3g}"
         lines.append(f"         {name:15} {shown:>10}  ({'at least' if least else 'at most'} {limit:g})  {verdict}")
     return "\n".join(lines)
+
+
+def _equal(result: dict[str, Any]) -> str:
+    quantized = result["tensors_quantized"]
+    n = sum(told["matrices"] for told in quantized.values())
+    if not n:
+        return f"{result['tensors_compared']} tensors are equal bit by bit"
+    kinds = "; ".join(
+        f"{told['matrices']} in {kind}, relative squared error {told['relative_mse_mean']:.4g} on the mean and"
+        f" {told['relative_mse_largest']:.4g} at most"
+        for kind, told in quantized.items()
+    )
+    return f"{result['tensors_compared'] - n} tensors are equal bit by bit; {kinds}"
 
 
 _SHOWN = 10

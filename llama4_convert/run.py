@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama4_convert.cast import cast
-from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
+from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
-from llama4_convert.planning import Piece, Plan, PlannedFile, PlannedTensor, mismatch
+from llama4_convert.planning import Part, Piece, Plan, PlannedFile, PlannedMatrix, PlannedTensor, mismatch
 from llama4_convert.writer import Buffers, FileWriter
 
 try:  # the same CRC-32 at several times the speed, where its wheel is installed
@@ -31,6 +31,7 @@ Progress = Callable[[int], None]
 
 # Read granularity: small enough to stay in the processor's cache between reading, checking and scattering.
 _SCRATCH = 1 << 20
+_GATHER = 16 << 20  # of a matrix, between two reports of progress
 # Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch, the tokenizer's conversion.
 BASE_MEMORY = 64 << 20
 
@@ -127,9 +128,10 @@ class Source:
 
 @dataclass
 class RunResult:
-    """What a run has to say besides its files: how many finite numbers a cast turned into infinities, by tensor."""
+    """What a run has to say besides its files."""
 
-    overflows: dict[str, int] = field(default_factory=dict)
+    overflows: dict[str, int] = field(default_factory=dict)  # finite numbers that a cast made infinite, by tensor
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # by module: sums of squares, error and weight
 
 
 def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
@@ -152,12 +154,12 @@ def write_file(
         space[:n] = file.header[position : position + n]
         writer.advance(n)
         position += n
+    encoder = _Encoder(plan, source, result, progress)
     for tensor in file.tensors:
-        fill = (
-            _Cast(tensor, plan, source, result)
-            if tensor.dtype != tensor.source_dtype
-            else _Gather(tensor, plan, source)
-        )
+        if tensor.part:
+            fill = encoder.part(tensor.part)
+        else:
+            fill = _filler(tensor, plan, source, result)
         position = 0
         while position < tensor.nbytes:
             space = writer.space()
@@ -165,7 +167,62 @@ def write_file(
             fill(position, space[:n])
             writer.advance(n)
             position += n
-            progress(n)
+            if not tensor.part:
+                progress(n)
+
+
+def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> Callable[[int, memoryview], None]:
+    if tensor.dtype != tensor.source_dtype:
+        return _Cast(tensor, plan, source, result)
+    return _Gather(tensor, plan, source)
+
+
+class _Encoder:
+    """Gathers matrices whole, encodes them, and holds their parts until each is written."""
+
+    def __init__(self, plan: Plan, source: Source, result: RunResult, progress: Progress) -> None:
+        self.plan, self.source, self.result, self.progress = plan, source, result, progress
+        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._held: dict[str, list[memoryview | None]] = {}
+        self._gathered = bytearray()  # reused: matrices of a layer are of a size
+
+    def part(self, part: Part) -> Callable[[int, memoryview], None]:
+        """What fills byte ranges of one part. Raises BadInput for a matrix with numbers that are not finite."""
+        data = memoryview(part.constant) if part.constant is not None else self._take(part)
+
+        def fill(start: int, into: memoryview) -> None:
+            into[:] = data[start : start + len(into)]
+
+        return fill
+
+    def _take(self, part: Part) -> memoryview:
+        module = part.matrix.matrix.module
+        if module not in self._held:
+            self._held[module] = self._encode(part.matrix)
+        parts = self._held[module]
+        taken, parts[part.index] = parts[part.index], None
+        if not any(p is not None for p in parts):
+            del self._held[module]
+        assert taken is not None
+        return taken
+
+    def _encode(self, planned: PlannedMatrix) -> list[memoryview | None]:
+        tensor = planned.gathered
+        if len(self._gathered) != tensor.nbytes:
+            self._gathered = bytearray(tensor.nbytes)
+        fill = _filler(tensor, self.plan, self.source, self.result)
+        for start in range(0, tensor.nbytes, _GATHER):
+            n = min(_GATHER, tensor.nbytes - start)
+            fill(start, memoryview(self._gathered)[start : start + n])
+            self.progress(n)
+        bits = np.frombuffer(self._gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
+        try:
+            encoded = planned.encoder.encode(bits, planned.matrix.in_out, self.threads)
+        except ValueError as error:
+            raise BadInput(f"{planned.matrix.module}: {error}") from error
+        if planned.scheme:
+            self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
+        return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
 
 
 class _Gather:

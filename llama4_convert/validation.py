@@ -19,10 +19,11 @@ from typing import Any
 from llama4.config import Difference, Llama4Config, differences
 from llama4.weights import BindingError, parameter_shapes
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.metrics import finite
 from llama4_convert.parity import CandidateFailed, Parity, against_transformers, candidate_steps, side_by_side
 from llama4_convert.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
 from llama4_convert.reference import Checkpoint, model_of
-from llama4_convert.weight_check import WeightFault, compare_weights, unexpected_tensors
+from llama4_convert.weight_check import QuantizationError, WeightFault, compare_weights, unexpected_tensors
 
 RUNNERS = ("llama4", "transformers")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,6 +38,14 @@ GATE_NAMES = ("top1_agreement", "kl_mean", "kl_p999", "nmse", "max_abs_diff")
 
 
 _MODEL_BYTES = 1 << 30  # of weights that either model keeps
+
+
+# Of a quantized candidate, by its coarsest scheme, whatever it computes in.
+QUANTIZED_GATES: Mapping[str, Mapping[str, float]] = {
+    "fp8": {"top1_agreement": 0.8, "kl_mean": 0.02, "kl_p999": 1.0, "nmse": 0.05},
+    "nf4": {"top1_agreement": 0.5, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3},
+    "int4": {"top1_agreement": 0.5, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3},
+}
 
 
 def validate(
@@ -62,12 +71,13 @@ def validate(
     compute in `dtype`. `gates` replaces limits of `GATES`. The result's `passed` is true if no field differs, no tensor
     differs, and every metric is within its gate. Raises UsageError, BadInput or EnvironmentFailed.
     """
-    limits = _limits(dtype, gates or {})
+    _check_gates(dtype, gates or {})
     if runner not in RUNNERS:
         raise UsageError(f"unknown runner {runner!r}: choose one of {', '.join(RUNNERS)}")
     if not -(1 << 63) <= seed < 1 << 63:
         raise UsageError("the seed must fit into 64 bits")
     original, candidate = Checkpoint.open(reference), Checkpoint.open(path)
+    limits = {**_default_gates(dtype, original, candidate), **(gates or {})}
     if runner == "transformers" and candidate.layout != "transformers":
         raise UsageError(f"{path} is in Meta's layout, which Transformers does not read: leave --with out")
     config = original.config
@@ -81,7 +91,8 @@ def validate(
     total = sum(sizes.values()) * _item_size(original)
     start(2 * total, 0)
     try:
-        faults = list(compare_weights(original, candidate, config, progress))
+        errors: dict[str, QuantizationError] = {}
+        faults = list(compare_weights(original, candidate, config, progress, errors))
     except BindingError as error:
         raise BadInput(f"{reference}: {error}: download it again") from error
     run = _run(original, candidate, config, batch, runner, dtype, lambda part: progress(int(part * total)))
@@ -96,6 +107,7 @@ def validate(
         "dtype": dtype,
         "config_differences": [difference._asdict() for difference in said],
         "tensors_compared": len(sizes) if not missing else list(sizes).index(missing[0].name),
+        "tensors_quantized": _quantized(errors),
         "tensors_different": [fault.to_json() for fault in faults],
         "tensors_unexpected": unexpected_tensors(candidate, config),
         **run.metrics,
@@ -107,7 +119,23 @@ def validate(
     }
 
 
-def _limits(dtype: str, overrides: Mapping[str, float]) -> dict[str, float]:
+def _quantized(errors: Mapping[str, QuantizationError]) -> dict[str, Any]:
+    """What became of the quantized matrices, by scheme: how many, and the mean and the largest of their relative errors."""
+    kinds = sorted({error.kind for error in errors.values()})
+    told: dict[str, Any] = {}
+    for kind in kinds:
+        values = {key: e.relative_mse for key, e in errors.items() if e.kind == kind}
+        worst = max(values, key=lambda key: values[key])
+        told[kind] = {
+            "matrices": len(values),
+            "relative_mse_mean": finite(sum(values.values()) / len(values)),
+            "relative_mse_largest": finite(values[worst]),
+            "worst": worst,
+        }
+    return told
+
+
+def _check_gates(dtype: str, overrides: Mapping[str, float]) -> None:
     if dtype not in GATES:
         raise UsageError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     for name in overrides:
@@ -115,7 +143,11 @@ def _limits(dtype: str, overrides: Mapping[str, float]) -> dict[str, float]:
             raise UsageError(f"unknown gate {name!r}: choose one of {', '.join(GATE_NAMES)}")
         if not math.isfinite(overrides[name]):
             raise UsageError(f"gate {name} must be a finite number, not {overrides[name]}")
-    return {**GATES[dtype], **overrides}
+
+
+def _default_gates(dtype: str, original: Checkpoint, candidate: Checkpoint) -> Mapping[str, float]:
+    kinds = set() if original.quantized else set(candidate.quantized.values())
+    return next((gates for kind, gates in list(QUANTIZED_GATES.items())[::-1] if kind in kinds), GATES[dtype])
 
 
 def _within(name: str, value: float | int | None, limit: float) -> bool:
@@ -209,7 +241,8 @@ def _run(
                 return against_transformers(ours, candidate.path, batch, dtype, advance)
             with candidate_steps():
                 theirs = model_of(candidate, dtype=kind, keep_bytes=_MODEL_BYTES)
-            return side_by_side(ours, theirs, batch, dtype, advance)
+            is_lossy = bool(candidate.quantized) and not original.quantized
+            return side_by_side(ours, theirs, batch, dtype, is_lossy, advance)
         except CandidateFailed as failure:
             return Parity(failure=str(failure))
         except (BindingError, RuntimeError, ValueError, IndexError) as error:

@@ -5,6 +5,7 @@ What differs by a single bit is found with certainty, whatever logits make of it
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,18 +48,41 @@ class WeightFault:
         return {"layer": self.layer, "module": self.module, "tensor": self.tensor, "cause": self.cause}
 
 
+# No data-free scheme errs so much on any weights; a wrong tensor errs by 1 to 2.
+_LARGEST_ERROR = {"int4": 0.2, "fp8": 0.005, "nf4": 0.1}
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """Of one matrix: squared error of what the runtime computes with over the squared weights."""
+
+    kind: str
+    relative_mse: float
+    nbytes: int  # of the reference's
+
+    @property
+    def fault(self) -> str | None:
+        limit = _LARGEST_ERROR[self.kind]
+        if self.relative_mse <= limit:
+            return None
+        return f"a relative squared error of {self.relative_mse:.3g}: {self.kind} makes no more than {limit:g}"
+
+
 def compare_weights(
     reference: Checkpoint,
     candidate: Checkpoint,
     config: Llama4Config,
     advance: Callable[[int], None] = lambda n: None,
+    errors: dict[str, QuantizationError] | None = None,
 ) -> Iterator[WeightFault]:
     """The faults of `candidate`, in model order; `config` says which tensors there must be.
 
     A missing tensor ends the comparison of those behind it. `advance` is told the bytes of the reference as they are read.
+    What is quantized cannot be equal: it is a fault only beyond the error that its scheme can make; `errors` takes it by key.
     """
     has_vision = config.vision_config is not None
     theirs = candidate.logical_tensors(config)
+    quantized = {} if reference.quantized else candidate.quantized
     for ours in reference.logical_tensors(config):
         key = transformers_key(ours.name, has_vision)
         try:
@@ -66,7 +90,15 @@ def compare_weights(
         except BindingError as error:
             yield WeightFault(ours.name, key, str(error))
             return
-        cause = _compare(ours, found, advance)
+        kind = quantized.get(found.keys[0])
+        if kind is None:
+            cause = _compare(ours, found, advance)
+        else:
+            made = _quantization_error(ours, found, kind)
+            advance(0 if isinstance(made, str) else made.nbytes)
+            cause = made if isinstance(made, str) else made.fault
+            if errors is not None and not isinstance(made, str):
+                errors[found.keys[0]] = made
         if cause:
             yield WeightFault(ours.name, key, cause)
 
@@ -113,6 +145,23 @@ def _compare(ours: LogicalTensor, found: LogicalTensor, advance: Callable[[int],
     if not differing:
         return None
     return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}"
+
+
+def _quantization_error(ours: LogicalTensor, found: LogicalTensor, kind: str) -> QuantizationError | str:
+    """The error, or in words why there is none."""
+    a = ours.load(None)
+    try:
+        b = found.load(None)
+    except ShapeError as wrong:
+        return str(wrong)
+    if a.shape != b.shape:
+        return f"its shape is {list(b.shape)}, not {list(a.shape)}"
+    from llama4.loading import to_tensor
+
+    x, y = to_tensor(a, ours.dtype).double(), to_tensor(b, found.dtype).double()
+    power = float(x.square().sum())
+    error = float((y - x).square().sum())
+    return QuantizationError(kind, error / power if power else (0.0 if error == 0 else math.inf), a.nbytes)
 
 
 def _blocks(name: str) -> Iterator[Rows | None]:

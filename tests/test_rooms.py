@@ -1,4 +1,4 @@
-"""The import arrows: the tables and the model know nobody, and converting needs neither torch nor Transformers."""
+"""The import arrows: tables, model and quantization know nobody; a plain conversion needs no torch, Transformers or numba."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ROOMS = ("mappings", "llama4", "llama4_convert")
-HEAVY = {"torch", "transformers"}
+ROOMS = ("mappings", "llama4", "quant", "llama4_convert")
+HEAVY = {"torch", "transformers", "numba"}
 
 
 def modules(room: str) -> list[Path]:
@@ -55,8 +55,21 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-@pytest.mark.parametrize("room", ["mappings", "llama4"])
-def test_the_tables_and_the_model_import_nothing_of_the_other_rooms(room: str) -> None:
+# The model computes with torch; what describes it and binds its layouts does not.
+MODEL = {"loading", "text", "cache", "moe", "vision", "image", "chat", "model", "generate"}
+
+
+def may_import(path: Path) -> set[str]:
+    """The heavy packages that importing this module may load."""
+    if path.parent.name == "llama4" and path.stem in MODEL:
+        return {"torch"}
+    parts = path.relative_to(REPOSITORY).parts
+    compiled = parts[:2] in {("quant", "kernels"), ("quant", "schemes")} or parts[:2] == ("quant", "encoders.py")
+    return {"numba"} if compiled or parts == ("quant", "formats", "bitsandbytes.py") else set()
+
+
+@pytest.mark.parametrize("room", ["mappings", "llama4", "quant"])
+def test_tables_model_and_quantization_import_nothing_of_the_other_rooms(room: str) -> None:
     others = (set(ROOMS) | HEAVY | {"tests"}) - {room}
     found = [
         (path.name, name)
@@ -67,16 +80,8 @@ def test_the_tables_and_the_model_import_nothing_of_the_other_rooms(room: str) -
     assert found == []
 
 
-# The model computes with torch; what describes it and binds its layouts does not.
-MODEL = {"loading", "text", "cache", "moe", "vision", "image", "chat", "model", "generate"}
-
-
-def may_import(path: Path) -> set[str]:
-    return {"torch"} if path.parent.name == "llama4" and path.stem in MODEL else set()
-
-
 @pytest.mark.parametrize("room", ROOMS)
-def test_no_module_imports_transformers_and_only_the_model_torch_when_it_is_imported(room: str) -> None:
+def test_no_module_imports_what_is_heavy_but_the_model_torch_and_the_kernels_numba(room: str) -> None:
     found = [
         (path.name, name)
         for path in modules(room)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.config import Module, _patterns
+from quant.config import Module, patterns
 from quant.encoding import Bits, Encoded, Output
 from quant.schemes.nf4 import NESTED_BLOCK, NF4, Nf4, dynamic_map
 
@@ -150,7 +150,7 @@ def bitsandbytes_config(modules: Sequence[Module]) -> dict[str, Any]:
     """
     kept = [module for module in modules if module.scheme is None]
     schemes = {module.scheme for module in modules if module.scheme is not None}
-    patterns = [pattern.removeprefix("re:").removesuffix("$") for pattern in _patterns(kept, modules)]
+    named = [pattern.removeprefix("re:").removesuffix("$") for pattern in patterns(kept, modules)]
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -159,5 +159,5 @@ def bitsandbytes_config(modules: Sequence[Module]) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": all(scheme.double_quant for scheme in schemes),
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [*_ALWAYS_KEPT, *patterns],
+        "llm_int8_skip_modules": [*_ALWAYS_KEPT, *named],
     }

@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.jit import compiled
+from quant.kernels.jit import compiled, part
 
 # Indices are unsigned: a signed one might be negative for all that LLVM knows, and its loop is not vectorized then.
 _U = np.uintp
 BLOCK = _U(128)  # outputs at a time, and both sides of a block that shares a scale
-_TWO_BLOCKS, _THREE_BLOCKS = BLOCK * _U(2), BLOCK * _U(3)
-_CODES = _U(4)  # codes of 8 bits in a word, and bf16 in a uint64
+_TWO, _THREE, _FOUR = _U(2), _U(3), _U(4)  # inputs are read and coded by fours: a word holds four codes
 _TOGETHER = BLOCK * _U(4)  # inputs whose words are written together
 
 CHANNEL, BY_BLOCK, TENSOR = range(3)
+
+_BY_16, _BY_32 = np.uint64(16), np.uint64(32)
+_LOW_32, _EVEN_16 = np.uint64(0xFFFFFFFF), np.uint64(0x0000FFFF0000FFFF)
 
 _MAGNITUDE = np.int16(0x7FFF)
 _INFINITY = 0x7F80  # as bf16 bits: magnitudes from here on are infinite or NaN
@@ -46,23 +48,23 @@ _SCALE, _FACTOR, _INVERSE, _ERROR, _POWER = (_U(row * int(BLOCK)) for row in ran
 
 def scratch(inputs: int) -> tuple[NDArray[Any], ...]:
     """The buffers that one thread lends to `quantize_band`, call after call: 256 bytes an input and 100 KiB."""
-    block, codes = int(BLOCK), int(_CODES)
-    padded = -(-inputs // codes) * codes
+    block, four = int(BLOCK), int(_FOUR)
+    padded = -(-inputs // four) * four
     return (
         np.empty(padded * block, np.int16),  # tile: the band as it was read, [inputs, BLOCK]
-        np.empty((block + codes) * block, np.int16),  # rows: before transposing
+        np.empty((block + four) * block, np.int16),  # rows: before transposing
         np.empty(block, np.int16),  # the largest magnitude of each output
         np.empty(_COLUMN_ROWS * block, np.float32),
-        np.empty(int(_TOGETHER) // codes * block, np.int32),  # words not yet written
+        np.empty(int(_TOGETHER) // four * block, np.int32),  # words not yet written
     )
 
 
-@compiled
+@part
 def _widened(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@compiled
+@part
 def _to_bf16(value):
     """Bits of a finite float32 rounded to bf16, ties to even."""
     wide = np.float32(value).view(np.uint32)
@@ -76,48 +78,78 @@ def scale_bits(largest):
     return np.uint16(_EPSILON) if bits == 0 else bits
 
 
-@compiled
-def _read_in_out(source, stride, k0, n0, size, width, tile, to):
-    for r in range(size):
+@part
+def _note(maxima, j, b0, b1, b2, b3):
+    """The largest magnitude as bf16 bits, NaN above all."""
+    b0, b1, b2, b3 = b0 & _MAGNITUDE, b1 & _MAGNITUDE, b2 & _MAGNITUDE, b3 & _MAGNITUDE
+    maxima[j] = max(maxima[j], max(max(b0, b1), max(b2, b3)))
+
+
+@part
+def _read_in_out(source, stride, k0, n0, size, width, tile, to, maxima):
+    for four in range(size // _FOUR):
+        start = (k0 + four * _FOUR) * stride + n0
+        at = to + four * _FOUR * BLOCK
+        for j in range(width):
+            b0 = source[start + j]
+            b1 = source[start + stride + j]
+            b2 = source[start + stride * _TWO + j]
+            b3 = source[start + stride * _THREE + j]
+            tile[at + j] = b0
+            tile[at + BLOCK + j] = b1
+            tile[at + _TWO * BLOCK + j] = b2
+            tile[at + _THREE * BLOCK + j] = b3
+            _note(maxima, j, b0, b1, b2, b3)
+    for r in range(size // _FOUR * _FOUR, size):
         start = (k0 + r) * stride + n0
         for j in range(width):
-            tile[to + r * BLOCK + j] = source[start + j]
+            b0 = source[start + j]
+            tile[to + r * BLOCK + j] = b0
+            _note(maxima, j, b0, b0, b0, b0)
+    for i in range(size * BLOCK, (size + _THREE) // _FOUR * _FOUR * BLOCK):
+        tile[to + i] = np.int16(0)
 
 
-@compiled
-def _read_out_in(source, stride, k0, n0, size, width, rows, tile, to):
-    """Transposes. The rows are first copied together: in the source they lie a power of two apart, in one cache set."""
-    pitch = BLOCK + _CODES
+@part
+def _read_out_in(source, stride, k0, n0, size, width, rows, tile, to, maxima):
+    """Transposes, four by four in uint64 (halves of 32 bits change places, then of 16).
+
+    The rows are first copied together: in the source they may lie a power of two apart and would share few cache sets.
+    """
+    pitch = BLOCK + _FOUR
+    quads = (size + _THREE) // _FOUR
     for j in range(width):
         start = (n0 + j) * stride + k0
         for r in range(size):
             rows[j * pitch + r] = source[start + r]
-        for r in range(size, (size + _CODES - _U(1)) // _CODES * _CODES):
-            rows[j * pitch + r] = 0
+        for r in range(size, quads * _FOUR):
+            rows[j * pitch + r] = np.int16(0)
+    for j in range(width * pitch, (width + _THREE) // _FOUR * _FOUR * pitch):
+        rows[j] = np.int16(0)  # of outputs that there are not
+    pitch //= _FOUR
     fours = rows.view(np.uint64)
-    pitch //= _CODES
-    for r in range((size + _CODES - _U(1)) // _CODES):
-        at = to + r * _CODES * BLOCK
-        for j in range(width):
-            four = fours[j * pitch + r]
-            tile[at + j] = np.int16(four & np.uint64(0xFFFF))
-            tile[at + BLOCK + j] = np.int16((four >> np.uint64(16)) & np.uint64(0xFFFF))
-            tile[at + _TWO_BLOCKS + j] = np.int16((four >> np.uint64(32)) & np.uint64(0xFFFF))
-            tile[at + _THREE_BLOCKS + j] = np.int16(four >> np.uint64(48))
-
-
-@compiled
-def _grow(tile, to, fours, maxima):
-    """Largest magnitudes as bf16 bits, NaN above all."""
-    for four in range(fours):
-        r0 = to + four * _TWO_BLOCKS * _U(2)
+    lanes = tile.view(np.uint64)
+    for r in range(quads):
+        at = (to + r * _FOUR * BLOCK) // _FOUR
+        for j in range((width + _THREE) // _FOUR):
+            i = j * _FOUR * pitch + r
+            a0, a1, a2, a3 = fours[i], fours[i + pitch], fours[i + _TWO * pitch], fours[i + _THREE * pitch]
+            b0 = (a0 & _LOW_32) | (a2 << _BY_32)
+            b1 = (a1 & _LOW_32) | (a3 << _BY_32)
+            b2 = (a0 >> _BY_32) | (a2 & ~_LOW_32)
+            b3 = (a1 >> _BY_32) | (a3 & ~_LOW_32)
+            lanes[at + j] = (b0 & _EVEN_16) | ((b1 & _EVEN_16) << _BY_16)
+            lanes[at + BLOCK // _FOUR + j] = ((b0 >> _BY_16) & _EVEN_16) | (b1 & ~_EVEN_16)
+            lanes[at + BLOCK // _TWO + j] = (b2 & _EVEN_16) | ((b3 & _EVEN_16) << _BY_16)
+            lanes[at + BLOCK // _FOUR * _THREE + j] = ((b2 >> _BY_16) & _EVEN_16) | (b3 & ~_EVEN_16)
+    for four in range(quads):
+        at = to + four * _FOUR * BLOCK
         for j in range(BLOCK):
-            b0, b1 = tile[r0 + j] & _MAGNITUDE, tile[r0 + BLOCK + j] & _MAGNITUDE
-            b2, b3 = tile[r0 + _TWO_BLOCKS + j] & _MAGNITUDE, tile[r0 + _THREE_BLOCKS + j] & _MAGNITUDE
-            maxima[j] = max(maxima[j], max(max(b0, b1), max(b2, b3)))
+            b0, b1 = tile[at + j], tile[at + BLOCK + j]
+            _note(maxima, j, b0, b1, tile[at + _TWO * BLOCK + j], tile[at + _THREE * BLOCK + j])
 
 
-@compiled
+@part
 def _largest(maxima):
     largest = np.int16(0)
     for j in range(BLOCK):
@@ -143,7 +175,7 @@ def largest_magnitude(source, stride, first, last, columns):
     return largest, bad
 
 
-@compiled
+@part
 def _in_bf16(quotient):
     """Rounded to bf16; adding 0 takes the sign off a zero, as compressed-tensors' adding of its zero point does.
 
@@ -155,46 +187,46 @@ def _in_bf16(quotient):
     return np.uint32(bits).view(np.float32) + np.float32(0)
 
 
-@compiled
+@part
 def _magnitude(value):
     bits = min(np.float32(value).view(np.uint32) & np.uint32(0x7FFFFFFF), _LARGEST_BITS)
     return np.uint32(bits).view(np.float32)
 
 
-@compiled
+@part
 def _rounder(magnitude):
     """What rounds a magnitude to e4m3, ties to even, when added: its last bit is worth e4m3's at that magnitude."""
     power = np.float32(magnitude).view(np.uint32) & np.uint32(0x7F800000)
     return np.uint32(max(power + _TO_ROUNDER, _ROUND_BITS)).view(np.float32)
 
 
-@compiled
+@part
 def _code(total, rounder):
     """The code of total - rounder, plus _OFFSET: the exponent is the rounder's, what was added counts mantissas."""
     bits = np.float32(rounder).view(np.uint32)
     return np.uint32((bits >> np.uint32(20)) + (np.float32(total).view(np.uint32) - bits))
 
 
-@compiled
+@part
 def _sign(value, mask):
     return np.float32(value).view(np.uint32) & mask
 
 
-@compiled
+@part
 def _encode(tile, to, fours, columns, words, w0):
     """Codes of weight / scale, four inputs to a word, the first lowest; squared error and power of each output."""
     for j in range(BLOCK):
         columns[_ERROR + j] = np.float32(0)
         columns[_POWER + j] = np.float32(0)
     for four in range(fours):
-        r0 = to + four * _TWO_BLOCKS * _U(2)
+        r0 = to + four * _FOUR * BLOCK
         for j in range(BLOCK):
             factor = columns[_FACTOR + j]
             inverse = columns[_INVERSE + j]
             q0 = _widened(tile[r0 + j]) * factor * inverse
             q1 = _widened(tile[r0 + BLOCK + j]) * factor * inverse
-            q2 = _widened(tile[r0 + _TWO_BLOCKS + j]) * factor * inverse
-            q3 = _widened(tile[r0 + _THREE_BLOCKS + j]) * factor * inverse
+            q2 = _widened(tile[r0 + _TWO * BLOCK + j]) * factor * inverse
+            q3 = _widened(tile[r0 + _THREE * BLOCK + j]) * factor * inverse
             h0, h1, h2, h3 = _in_bf16(q0), _in_bf16(q1), _in_bf16(q2), _in_bf16(q3)
             m0, m1, m2, m3 = _magnitude(h0), _magnitude(h1), _magnitude(h2), _magnitude(h3)
             r_0, r_1, r_2, r_3 = _rounder(m0), _rounder(m1), _rounder(m2), _rounder(m3)
@@ -209,7 +241,7 @@ def _encode(tile, to, fours, columns, words, w0):
             columns[_POWER + j] = (((columns[_POWER + j] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
 
 
-@compiled
+@part
 def _set_scale(columns, j, bits):
     """The scale, and what weights are multiplied with; a tiny scale has an inverse only once weights and scale have grown."""
     scale = _widened(bits)
@@ -219,7 +251,7 @@ def _set_scale(columns, j, bits):
     columns[_INVERSE + j] = np.float32(1) / (scale * factor)
 
 
-@compiled
+@part
 def _write(words, n0, width, first, count, packed):
     """Transposes words into the outputs: some together, as each output's row is another page."""
     for j in range(width):
@@ -245,14 +277,10 @@ def quantize_band(
     for c in range(chunks):
         k0 = c * BLOCK
         size = min(BLOCK, inputs - k0)
-        fours = (size + _CODES - _U(1)) // _CODES
         if in_out:
-            _read_in_out(source, stride, k0, n0, size, width, tile, k0 * BLOCK)
-            for i in range((k0 + size) * BLOCK, (k0 + fours * _CODES) * BLOCK):
-                tile[i] = np.int16(0)
+            _read_in_out(source, stride, k0, n0, size, width, tile, k0 * BLOCK, maxima)
         else:
-            _read_out_in(source, stride, k0, n0, size, width, rows, tile, k0 * BLOCK)
-        _grow(tile, k0 * BLOCK, fours, maxima)
+            _read_out_in(source, stride, k0, n0, size, width, rows, tile, k0 * BLOCK, maxima)
         if by_block:
             of_block = _largest(maxima)
             largest = max(largest, of_block)
@@ -262,7 +290,7 @@ def quantize_band(
     largest = max(largest, _largest(maxima))
     if largest >= _INFINITY:
         bad = 0
-        for i in range((inputs + _CODES - _U(1)) // _CODES * _CODES * BLOCK):
+        for i in range((inputs + _THREE) // _FOUR * _FOUR * BLOCK):
             bad += (tile[i] & _MAGNITUDE) >= _INFINITY
         sums[2] = bad
         return
@@ -278,18 +306,18 @@ def quantize_band(
     power_sum = 0.0
     for c in range(chunks):
         k0 = c * BLOCK
-        fours = (min(BLOCK, inputs - k0) + _CODES - _U(1)) // _CODES
+        fours = (min(BLOCK, inputs - k0) + _THREE) // _FOUR
         if by_block:
             for j in range(BLOCK):
                 _set_scale(columns, j, scales[n0 // BLOCK, c])
         begun = k0 // _TOGETHER * _TOGETHER
-        _encode(tile, k0 * BLOCK, fours, columns, words, (k0 - begun) // _CODES * BLOCK)
+        _encode(tile, k0 * BLOCK, fours, columns, words, (k0 - begun) // _FOUR * BLOCK)
         for j in range(BLOCK):
             square = np.float64(columns[_SCALE + j]) * np.float64(columns[_SCALE + j])
             error_sum += np.float64(columns[_ERROR + j]) * square
             power_sum += np.float64(columns[_POWER + j]) * square
         if c + _U(1) == chunks or (k0 + BLOCK) % _TOGETHER == _U(0):
-            _write(words, n0, width, begun // _CODES, (k0 - begun) // _CODES + fours, packed)
+            _write(words, n0, width, begun // _FOUR, (k0 - begun) // _FOUR + fours, packed)
     sums[0] = error_sum
     sums[1] = power_sum
     sums[2] = 0

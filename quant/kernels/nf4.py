@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kernels.jit import compiled
+from quant.kernels.jit import compiled, part
 
 # Indices are unsigned: a signed one might be negative for all that LLVM knows, and its loop is not vectorized then.
 _U = np.uintp
 LANES = _U(128)  # rows at a time
-_TWO_LANES, _THREE_LANES = LANES * _U(2), LANES * _U(3)
-_FOUR = _U(4)  # bf16 in a uint64
+_TWO, _THREE, _FOUR = _U(2), _U(3), _U(4)  # weights are read by fours
 _CODES = _U(8)  # codes of 4 bits in a word
 _TOGETHER = _U(512)  # weights of a row whose words are written together
+
+_BY_16, _BY_32 = np.uint64(16), np.uint64(32)
+_LOW_32, _EVEN_16 = np.uint64(0xFFFFFFFF), np.uint64(0x0000FFFF0000FFFF)
 
 _MAGNITUDE = np.int16(0x7FFF)
 _INFINITY = 0x7F80  # as bf16 bits: magnitudes from here on are infinite or NaN
@@ -62,59 +64,79 @@ def scratch(block: int) -> tuple[NDArray[Any], ...]:
     )
 
 
-@compiled
+@part
 def _widened(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@compiled
+@part
 def _to_bf16(value):
     """Bits of a finite float32 rounded to bf16, ties to even."""
     wide = np.float32(value).view(np.uint32)
     return np.uint16((wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@compiled
-def _read_in_out(source, stride, k0, n0, block, width, tile):
-    for r in range(block):
-        start = (k0 + r) * stride + n0
+@part
+def _note(maxima, j, b0, b1, b2, b3):
+    """The largest magnitude as bf16 bits, NaN above all."""
+    b0, b1, b2, b3 = b0 & _MAGNITUDE, b1 & _MAGNITUDE, b2 & _MAGNITUDE, b3 & _MAGNITUDE
+    maxima[j] = max(maxima[j], max(max(b0, b1), max(b2, b3)))
+
+
+@part
+def _read_in_out(source, stride, k0, n0, block, width, tile, maxima):
+    for four in range(block // _FOUR):
+        start = (k0 + four * _FOUR) * stride + n0
+        at = four * _FOUR * LANES
         for j in range(width):
-            tile[r * LANES + j] = source[start + j]
+            b0 = source[start + j]
+            b1 = source[start + stride + j]
+            b2 = source[start + stride * _TWO + j]
+            b3 = source[start + stride * _THREE + j]
+            tile[at + j] = b0
+            tile[at + LANES + j] = b1
+            tile[at + _TWO * LANES + j] = b2
+            tile[at + _THREE * LANES + j] = b3
+            _note(maxima, j, b0, b1, b2, b3)
 
 
-@compiled
-def _read_out_in(source, stride, k0, n0, block, width, rows, tile):
-    """Transposes. The rows are first copied together: in the source they lie a power of two apart, in one cache set."""
+@part
+def _read_out_in(source, stride, k0, n0, block, width, rows, tile, maxima):
+    """Transposes, four by four in uint64 (halves of 32 bits change places, then of 16).
+
+    The rows are first copied together: in the source they may lie a power of two apart and would share few cache sets.
+    """
     pitch = block + _FOUR
     for j in range(width):
         start = (n0 + j) * stride + k0
         for r in range(block):
             rows[j * pitch + r] = source[start + r]
-    fours = rows.view(np.uint64)
+    for j in range(width * pitch, (width + _THREE) // _FOUR * _FOUR * pitch):
+        rows[j] = np.int16(0)  # of rows that there are not
     pitch //= _FOUR
+    fours = rows.view(np.uint64)
+    lanes = tile.view(np.uint64)
     for r in range(block // _FOUR):
-        to = r * _FOUR * LANES
-        for j in range(width):
-            four = fours[j * pitch + r]
-            tile[to + j] = np.int16(four & np.uint64(0xFFFF))
-            tile[to + LANES + j] = np.int16((four >> np.uint64(16)) & np.uint64(0xFFFF))
-            tile[to + _TWO_LANES + j] = np.int16((four >> np.uint64(32)) & np.uint64(0xFFFF))
-            tile[to + _THREE_LANES + j] = np.int16(four >> np.uint64(48))
-
-
-@compiled
-def _maxima(tile, block, maxima):
-    """Largest magnitudes as bf16 bits, NaN above all."""
-    maxima[:] = np.int16(0)
+        at = r * LANES
+        for j in range((width + _THREE) // _FOUR):
+            i = j * _FOUR * pitch + r
+            a0, a1, a2, a3 = fours[i], fours[i + pitch], fours[i + _TWO * pitch], fours[i + _THREE * pitch]
+            b0 = (a0 & _LOW_32) | (a2 << _BY_32)
+            b1 = (a1 & _LOW_32) | (a3 << _BY_32)
+            b2 = (a0 >> _BY_32) | (a2 & ~_LOW_32)
+            b3 = (a1 >> _BY_32) | (a3 & ~_LOW_32)
+            lanes[at + j] = (b0 & _EVEN_16) | ((b1 & _EVEN_16) << _BY_16)
+            lanes[at + LANES // _FOUR + j] = ((b0 >> _BY_16) & _EVEN_16) | (b1 & ~_EVEN_16)
+            lanes[at + LANES // _TWO + j] = (b2 & _EVEN_16) | ((b3 & _EVEN_16) << _BY_16)
+            lanes[at + LANES // _FOUR * _THREE + j] = ((b2 >> _BY_16) & _EVEN_16) | (b3 & ~_EVEN_16)
     for four in range(block // _FOUR):
-        r0 = four * _TWO_LANES * _U(2)
+        at = four * _FOUR * LANES
         for j in range(LANES):
-            b0, b1 = tile[r0 + j] & _MAGNITUDE, tile[r0 + LANES + j] & _MAGNITUDE
-            b2, b3 = tile[r0 + _TWO_LANES + j] & _MAGNITUDE, tile[r0 + _THREE_LANES + j] & _MAGNITUDE
-            maxima[j] = max(maxima[j], max(max(b0, b1), max(b2, b3)))
+            b0, b1 = tile[at + j], tile[at + LANES + j]
+            _note(maxima, j, b0, b1, tile[at + _TWO * LANES + j], tile[at + _THREE * LANES + j])
 
 
-@compiled
+@part
 def _not_finite(tile, block):
     count = 0
     for i in range(block * LANES):
@@ -122,7 +144,7 @@ def _not_finite(tile, block):
     return count
 
 
-@compiled
+@part
 def _code(v):
     """How many midpoints are less than v."""
     low = np.uint32(v > _B0) + np.uint32(v > _B1) + np.uint32(v > _B2) + np.uint32(v > _B3) + np.uint32(v > _B4)
@@ -131,15 +153,15 @@ def _code(v):
     return np.uint32(low + mid + top)
 
 
-@compiled
+@part
 def _encode(tile, block, columns, words, w0):
     """Codes packed eight to a word: two to a byte, the first in the high half, bytes in their order; and the sums."""
     for j in range(LANES):
         columns[_EE + j] = _ZERO
         columns[_EV + j] = _ZERO
         columns[_VV + j] = _ZERO
-    for two in range(block // _U(2)):
-        r0 = two * _TWO_LANES
+    for two in range(block // _TWO):
+        r0 = two * _TWO * LANES
         to = w0 + (two >> _U(2)) * LANES
         shift = np.uint32((two & _U(3)) << _U(3))
         kept = np.uint32(0) if shift == 0 else np.uint32(0xFFFFFFFF)  # the first byte starts a word afresh
@@ -156,7 +178,7 @@ def _encode(tile, block, columns, words, w0):
             columns[_VV + j] = (columns[_VV + j] + v0 * v0) + v1 * v1
 
 
-@compiled
+@part
 def _write(words, n0, width, first, count, packed):
     """Transposes words into the rows: some together, as each row may be another page."""
     for j in range(width):
@@ -182,11 +204,11 @@ def quantize_band(
         if width < LANES:
             tile[:] = np.int16(0)
         for g in range(first, last):
+            maxima[:] = np.int16(0)
             if in_out:
-                _read_in_out(source, stride, g * block, n0, block, width, tile)
+                _read_in_out(source, stride, g * block, n0, block, width, tile, maxima)
             else:
-                _read_out_in(source, stride, g * block, n0, block, width, rows, tile)
-            _maxima(tile, block, maxima)
+                _read_out_in(source, stride, g * block, n0, block, width, rows, tile, maxima)
             largest = np.int16(0)
             for j in range(LANES):
                 largest = max(largest, maxima[j])
@@ -215,7 +237,7 @@ def add_up(values, first, last):
     return total
 
 
-@compiled
+@part
 def _scale_code(value, inverse, table):
     v = min(max(value * inverse, -_ONE), _ONE)
     # bitsandbytes' x86 build: a fused multiply-add in float32, which float64 does exactly before it rounds.
@@ -275,7 +297,7 @@ def dequantize_f32(packed, scales, block, first, result):
 def dequantize_bf16(packed, scales, block, first, result):
     """The same, rounded to bf16."""
     first, block = _U(first), _U(block)
-    half = block // _U(2)
+    half = block // _TWO
     made = np.empty(16, np.uint16)
     b0 = _U(0)
     while b0 < _U(len(packed)):

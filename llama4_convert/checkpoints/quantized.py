@@ -1,0 +1,117 @@
+"""A quantized directory read as the numbers that a runtime computes with: each matrix is dequantized when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llama4.weights import Bits
+from llama4_convert.checkpoints.readers import DirectoryReader
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.errors import BadInput
+
+if TYPE_CHECKING:
+    from quant.encoding import Decoder
+
+_PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
+_NF4 = ".weight.quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A linear layer's weight [n, k] in a format of ours; `parts`: suffix -> key."""
+
+    kind: str  # as recipes call it
+    n: int
+    k: int
+    decoder: Decoder
+    parts: Mapping[str, str]
+    by_rows: bool  # whether rows of the parts make rows of the matrix
+
+
+class QuantizedReader(DirectoryReader):
+    """Beside the plain tensors of a directory, `MODULE.weight` of every quantized one, as bf16."""
+
+    def __init__(self, checkpoint: TransformersCheckpoint) -> None:
+        """Raises BadInput for a matrix whose parts do not fit together, naming it."""
+        super().__init__(checkpoint)
+        self.quantized: dict[str, QuantizedMatrix] = {}
+        for key in checkpoint.tensors:
+            for suffix, bind in ((_PACKED, self._int4), (_SCALE, self._fp8), (_NF4, self._nf4)):
+                module = key.removesuffix(suffix)
+                if module == key or (suffix == _SCALE and module + _PACKED in checkpoint.tensors):
+                    continue
+                try:
+                    self.quantized[f"{module}.weight"] = bind(module)
+                except (ValueError, KeyError, IndexError) as error:
+                    raise BadInput(f"{module}: its quantized parts do not fit together: {error}") from error
+        hidden = {key for matrix in self.quantized.values() for key in matrix.parts.values()}
+        self._keys = (checkpoint.tensors.keys() - hidden) | self.quantized.keys()
+
+    def keys(self) -> Collection[str]:
+        return self._keys
+
+    def dtype(self, key: str) -> str:
+        return "BF16" if key in self.quantized else super().dtype(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        matrix = self.quantized.get(key)
+        return (matrix.n, matrix.k) if matrix else super().shape(key)
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
+        matrix = self.quantized.get(key)
+        if matrix is None:
+            return super().read(key, rows)
+        part_rows = rows if matrix.by_rows else None
+        try:
+            parts = {
+                suffix: super(QuantizedReader, self).read(part, part_rows) for suffix, part in matrix.parts.items()
+            }
+            bits: Bits = matrix.decoder.decode(parts, matrix.n, matrix.k)
+        except ValueError as error:
+            raise BadInput(f"{key}: its quantized parts do not fit together: {error}") from error
+        return bits if rows is None or matrix.by_rows else bits[rows[0] : rows[1]]
+
+    def _int4(self, module: str) -> QuantizedMatrix:
+        from quant.encoders import PackQuantized
+        from quant.schemes.int4 import Int4
+
+        n, words = super().shape(module + _PACKED)
+        scales = super().shape(module + _SCALE)
+        k = words * 8
+        scheme = Int4(k // scales[1])
+        if scheme.shapes(n, k) != ((n, words), scales):
+            raise ValueError(f"{_PACKED[1:]} {[n, words]} and {_SCALE[1:]} {list(scales)}")
+        if super().dtype(module + _PACKED) != "I32" or super().dtype(module + _SCALE) != "BF16":
+            raise ValueError("the codes must be I32 and the scales BF16")
+        shape = super().read(module + _SHAPE).tolist()
+        if shape != [n, k]:
+            raise ValueError(f"{_SHAPE[1:]} says {shape}, and the codes are {[n, k]}")
+        parts = {"weight_packed": module + _PACKED, "weight_scale": module + _SCALE}
+        hidden = {**parts, "weight_shape": module + _SHAPE}
+        return QuantizedMatrix("int4", n, k, PackQuantized(scheme), hidden, True)
+
+    def _fp8(self, module: str) -> QuantizedMatrix:
+        from quant.encoders import FloatQuantized
+        from quant.schemes.fp8 import Fp8
+
+        parts = {"weight": f"{module}.weight", "weight_scale": module + _SCALE}
+        n, k = super().shape(parts["weight"])
+        scale = super().shape(parts["weight_scale"])
+        if super().dtype(parts["weight"]) != "F8_E4M3" or super().dtype(parts["weight_scale"]) != "BF16":
+            raise ValueError("the weights must be F8_E4M3 and the scales BF16")
+        for granularity in ("channel", "tensor", "block"):
+            scheme = Fp8(granularity)
+            if scheme.shapes(n, k)[1] == scale:
+                return QuantizedMatrix("fp8", n, k, FloatQuantized(scheme), parts, granularity == "channel")
+        raise ValueError(f"scales of shape {list(scale)} for {[n, k]} weights")
+
+    def _nf4(self, module: str) -> QuantizedMatrix:
+        from quant.formats.bitsandbytes import open_nf4
+
+        weight = f"{module}.weight"
+        parts = {key.removeprefix(module + "."): key for key in self.checkpoint.tensors if key.startswith(weight)}
+        state = super().read(module + _NF4).tobytes()
+        n, k, decoder = open_nf4(state)
+        return QuantizedMatrix("nf4", n, k, decoder, parts, False)

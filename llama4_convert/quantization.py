@@ -1,0 +1,90 @@
+"""What a quantizing conversion has to tell: the error it made, by matrix and family, and what became of the bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llama4_convert.planning import Plan, PlannedMatrix
+from quant.config import Module, compressed_tensors_config
+from quant.recipe import Recipe
+
+_WORST = 5
+
+
+def relative_mse(squared_error: float, squared_sum: float) -> float:
+    """Error over power; 0 for a matrix of zeros."""
+    return squared_error / squared_sum if squared_sum else 0.0
+
+
+def sqnr_db(relative: float) -> float | None:
+    """Signal to quantization noise, in decibels; None where there is no noise."""
+    return -10 * math.log10(relative) if relative > 0 else None
+
+
+def describe_errors(matrices: Iterable[PlannedMatrix], errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """Of every matrix in `errors` (module -> sums of squares, error and weight): overall, by family and scheme, and the worst."""
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for planned in matrices:
+        if planned.scheme and planned.matrix.module in errors:
+            groups[planned.matrix.family].append(errors[planned.matrix.module])
+
+    def summed(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
+        pairs = list(pairs)
+        relative = relative_mse(math.fsum(e for e, _ in pairs), math.fsum(s for _, s in pairs))
+        return {"matrices": len(pairs), "relative_mse": relative, "sqnr_db": sqnr_db(relative)}
+
+    each = {module: relative_mse(*pair) for module, pair in errors.items()}
+    worst = sorted(each, key=lambda module: (-each[module], module))[:_WORST]
+    return {
+        **summed(pair for pairs in groups.values() for pair in pairs),
+        "families": {family: summed(pairs) for family, pairs in sorted(groups.items())},
+        "worst": [{"module": m, "relative_mse": each[m], "sqnr_db": sqnr_db(each[m])} for m in worst],
+    }
+
+
+def quantization_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What config.json says of it, in the words of the recipe's format."""
+    # Linear layers that the recipe leaves alone are no planned matrices, but they must be named as left alone.
+    modules = [Module(m.module, m.family, m.layer, m.expert, scheme) for m, scheme in plan.linear_layers]
+    if recipe.format == "compressed-tensors":
+        return compressed_tensors_config(modules)
+    from quant.formats.bitsandbytes import bitsandbytes_config
+
+    return bitsandbytes_config(modules)
+
+
+def fit_format(plan: Plan) -> str | None:
+    """How `fit` calls what the plan's matrices are stored in; None where nothing is quantized."""
+    kinds = {planned.scheme.kind for planned in plan.matrices if planned.scheme}
+    if kinds == {"nf4"}:
+        return "bitsandbytes-nf4"
+    names = {frozenset({"int4"}): "int4", frozenset({"fp8"}): "fp8", frozenset({"int4", "fp8"}): "mixed"}
+    return f"compressed-tensors-{names[frozenset(kinds)]}" if kinds else None
+
+
+def describe_sizes(plan: Plan) -> dict[str, Any]:
+    """Bytes before and after, by kind, and the bits that a quantized weight comes to, scales included."""
+    before: dict[str, int] = defaultdict(int)
+    after: dict[str, int] = defaultdict(int)
+    weights = quantized = 0
+    for tensor in plan.tensors:
+        if tensor.part is None:
+            before["other"] += tensor.nbytes
+            after["other"] += tensor.nbytes
+            continue
+        family = tensor.part.matrix.matrix.family
+        after[family] += tensor.nbytes
+        if tensor.part.matrix.scheme:
+            quantized += tensor.nbytes
+    for planned in plan.matrices:
+        before[planned.matrix.family] += planned.gathered.nbytes
+        if planned.scheme:
+            weights += planned.matrix.n * planned.matrix.k
+    return {
+        "bytes_before": dict(sorted(before.items())),
+        "bytes_after": dict(sorted(after.items())),
+        "bits_per_quantized_weight": 8 * quantized / weights if weights else None,
+    }

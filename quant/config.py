@@ -1,0 +1,102 @@
+"""`quantization_config` of a config.json: what was done to which linear layers, in the words of compressed-tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from quant.recipe import FAMILIES, Scheme
+
+
+class Module(NamedTuple):
+    """A linear layer of a feed-forward block, and what became of its weight; None: nothing."""
+
+    name: str  # "language_model.model.layers.0.feed_forward.experts.3.gate_proj"
+    family: str
+    layer: int
+    expert: int | None
+    scheme: Scheme | None
+
+
+# Linear layers outside the feed-forward blocks: "Linear" as a target would mean them too.
+_ALWAYS_KEPT = (
+    "re:.*lm_head",
+    "re:.*self_attn.*",
+    "re:.*feed_forward\\.router",
+    "re:.*vision_model.*",
+    "re:.*multi_modal_projector.*",
+)
+_PROJECTION = "(gate|up|down)_proj$"
+_STEMS: Mapping[str, str] = {
+    "routed_experts": "experts\\.{experts}\\.",
+    "shared_expert": "shared_expert\\.",
+    "dense_mlp": "",
+}
+
+
+def compressed_tensors_config(modules: Sequence[Module]) -> dict[str, Any]:
+    """One group for each scheme; all else is ignored. Targets are patterns, so that a reader needs no list of 2,304 names.
+
+    vLLM asks for the scheme of a layer's experts by the names of expert 0's projections: experts of a layer that differ in
+    scheme are legal here, and refused there.
+    """
+    by_scheme: dict[Scheme | None, list[Module]] = defaultdict(list)
+    for module in modules:
+        by_scheme[module.scheme].append(module)
+    kept = by_scheme.pop(None, [])
+    groups: dict[str, Any] = {}
+    for number, (scheme, members) in enumerate(by_scheme.items()):
+        assert scheme is not None
+        targets = ["Linear"] if len(by_scheme) == 1 else list(patterns(members, modules))
+        groups[f"group_{number}"] = {"targets": targets, **_arguments(scheme)}
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*_ALWAYS_KEPT, *patterns(kept, modules)],
+    }
+
+
+def _arguments(scheme: Scheme) -> dict[str, Any]:
+    if scheme.kind == "fp8":
+        from quant.schemes.fp8 import Fp8
+
+        return {"format": "float-quantized", **Fp8(scheme.granularity).compressed_tensors_args()}
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    return {"format": "pack-quantized", "weights": weights, "input_activations": None}
+
+
+def patterns(members: Iterable[Module], modules: Sequence[Module]) -> Iterable[str]:
+    """Patterns that match `members` and no other of `modules`."""
+    members = list(members)
+    for family in FAMILIES:
+        chosen = [m for m in members if m.family == family]
+        if not chosen:
+            continue
+        # Layers in which the same experts were chosen share a pattern.
+        experts_of: dict[int, set[int | None]] = defaultdict(set)
+        for module in chosen:
+            experts_of[module.layer].add(module.expert)
+        layers_of: dict[frozenset[int | None], list[int]] = defaultdict(list)
+        for layer, experts in experts_of.items():
+            layers_of[frozenset(experts)].append(layer)
+        all_layers = {m.layer for m in modules if m.family == family}
+        all_experts = {m.expert for m in modules if m.family == family}
+        for some, layers in layers_of.items():
+            which = "\\d+" if set(layers) == all_layers else _either(layers)
+            numbers = "\\d+" if some == all_experts else _either(e for e in some if e is not None)
+            yield f"re:.*layers\\.{which}\\.feed_forward\\.{_STEMS[family].format(experts=numbers)}{_PROJECTION}"
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return "(" + "|".join(str(n) for n in sorted(numbers)) + ")"

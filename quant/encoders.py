@@ -1,0 +1,71 @@
+"""A scheme in a format: the tensors that a matrix becomes, and how they become a matrix again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant.encoding import Bits, Encoded, Encoder, Output
+from quant.formats.compressed_tensors import weight_shape
+from quant.recipe import Scheme
+from quant.schemes.fp8 import Fp8
+from quant.schemes.int4 import Int4
+
+
+def encoder_for(scheme: Scheme) -> Encoder:
+    """The encoder of a rule's scheme. Formats have no scheme in common, so the scheme says which."""
+    if scheme.kind == "int4":
+        return PackQuantized(Int4(scheme.group_size, scheme.method))
+    if scheme.kind == "fp8":
+        return FloatQuantized(Fp8(scheme.granularity))
+    from quant.formats.bitsandbytes import Nf4Matrix
+
+    return Nf4Matrix(scheme.block_size, scheme.double_quant)
+
+
+class PackQuantized:
+    """int4 in compressed-tensors: words of eight codes, a bf16 scale a group, and the shape that the words do not tell."""
+
+    def __init__(self, scheme: Int4) -> None:
+        self.scheme = scheme
+
+    def outputs(self, n: int, k: int) -> tuple[Output, ...]:
+        packed, scale = self.scheme.shapes(n, k)
+        return (
+            Output("weight_packed", "I32", packed),
+            Output("weight_scale", "BF16", scale),
+            Output("weight_shape", "I64", (2,), weight_shape(n, k).tobytes()),
+        )
+
+    def encode(self, bits: Bits, in_out: bool, threads: int) -> Encoded:
+        made = self.scheme.quantize(bits, in_out=in_out, threads=threads)
+        return Encoded((made.packed, made.scale), made.squared_error, made.squared_sum)
+
+    def decode(self, parts: Mapping[str, NDArray[Any]], n: int, k: int, threads: int = 1) -> Bits:
+        """bf16 bits [n, k], or the rows of which `parts` holds the words and scales."""
+        packed = parts["weight_packed"].view(np.int32)
+        result: Bits = self.scheme.dequantize(packed, parts["weight_scale"], threads=threads)
+        return result
+
+
+class FloatQuantized:
+    """FP8 in compressed-tensors."""
+
+    def __init__(self, scheme: Fp8) -> None:
+        self.scheme = scheme
+
+    def outputs(self, n: int, k: int) -> tuple[Output, ...]:
+        codes, scale = self.scheme.shapes(n, k)
+        return Output("weight", "F8_E4M3", codes), Output("weight_scale", "BF16", scale)
+
+    def encode(self, bits: Bits, in_out: bool, threads: int) -> Encoded:
+        made = self.scheme.quantize(bits, in_out=in_out, threads=threads)
+        return Encoded((made.codes, made.scale), made.squared_error, made.squared_sum)
+
+    def decode(self, parts: Mapping[str, NDArray[Any]], n: int, k: int, threads: int = 1) -> Bits:
+        """bf16 bits [n, k], or the rows of which `parts` holds codes and scales, where each row has its own."""
+        result: Bits = self.scheme.dequantize(parts["weight"], parts["weight_scale"], threads=threads)
+        return result
