@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def load_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
         ) from error
     try:
         # It reports problems in tables on the terminal; they come back from here as an error.
-        with _quiet(transformers):
+        with quiet():
             loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except Exception as error:  # it raises of every kind, about whatever its config classes check
         raise CandidateFailed(f"Transformers refuses it: {' '.join(str(error).split()):.300}") from error
@@ -73,13 +74,17 @@ def transformers_logits(path: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Any:
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def quiet() -> Iterator[None]:
+    """Transformers without its tables, bars and warnings; what is wrong it also raises, or we ask for."""
+    from transformers.utils import logging
+
+    log: Any = logging
+    verbosity = log.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        transformers.utils.logging.enable_progress_bar()
+        log.set_verbosity(verbosity)
+        log.enable_progress_bar()

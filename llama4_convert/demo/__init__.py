@@ -1,19 +1,24 @@
-"""`demo`: the whole way on a small random model, with a check at every step."""
+"""`demo`: the whole way on a small Llama 4 that was really trained and ships with us, with a check at every step."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from llama4_convert import convert, generate, validate, verify
+from llama4_convert.errors import CheckFailed, from_os_error
 
-from llama4_convert import convert, synth, verify
-from llama4_convert.errors import CheckFailed
-from llama4_convert.reference import Checkpoint
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-_PROMPT = "The quick brown fox"
+# `train.py` says what the model was trained on.
+PROMPT = "If the object is"
+_NEW_TOKENS = 24
+_FILES = ("params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth", "README.md")
 
 
 def demo(
@@ -22,50 +27,110 @@ def demo(
     say: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Synthesize a tiny Scout in Meta's format under `folder`, convert it, check it. Raises CheckFailed at the first fault."""
+    """Copy the small model to `folder`, convert it, check and use the result. Raises CheckFailed at the first fault."""
     folder = Path(folder)
     meta, output = folder / "meta", folder / "transformers"
-    made = synth(meta, geometry="scout", tiny=True, ranks=2)
-    say(f"1. synth    {meta}: {made['parameters'] / 1e6:.1f} M random parameters in Meta's format, 2 ranks")
-    converted = convert(meta, output, warn=warn, variant="instruct")
-    say(f"2. convert  {output}: {len(converted['files'])} files, {converted['status']}")
+    size = _copy_model(meta)
+    say(
+        f"1. model     {meta}: a small Llama 4, trained on Python's documentation; Meta's format, 2 ranks, {size / 1e6:.1f} MB"
+    )
+    converted = convert(meta, output, warn=warn)
+    say(
+        f"2. convert   {output}: {len(converted['files'])} files, {converted['status']}, variant {converted['variant']}"
+    )
     verified = verify(output)
     if not verified["ok"]:
         raise CheckFailed(f"{output}: {verified['advice']}")
-    say(f"3. verify   every byte of {len(verified['files'])} files matches its SHA-256")
-    compared = compare(meta, output)
-    say(f"4. compare  {compared} logical tensors are equal bit by bit, each layout bound by hand")
-    loaded = _load(output)
-    say(f"5. load     {loaded}")
-    return {"meta": str(meta), "output": str(output), "tensors_compared": compared, "transformers": loaded}
+    say(f"3. verify    every byte of {len(verified['files'])} files matches its SHA-256")
+
+    checks = {"llama4": _validate(meta, output, "llama4")}
+    ours = checks["llama4"]
+    say(
+        f"4. validate  every field of config.json is right; {ours['tensors_compared']} tensors are equal bit by bit;"
+        f" KL {ours['kl_mean']:.1e} nats a token"
+    )
+    has_transformers = _has_transformers()
+    if has_transformers:
+        checks["transformers"] = _validate(meta, output, "transformers")
+        say(f"             the same in Transformers: KL {checks['transformers']['kl_mean']:.1e} nats a token")
+
+    texts = {
+        "meta": generate(meta, PROMPT, max_new_tokens=_NEW_TOKENS, dtype="float32")["text"],
+        "transformers layout": generate(output, PROMPT, max_new_tokens=_NEW_TOKENS, dtype="float32")["text"],
+    }
+    if has_transformers:
+        texts["Transformers"] = _complete_in_transformers(output)
+    if len(set(texts.values())) > 1:
+        raise CheckFailed(f"{output}: the same prompt is completed in different ways: {texts}")
+    where = "both layouts and Transformers agree" if has_transformers else "both layouts agree"
+    say(f"5. generate  {where}: {_one_line(PROMPT + texts['meta'])} ...")
+    caption = _caption(output, folder / "picture.png")
+    say(f"             and of {folder / 'picture.png'}: {caption}")
+    if not has_transformers:
+        say("             (Transformers is not installed: pip install 'llama4-convert[transformers]')")
+    return {"meta": str(meta), "output": str(output), "validate": checks, "texts": texts, "caption": caption}
 
 
-def compare(meta: Path, output: Path) -> int:
-    """Hold every logical tensor of both layouts against each other; returns how many. Raises CheckFailed, naming it."""
-    reference, candidate = Checkpoint.open(meta), Checkpoint.open(output)
-    compared = 0
-    pairs = zip(reference.logical_tensors(), candidate.logical_tensors(reference.config), strict=True)
-    for a, b in pairs:
-        if not np.array_equal(a.load(None), b.load(None)):
-            raise CheckFailed(f"{b.keys[0]} ({b.name}) differs: the conversion is wrong, please report it")
-        compared += 1
-    return compared
-
-
-def _load(output: Path) -> str:
-    """What Transformers makes of the directory, in words."""
+def _copy_model(meta: Path) -> int:
+    """The shipped checkpoint under `meta`; returns its bytes."""
+    size = 0
     try:
-        import torch
-        from transformers import AutoTokenizer, Llama4ForConditionalGeneration
-    except ImportError:
-        return "skipped: Transformers is not installed (pip install 'llama4-convert[transformers]')"
-    loaded: Any = Llama4ForConditionalGeneration.from_pretrained(output, dtype=torch.bfloat16, output_loading_info=True)
-    model, info = loaded
-    problems = {kind: keys for kind, keys in info.items() if keys and kind.endswith("_keys")}
-    if problems:
-        raise CheckFailed(f"{output}: Transformers reports {problems}")
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    inputs = tokenizer(_PROMPT, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    n = tokens.shape[1] - inputs["input_ids"].shape[1]
-    return f"Transformers finds no missing, unexpected or mismatched key, and generates {n} tokens (random weights: no sense)"
+        meta.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            with resources.as_file(resources.files(__name__) / "model" / name) as file:
+                shutil.copyfile(file, meta / name)
+            size += (meta / name).stat().st_size
+    except OSError as error:
+        raise from_os_error(error, f"writing {meta}") from error
+    return size
+
+
+def _validate(meta: Path, output: Path, runner: str) -> dict[str, Any]:
+    result = validate(output, reference=meta, runner=runner)
+    if not result["passed"]:
+        raise CheckFailed(f"{output} is not what {meta} is: {result['first_divergence'] or result['gates_failed']}")
+    return result
+
+
+def _has_transformers() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("transformers") is not None
+
+
+def _complete_in_transformers(output: Path) -> str:
+    import torch
+    from transformers import AutoTokenizer
+
+    from llama4_convert.transformers_runner import load_transformers, quiet
+
+    with quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(output)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = load_transformers(output, torch.float32).generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def draw(shape: str, colour: str, ground: str, size: int = 56) -> Image:
+    """A picture of the kind that the model was trained on: one shape on a plain ground."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (size, size), ground)
+    pen, box = ImageDraw.Draw(picture), (size // 4, size // 4, 3 * size // 4, 3 * size // 4)
+    if shape == "circle":
+        pen.ellipse(box, fill=colour)
+    elif shape == "square":
+        pen.rectangle(box, fill=colour)
+    else:
+        pen.polygon([(size // 2, box[1]), (box[0], box[3]), (box[2], box[3])], fill=colour)
+    return picture
+
+
+def _caption(output: Path, picture: Path) -> str:
+    draw("circle", "red", "white").save(picture)
+    return str(generate(output, "<|image|>", image=picture, max_new_tokens=16, dtype="float32")["text"]).strip()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
