@@ -161,17 +161,21 @@ def _largest(maxima):
 def largest_magnitude(source, stride, first, last, columns):
     """Largest magnitude in rows first .. last as bf16 bits, and how many of them are NaN or infinite."""
     stride, columns = _U(stride), _U(columns)
-    largest = np.int16(0)
-    bad = 0
+    maxima = np.zeros(BLOCK, np.int16)
     for row in range(_U(first), _U(last)):
         start = row * stride
-        of_row = np.int16(0)
-        for j in range(columns):
-            of_row = max(of_row, source[start + j] & _MAGNITUDE)
-        if of_row >= _INFINITY:
+        for chunk in range(columns // BLOCK):
+            at = start + chunk * BLOCK
+            for j in range(BLOCK):
+                maxima[j] = max(maxima[j], source[at + j] & _MAGNITUDE)
+        for j in range(columns % BLOCK):
+            maxima[j] = max(maxima[j], source[start + columns // BLOCK * BLOCK + j] & _MAGNITUDE)
+    largest = _largest(maxima)
+    bad = 0
+    if largest >= _INFINITY:
+        for row in range(_U(first), _U(last)):
             for j in range(columns):
-                bad += (source[start + j] & _MAGNITUDE) >= _INFINITY
-        largest = max(largest, of_row)
+                bad += (source[row * stride + j] & _MAGNITUDE) >= _INFINITY
     return largest, bad
 
 
