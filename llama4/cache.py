@@ -19,19 +19,16 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor, chunk: int | None) -> tuple[Tensor, Tensor, int]:
         """Append new tokens; returns the keys and values that they may need, and the position of the first of these."""
+        length = self.length(layer) + k.shape[2]
         if layer in self._held:
             old_k, old_v = self._held[layer]
             k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        length = self.length(layer) + k.shape[2] - self._kept(layer)
         first = length - k.shape[2]
         drop = max(length - length % chunk - first, 0) if chunk else 0
         # A copy where something is dropped: a view would keep the whole alive.
         self._held[layer] = (k[:, :, drop:].clone(), v[:, :, drop:].clone()) if drop else (k, v)
         self._length[layer] = length
         return k, v, first
-
-    def _kept(self, layer: int) -> int:
-        return self._held[layer][0].shape[2] if layer in self._held else 0
 
     @property
     def nbytes(self) -> int:

@@ -48,6 +48,13 @@ def to_tensor(bits: Bits, dtype: str) -> Tensor:
     return torch.from_numpy(bits.view(_SIGNED[bits.itemsize])).view(DTYPES[dtype])
 
 
+def to_bits(tensor: Tensor) -> Bits:
+    """The inverse of `to_tensor`, contiguous."""
+    signed = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    bits: Bits = tensor.contiguous().view(signed).numpy().view(f"u{tensor.dtype.itemsize}")
+    return bits
+
+
 class LazyWeights:
     """Reads each tensor when it is asked for, checks its shape, casts it, and keeps it while there is room.
 

@@ -20,7 +20,7 @@ HEAD_ROWS = 16384
 
 
 class Llama4ForCausalLM:
-    """Token ids to logits. `observe` is shown what every module makes (see `Llama4TextModel`)."""
+    """Token ids to logits. `observe`: see `Llama4TextModel`."""
 
     def __init__(self, config: Llama4Config, weights: Weights, observe: Observer | None = None) -> None:
         self.config, self.weights = config, weights

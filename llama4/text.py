@@ -26,7 +26,7 @@ Observer = Callable[[str, Tensor], None]
 class Llama4TextModel:
     """A text model over `weights`, of which it asks for one tensor at a time.
 
-    `observe(name, tensor)` is shown every module's output: "layers.3.attention", "layers.3.feed_forward.router" ...
+    `observe(name, tensor)` is shown what norms, attention, feed-forward blocks and routers make: "layers.3.attention" ...
     """
 
     def __init__(self, config: Llama4TextConfig, weights: Weights, observe: Observer | None = None) -> None:

@@ -55,6 +55,11 @@ class ShapeError(BindingError):
     """A tensor has not the shape that the configuration calls for; the message names the key."""
 
 
+def cut(bits: Bits, rows: Rows | None) -> Bits:
+    """Some rows of a matrix; None: all."""
+    return bits if rows is None else bits[rows[0] : rows[1]]
+
+
 def first_key(keys: Collection[str], *candidates: str) -> str:
     """The first of several spellings that is there. Raises BindingError."""
     for key in candidates:

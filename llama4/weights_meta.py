@@ -9,7 +9,7 @@ import numpy as np
 
 from llama4.config import Llama4Config, Llama4TextConfig
 from llama4.geometry import Geometry
-from llama4.weights import BindingError, Bits, LogicalTensor, Rows, TensorReader, first_key
+from llama4.weights import BindingError, Bits, LogicalTensor, Rows, TensorReader, cut, first_key
 
 _VISION_LAYER = "vision_embeddings.vision_encoder.transformer.resblocks."
 
@@ -27,13 +27,11 @@ def complete(ranks: Sequence[TensorReader], g: Geometry) -> Geometry:
     if not vocab:
         raise BindingError("no tensor tok_embeddings.weight")
     fused = size(0, "feed_forward.mlp.fc1_weight") * n // 2
-    # A dense layer's w1, not a shared expert's.
-    plain = [key for key in keys if key.endswith("feed_forward.w1.weight")]
     return g.completed(
         vocab_size=vocab,
         n_experts=size(1, "feed_forward.router_DE"),
         expert_dim=size(0, "feed_forward.w_in_shared_FD.weight", "feed_forward.shared_expert.w1.weight") * n,
-        dense_dim=fused or (first.shape(plain[0])[0] * n if plain else 0),
+        dense_dim=fused or size(0, "feed_forward.w1.weight") * n,
     )
 
 
@@ -121,10 +119,6 @@ class _Binder:
             if first + height > start
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [self.ranks[0].read(key, (0, 0))])
-
-
-def cut(bits: Bits, rows: Rows | None) -> Bits:
-    return bits if rows is None else bits[rows[0] : rows[1]]
 
 
 def _experts(bind: _Binder, c: Llama4TextConfig, ffn: str) -> Iterator[LogicalTensor]:

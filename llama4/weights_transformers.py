@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError, TensorReader, parameter_shapes
+from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError, TensorReader, cut, parameter_shapes
 
 _TEXT_PREFIX = "language_model."  # where there is a vision tower
 _EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|down)")
@@ -99,4 +99,4 @@ def _fused(reader: TensorReader, key: str, expert: int, part: str, rows: Rows | 
     if part != "down":
         width = matrix.shape[1] // 2
         matrix = matrix[:, :width] if part == "gate" else matrix[:, width:]
-    return matrix.T if rows is None else matrix.T[rows[0] : rows[1]]
+    return cut(matrix.T, rows)

@@ -331,7 +331,7 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
 @click.argument("folder", metavar="[DIR]", type=click.Path(path_type=Path), default="llama4-demo", required=False)
 @as_json
 def demo(folder: Path, as_json: bool) -> None:
-    """The whole way on a small random model: synthesize, convert, verify, compare bit by bit, load.
+    """The whole way on a small Llama 4 that was really trained: convert, verify, validate, complete a sentence.
 
     \b
     Example:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,7 +181,7 @@ class Job:
             "variant": self.variant,
         }
         if self.recipe:
-            options["recipe"] = dataclasses.asdict(self.recipe)
+            options["recipe"] = self.recipe.to_json()
         source = {"layout": "meta", "ranks": len(self.source.ranks), "sha256": self.source.fingerprint()}
         return Manifest(TOOL, source, options, list(self.plan.meta_keys), dict(self.plan.dropped))
 

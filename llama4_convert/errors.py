@@ -34,10 +34,20 @@ class EnvironmentFailed(ConvertError):
     exit_code = 4
 
 
+class OutOfMemory(EnvironmentFailed):
+    """torch could not allocate memory; it has no type of its own for that on the CPU."""
+
+
 class CheckFailed(ConvertError):
     """A check ran to its end and the answer is no: verify, validate, diff (exit code 5)."""
 
     exit_code = 5
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of another library's error, for a message of ours."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 _ADVICE = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.config import Llama4Config
-from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.errors import BadInput, UsageError, one_line
 from llama4_convert.reference import Checkpoint, model_of
 from llama4_convert.text import TextTokenizer
 
@@ -118,4 +118,4 @@ def open_image(path: Path) -> Image:
             image.load()
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path} is no image that can be read: {' '.join(str(error).split()):.120}") from error
+        raise BadInput(f"{path} is no image that can be read: {one_line(error, 120)}") from error

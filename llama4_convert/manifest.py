@@ -73,7 +73,10 @@ class Manifest:
         for name in sorted(self.options.keys() | other.options.keys()):
             mine, its = self.options.get(name), other.options.get(name)
             if mine != its:
-                found.append(f"{name.replace('_', '-')} {its} instead of {mine}")
+                mine, its = (value["name"] if isinstance(value, dict) else value for value in (mine, its))
+                found.append(
+                    f"{name.replace('_', '-')} " + (f"{its} instead of {mine}" if mine != its else f"{its}, changed")
+                )
         if self.tool != other.tool and not found:
             found.append(f"{other.tool} instead of {self.tool}")
         return found

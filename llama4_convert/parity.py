@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.weights import BindingError
+from llama4_convert.errors import OutOfMemory, one_line
 from llama4_convert.metrics import LogitComparison, finite, nmse
 
 if TYPE_CHECKING:
@@ -94,7 +96,8 @@ def side_by_side(
     if strayed is None and not error(x, alone) <= threshold:
         strayed = (None, "norm")
     with candidate_steps():
-        metrics = _compare_logits(ours, x, batch, theirs.logit_slices(y[batch.is_real], _METRIC_ROWS))
+        slices = theirs.logit_slices(y[batch.is_real], _METRIC_ROWS)
+        metrics = _compare_logits(ours, x, batch, (logits for _, logits in slices))
     advance(1 / (n_layers + 1))
     return Parity(metrics, layers, strayed)
 
@@ -115,11 +118,7 @@ def against_transformers(
     advance(0.5)
     logits = transformers_logits(path, batch, getattr(torch, dtype))
 
-    def slices() -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, logits.shape[-1], _METRIC_ROWS):
-            yield first, logits[:, first : first + _METRIC_ROWS]
-
-    metrics = _compare_logits(ours, hidden, batch, slices())
+    metrics = _compare_logits(ours, hidden, batch, torch.split(logits, _METRIC_ROWS, dim=-1))
     advance(0.5)
     return Parity(metrics)
 
@@ -129,14 +128,13 @@ def _attention(model: Llama4ForCausalLM, index: int, x: Tensor) -> Tensor:
 
 
 def _compare_logits(
-    ours: Llama4ForCausalLM, hidden: Tensor, batch: Batch, theirs: Iterator[tuple[int, Tensor]]
+    ours: Llama4ForCausalLM, hidden: Tensor, batch: Batch, theirs: Iterable[Tensor]
 ) -> dict[str, float | int | None]:
     comparison = LogitComparison(batch.targets[batch.is_real].numpy())
-    for first, logits in ours.logit_slices(hidden[batch.is_real], _METRIC_ROWS):
-        _, other = next(theirs, (0, None))
-        if other is None or other.shape != logits.shape:
+    for mine, other in zip_longest(ours.logit_slices(hidden[batch.is_real], _METRIC_ROWS), theirs):
+        if mine is None or other is None or other.shape != mine[1].shape:
             raise CandidateFailed("its vocabulary has another size")
-        comparison.update(first, _array(logits), _array(other))
+        comparison.update(mine[0], _array(mine[1]), _array(other))
     return comparison.result()
 
 
@@ -148,7 +146,9 @@ def candidate_steps() -> Iterator[None]:
     except BindingError as error:  # a shape that is not the configuration's, or a dtype beyond us
         raise CandidateFailed(str(error)) from error
     except (RuntimeError, ValueError, IndexError) as error:
-        raise CandidateFailed(" ".join(str(error).split())) from error
+        if "allocate memory" in str(error):
+            raise OutOfMemory(one_line(error)) from error
+        raise CandidateFailed(one_line(error)) from error
 
 
 def _array(tensor: Tensor) -> Any:

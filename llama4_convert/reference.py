@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from llama4.config import ConfigError, Llama4Config
 from llama4.weights import BindingError, LogicalTensor, TensorReader
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
-from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint, json_object
 from llama4_convert.errors import BadInput
 from llama4_convert.tokenizer import N_SPECIAL, TokenIds, read_bpe
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from llama4.model import Llama4ForCausalLM
 
-_KEEP = 4 << 30
+_KEEP = 4 << 30  # of weights in memory, unless the caller says otherwise
 
 
 @dataclass(frozen=True)
@@ -163,14 +162,8 @@ def _reader(checkpoint: TransformersCheckpoint) -> DirectoryReader:
 
 def _stop_ids(path: Path, text: Mapping[str, Any]) -> tuple[int, ...]:
     """generation_config.json decides where it is there, as in Transformers."""
-    body: Any = text
-    try:
-        body = json.loads((path / "generation_config.json").read_bytes())
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path / 'generation_config.json'} cannot be read ({error}): convert again") from error
-    eos = body.get("eos_token_id") if isinstance(body, dict) else None
+    file = path / "generation_config.json"
+    eos = (json_object(file) if file.exists() else text).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [eos]
     return tuple(i for i in ids if type(i) is int)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama4_convert.errors import BadInput, from_os_error
-from llama4_convert.tokenizer import tokenizer_files
+from llama4_convert.tokenizer import read_bpe, tokenizer_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,8 +61,7 @@ class TextTokenizer:
                     "Transformers'"
                 )
             try:
-                # The other arguments shape files that are not looked at here.
-                data = tokenizer_files(model, variant="base", vision=False, max_length=1)[_TRANSFORMERS_FILE]
+                data = tokenizer_json(read_bpe(model))
             except BadInput as error:
                 raise BadInput(f"{path}: {error}") from None
         try:

@@ -241,7 +241,7 @@ def tokenizer_files(data: bytes, *, variant: str, vision: bool, max_length: int)
     if template is not None:
         config["chat_template"] = template  # readers of Transformers 4 look here, later ones into the .jinja file
     files = {
-        "tokenizer.json": _tokenizer_json(rank_of),
+        "tokenizer.json": tokenizer_json(rank_of),
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json(named),
     }
@@ -254,7 +254,7 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _tokenizer_json(rank_of: dict[bytes, int]) -> bytes:
+def tokenizer_json(rank_of: dict[bytes, int]) -> bytes:
     """The tokenizers library's one-file form: words by pattern, merges, special tokens, and BOS in front."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4_convert.errors import UsageError
+from llama4_convert.errors import UsageError, one_line
 from llama4_convert.parity import CandidateFailed
 
 if TYPE_CHECKING:
@@ -32,15 +32,14 @@ def load_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
         kind = getattr(transformers, name)
     except ImportError as error:  # also raised for a package that Transformers finds and cannot use
         raise UsageError(
-            f"Transformers cannot be used here ({' '.join(str(error).split()):.150}):"
-            " pip install 'llama4-convert[transformers]'"
+            f"Transformers cannot be used here ({one_line(error, 150)}): pip install 'llama4-convert[transformers]'"
         ) from error
     try:
         # It reports problems in tables on the terminal; they come back from here as an error.
         with quiet():
             loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except Exception as error:  # it raises of every kind, about whatever its config classes check
-        raise CandidateFailed(f"Transformers refuses it: {' '.join(str(error).split()):.300}") from error
+        raise CandidateFailed(f"Transformers refuses it: {one_line(error)}") from error
     model, info = loaded
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(problem):
@@ -54,22 +53,13 @@ def transformers_logits(path: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
     import torch
 
     model = load_transformers(path, dtype)
-    tiles = 0
     parts = []
-    for tokens, real in zip(batch.tokens, batch.is_real, strict=True):
-        prompt = tokens[real][None]
-        extra: dict[str, Any] = {}
-        if batch.pixel_values is not None:
-            vision = model.config.vision_config
-            side = int(vision.image_size // vision.patch_size * vision.pixel_shuffle_ratio)
-            n = int((prompt == model.config.image_token_index).sum()) // side**2
-            if n:
-                extra["pixel_values"] = batch.pixel_values[tiles : tiles + n].to(dtype)
-                tiles += n
+    for prompt in batch.prompts:
+        extra = {} if prompt.pixel_values is None else {"pixel_values": prompt.pixel_values.to(dtype)}
         try:
-            parts.append(model(prompt, **extra).logits[0])
+            parts.append(model(torch.tensor([prompt.tokens]), **extra).logits[0])
         except Exception as error:  # whatever a wrong configuration leads it to
-            raise CandidateFailed(f"Transformers fails on it: {' '.join(str(error).split()):.300}") from error
+            raise CandidateFailed(f"Transformers fails on it: {one_line(error)}") from error
     return torch.cat(parts)
 
 

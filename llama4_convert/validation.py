@@ -12,21 +12,22 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from llama4.config import Difference, Llama4Config, differences
 from llama4.weights import BindingError, parameter_shapes
-from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.checkpoints.transformers import ITEM_SIZES
+from llama4_convert.errors import BadInput, OutOfMemory, UsageError, one_line
 from llama4_convert.metrics import finite
 from llama4_convert.parity import CandidateFailed, Parity, against_transformers, candidate_steps, side_by_side
 from llama4_convert.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
 from llama4_convert.reference import Checkpoint, model_of
-from llama4_convert.weight_check import QuantizationError, WeightFault, compare_weights, unexpected_tensors
+from llama4_convert.weight_check import MatrixLoss, WeightFault, compare_weights, unexpected_tensors
 
 RUNNERS = ("llama4", "transformers")
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Largest value that passes (of top1_agreement: smallest); docs/validate.md has the measurements behind them.
 GATES: Mapping[str, Mapping[str, float]] = {
@@ -35,17 +36,14 @@ GATES: Mapping[str, Mapping[str, float]] = {
     "float16": {"top1_agreement": 0.97, "kl_mean": 3e-4, "kl_p999": 0.05, "nmse": 5e-4},
 }
 GATE_NAMES = ("top1_agreement", "kl_mean", "kl_p999", "nmse", "max_abs_diff")
-
-
-_MODEL_BYTES = 1 << 30  # of weights that either model keeps
-
-
-# Of a quantized candidate, by its coarsest scheme, whatever it computes in.
+DTYPES = tuple(GATES)
+# Of a quantized candidate, by its coarsest scheme, whatever it computes in; the coarsest first.
 QUANTIZED_GATES: Mapping[str, Mapping[str, float]] = {
-    "fp8": {"top1_agreement": 0.8, "kl_mean": 0.02, "kl_p999": 1.0, "nmse": 0.05},
-    "nf4": {"top1_agreement": 0.5, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3},
     "int4": {"top1_agreement": 0.5, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3},
+    "nf4": {"top1_agreement": 0.5, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3},
+    "fp8": {"top1_agreement": 0.8, "kl_mean": 0.02, "kl_p999": 1.0, "nmse": 0.05},
 }
+_MODEL_BYTES = 1 << 30  # of weights that either model keeps: what is left of 4 GiB is the activations'
 
 
 def validate(
@@ -88,17 +86,17 @@ def validate(
     said += _said(original, candidate, config)
 
     sizes = {name: prod(shape) for name, shape in parameter_shapes(config).items()}
-    total = sum(sizes.values()) * _item_size(original)
-    start(2 * total, 0)
     try:
-        errors: dict[str, QuantizationError] = {}
-        faults = list(compare_weights(original, candidate, config, progress, errors))
+        total = sum(sizes.values()) * ITEM_SIZES[next(original.logical_tensors()).dtype]
+        start(2 * total, 0)
+        findings = list(compare_weights(original, candidate, config, progress))
     except BindingError as error:
         raise BadInput(f"{reference}: {error}: download it again") from error
+    faults = [finding for finding in findings if isinstance(finding, WeightFault)]
     run = _run(original, candidate, config, batch, runner, dtype, lambda part: progress(int(part * total)))
 
-    failed_gates = {name: limit for name, limit in limits.items() if not _within(name, run.metrics[name], limit)}
-    missing = [fault for fault in faults if fault.cause.startswith("no tensor")]
+    failed_gates = sorted(name for name, limit in limits.items() if not _within(name, run.metrics[name], limit))
+    missing = next((fault for fault in faults if fault.is_missing), None)
     return {
         "passed": not (said or faults or failed_gates or run.failure),
         "path": str(path),
@@ -106,31 +104,30 @@ def validate(
         "runner": runner,
         "dtype": dtype,
         "config_differences": [difference._asdict() for difference in said],
-        "tensors_compared": len(sizes) if not missing else list(sizes).index(missing[0].name),
-        "tensors_quantized": _quantized(errors),
+        "tensors_compared": len(sizes) if missing is None else list(sizes).index(missing.name),
+        "tensors_quantized": _quantized([finding for finding in findings if isinstance(finding, MatrixLoss)]),
         "tensors_different": [fault.to_json() for fault in faults],
         "tensors_unexpected": unexpected_tensors(candidate, config),
         **run.metrics,
         "gates": limits,
-        "gates_failed": sorted(failed_gates),
+        "gates_failed": failed_gates,
         "layers": run.layers,
         "first_divergence": _first_divergence(faults, said, run),
         "candidate_failure": run.failure,
     }
 
 
-def _quantized(errors: Mapping[str, QuantizationError]) -> dict[str, Any]:
+def _quantized(losses: Sequence[MatrixLoss]) -> dict[str, Any]:
     """What became of the quantized matrices, by scheme: how many, and the mean and the largest of their relative errors."""
-    kinds = sorted({error.kind for error in errors.values()})
     told: dict[str, Any] = {}
-    for kind in kinds:
-        values = {key: e.relative_mse for key, e in errors.items() if e.kind == kind}
-        worst = max(values, key=lambda key: values[key])
+    for kind in sorted({loss.kind for loss in losses}):
+        group = [loss for loss in losses if loss.kind == kind]
+        worst = max(group, key=lambda loss: loss.relative_mse)
         told[kind] = {
-            "matrices": len(values),
-            "relative_mse_mean": finite(sum(values.values()) / len(values)),
-            "relative_mse_largest": finite(values[worst]),
-            "worst": worst,
+            "matrices": len(group),
+            "relative_mse_mean": finite(sum(loss.relative_mse for loss in group) / len(group)),
+            "relative_mse_largest": finite(worst.relative_mse),
+            "worst": worst.key,
         }
     return told
 
@@ -147,18 +144,13 @@ def _check_gates(dtype: str, overrides: Mapping[str, float]) -> None:
 
 def _default_gates(dtype: str, original: Checkpoint, candidate: Checkpoint) -> Mapping[str, float]:
     kinds = set() if original.quantized else set(candidate.quantized.values())
-    return next((gates for kind, gates in list(QUANTIZED_GATES.items())[::-1] if kind in kinds), GATES[dtype])
+    return next((gates for kind, gates in QUANTIZED_GATES.items() if kind in kinds), GATES[dtype])
 
 
 def _within(name: str, value: float | int | None, limit: float) -> bool:
     if value is None:  # NaN or infinite
         return False
     return value >= limit if name == "top1_agreement" else value <= limit
-
-
-def _item_size(checkpoint: Checkpoint) -> int:
-    first = next(checkpoint.logical_tensors())
-    return first.load((0, 1)).itemsize
 
 
 def _said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[Difference]:
@@ -208,9 +200,7 @@ def _batch(
             raise UsageError(f"the prompts do not fit {original.path}: {error}") from error
         for ours, other in zip(chosen, theirs, strict=True):
             if ours.tokens != other.tokens:
-                at = next(
-                    (i for i, pair in enumerate(zip(ours.tokens, other.tokens, strict=False)) if len({*pair}) > 1), 0
-                )
+                at = next(i for i, (a, b) in enumerate(zip_longest(ours.tokens, other.tokens)) if a != b)
                 said.append(Difference("tokenizer.json", ours.tokens[at : at + 8], other.tokens[at : at + 8]))
                 break
     if token_ids is not None:
@@ -246,8 +236,11 @@ def _run(
         except CandidateFailed as failure:
             return Parity(failure=str(failure))
         except (BindingError, RuntimeError, ValueError, IndexError) as error:
-            text = " ".join(str(error).split())
-            raise BadInput(f"{original.path}: its weights and its configuration make no model: {text}") from error
+            if "allocate memory" in str(error):
+                raise OutOfMemory(one_line(error)) from error
+            raise BadInput(
+                f"{original.path}: its weights and its configuration make no model: {one_line(error)}"
+            ) from error
 
 
 def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference], run: Parity) -> dict[str, Any] | None:
@@ -256,6 +249,7 @@ def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference],
     if run.strayed is None:
         return None
     layer, module = run.strayed
-    fields = ", ".join(difference.field for difference in said)
-    cause = f"config.json says otherwise in {fields}" if said else "weights and configuration are equal"
+    cause = "no tensor is to blame and no field: the two compute in different ways"
+    if said:
+        cause = f"the configuration says otherwise in {', '.join(difference.field for difference in said)}"
     return {"layer": layer, "module": module, "tensor": None, "cause": cause}

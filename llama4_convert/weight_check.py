@@ -5,7 +5,6 @@ What differs by a single bit is found with certainty, whatever logits make of it
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError
 from llama4.weights_transformers import transformers_key
+from llama4_convert.metrics import nmse
 from llama4_convert.reference import Checkpoint
 
 # The two vocabulary matrices have 2 GB each in Scout; all others are read whole.
@@ -32,6 +32,7 @@ class WeightFault:
     name: str
     tensor: str  # the Transformers key, fused form
     cause: str
+    is_missing: bool = False
 
     @property
     def layer(self) -> int | None:
@@ -48,37 +49,26 @@ class WeightFault:
         return {"layer": self.layer, "module": self.module, "tensor": self.tensor, "cause": self.cause}
 
 
-# No data-free scheme errs so much on any weights; a wrong tensor errs by 1 to 2.
-_LARGEST_ERROR = {"int4": 0.2, "fp8": 0.005, "nf4": 0.1}
+# No scheme of ours errs so much on any weights that are trained: docs/validate.md. A wrong tensor errs by 1 to 2.
+_LARGEST_LOSS = {"int4": 0.2, "fp8": 0.005, "nf4": 0.1}
 
 
 @dataclass(frozen=True)
-class QuantizationError:
-    """Of one matrix: squared error of what the runtime computes with over the squared weights."""
+class MatrixLoss:
+    """What quantizing a matrix cost: squared error of what the runtime computes with over the squared weights."""
 
+    key: str
     kind: str
     relative_mse: float
-    nbytes: int  # of the reference's
-
-    @property
-    def fault(self) -> str | None:
-        limit = _LARGEST_ERROR[self.kind]
-        if self.relative_mse <= limit:
-            return None
-        return f"a relative squared error of {self.relative_mse:.3g}: {self.kind} makes no more than {limit:g}"
 
 
 def compare_weights(
-    reference: Checkpoint,
-    candidate: Checkpoint,
-    config: Llama4Config,
-    advance: Callable[[int], None] = lambda n: None,
-    errors: dict[str, QuantizationError] | None = None,
-) -> Iterator[WeightFault]:
-    """The faults of `candidate`, in model order; `config` says which tensors there must be.
+    reference: Checkpoint, candidate: Checkpoint, config: Llama4Config, advance: Callable[[int], None]
+) -> Iterator[WeightFault | MatrixLoss]:
+    """The faults of `candidate`, in model order, and the loss of every quantized matrix; `config` says what there must be.
 
-    A missing tensor ends the comparison of those behind it. `advance` is told the bytes of the reference as they are read.
-    What is quantized cannot be equal: it is a fault only beyond the error that its scheme can make; `errors` takes it by key.
+    A missing tensor ends the comparison of those behind it. What is quantized cannot be equal: it is a fault only beyond what
+    its scheme can lose. `advance` is told the bytes of the reference as they are read.
     """
     has_vision = config.vision_config is not None
     theirs = candidate.logical_tensors(config)
@@ -88,17 +78,21 @@ def compare_weights(
         try:
             found = next(theirs)
         except BindingError as error:
-            yield WeightFault(ours.name, key, str(error))
+            yield WeightFault(ours.name, key, str(error), is_missing=True)
             return
+        assert found.name == ours.name
         kind = quantized.get(found.keys[0])
-        if kind is None:
-            cause = _compare(ours, found, advance)
-        else:
-            made = _quantization_error(ours, found, kind)
-            advance(0 if isinstance(made, str) else made.nbytes)
-            cause = made if isinstance(made, str) else made.fault
-            if errors is not None and not isinstance(made, str):
-                errors[found.keys[0]] = made
+        try:
+            if kind is None:
+                cause = _compare(ours, found, advance)
+            else:
+                loss = _loss(ours, found, advance)
+                yield MatrixLoss(found.keys[0], kind, loss)
+                cause = None
+                if not loss <= _LARGEST_LOSS[kind]:
+                    cause = f"a relative squared error of {loss:.3g}: {kind} makes no more than {_LARGEST_LOSS[kind]:g}"
+        except ShapeError as error:
+            cause = str(error)
         if cause:
             yield WeightFault(ours.name, key, cause)
 
@@ -117,15 +111,12 @@ def unexpected_tensors(candidate: Checkpoint, config: Llama4Config) -> list[str]
 
 
 def _compare(ours: LogicalTensor, found: LogicalTensor, advance: Callable[[int], None]) -> str | None:
-    """What is wrong with `found`, in words."""
+    """What is wrong with `found`, in words. Raises ShapeError."""
     differing, elements, largest = 0, 0, 0.0
     for rows in _blocks(ours.name):
         a = ours.load(rows)
         advance(a.nbytes)
-        try:
-            b = found.load(rows)
-        except ShapeError as error:
-            return str(error)
+        b = found.load(rows)
         if a.shape != b.shape:
             if rows is not None and a.shape[1:] == b.shape[1:]:
                 return f"it has {'fewer' if len(b) < len(a) else 'more'} rows than the reference's"
@@ -147,21 +138,16 @@ def _compare(ours: LogicalTensor, found: LogicalTensor, advance: Callable[[int],
     return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}"
 
 
-def _quantization_error(ours: LogicalTensor, found: LogicalTensor, kind: str) -> QuantizationError | str:
-    """The error, or in words why there is none."""
-    a = ours.load(None)
-    try:
-        b = found.load(None)
-    except ShapeError as wrong:
-        return str(wrong)
-    if a.shape != b.shape:
-        return f"its shape is {list(b.shape)}, not {list(a.shape)}"
+def _loss(ours: LogicalTensor, found: LogicalTensor, advance: Callable[[int], None]) -> float:
+    """Relative squared error. Raises ShapeError."""
     from llama4.loading import to_tensor
 
-    x, y = to_tensor(a, ours.dtype).double(), to_tensor(b, found.dtype).double()
-    power = float(x.square().sum())
-    error = float((y - x).square().sum())
-    return QuantizationError(kind, error / power if power else (0.0 if error == 0 else math.inf), a.nbytes)
+    a = ours.load(None)
+    advance(a.nbytes)
+    b = found.load(None)
+    if a.shape != b.shape:
+        raise ShapeError(f"its shape is {list(b.shape)}, not {list(a.shape)}")
+    return nmse(to_tensor(a, ours.dtype).float().numpy(), to_tensor(b, found.dtype).float().numpy())
 
 
 def _blocks(name: str) -> Iterator[Rows | None]:
@@ -173,17 +159,9 @@ def _blocks(name: str) -> Iterator[Rows | None]:
 
 def _cast(bits: Bits, source: str, target: str) -> Bits:
     """As a conversion with `--dtype` rounds."""
-    from llama4.loading import DTYPES, to_tensor
+    from llama4.loading import DTYPES, to_bits, to_tensor
 
-    cast: Bits = _raw(to_tensor(bits, source).to(DTYPES[target])).view(f"u{DTYPES[target].itemsize}")
-    return cast
-
-
-def _raw(tensor: Any) -> Any:
-    """A tensor's bits as a numpy array of signed integers."""
-    import torch
-
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]).numpy()
+    return to_bits(to_tensor(bits, source).to(DTYPES[target]))
 
 
 def _largest_difference(a: Bits, b: Bits, dtype: str) -> float:

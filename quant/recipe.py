@@ -8,9 +8,10 @@ and of a quantized matrix some of them permute the weights alone.
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +67,13 @@ class Recipe:
         """What becomes of a matrix; None if it stays as it is."""
         rule = next((rule for rule in self.rules if rule.names(family, layer, n_layers, expert)), None)
         return rule.scheme if rule else None
+
+    def to_json(self) -> dict[str, Any]:
+        """All that decides bytes, in JSON's types: of a user's file too, which may change under the same name."""
+        told = asdict(self)
+        del told["summary"]
+        plain: dict[str, Any] = json.loads(json.dumps(told))
+        return plain
 
     def check(self, n_layers: int, n_experts: int) -> None:
         """Raises RecipeError for layers and experts that the model has not."""

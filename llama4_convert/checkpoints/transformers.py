@@ -42,9 +42,9 @@ class TransformersCheckpoint:
         """Read config.json, the index and every header. Raises UsageError, BadInput or EnvironmentFailed."""
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has neither params.json (Meta's layout) nor config.json (Transformers')")
-        config = _json_object(path / "config.json")
+        config = json_object(path / "config.json")
         if (path / INDEX).exists():
-            weight_map = _json_object(path / INDEX).get("weight_map")
+            weight_map = json_object(path / INDEX).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise BadInput(f"{INDEX} has no weight_map: convert again, or download it again")
             names = sorted({str(name) for name in weight_map.values()})
@@ -116,7 +116,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:

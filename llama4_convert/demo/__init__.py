@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from llama4_convert import convert, generate, validate, verify
 from llama4_convert.errors import CheckFailed, from_os_error
+from llama4_convert.report import validate_verdict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# `train.py` says what the model was trained on.
+# What the model, trained on Python's documentation (`train.py`), has something to say about.
 PROMPT = "If the object is"
 _NEW_TOKENS = 24
 _FILES = ("params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth", "README.md")
@@ -64,8 +65,13 @@ def demo(
         raise CheckFailed(f"{output}: the same prompt is completed in different ways: {texts}")
     where = "both layouts and Transformers agree" if has_transformers else "both layouts agree"
     say(f"5. generate  {where}: {_one_line(PROMPT + texts['meta'])} ...")
-    caption = _caption(output, folder / "picture.png")
-    say(f"             and of {folder / 'picture.png'}: {caption}")
+    picture = folder / "picture.png"
+    draw("circle", "red", "white").save(picture)
+    captions = {str(path): _caption(path, picture) for path in (meta, output)}
+    if len(set(captions.values())) > 1:
+        raise CheckFailed(f"{output}: the same picture is described in different ways: {captions}")
+    caption = captions[str(output)]
+    say(f"             and of {picture}: {caption}")
     if not has_transformers:
         say("             (Transformers is not installed: pip install 'llama4-convert[transformers]')")
     return {"meta": str(meta), "output": str(output), "validate": checks, "texts": texts, "caption": caption}
@@ -88,7 +94,7 @@ def _copy_model(meta: Path) -> int:
 def _validate(meta: Path, output: Path, runner: str) -> dict[str, Any]:
     result = validate(output, reference=meta, runner=runner)
     if not result["passed"]:
-        raise CheckFailed(f"{output} is not what {meta} is: {result['first_divergence'] or result['gates_failed']}")
+        raise CheckFailed(f"{output} is not what {meta} is: {validate_verdict(result)}")
     return result
 
 
@@ -127,9 +133,8 @@ def draw(shape: str, colour: str, ground: str, size: int = 56) -> Image:
     return picture
 
 
-def _caption(output: Path, picture: Path) -> str:
-    draw("circle", "red", "white").save(picture)
-    return str(generate(output, "<|image|>", image=picture, max_new_tokens=16, dtype="float32")["text"]).strip()
+def _caption(path: Path, picture: Path) -> str:
+    return str(generate(path, "<|image|>", image=picture, max_new_tokens=16, dtype="float32")["text"]).strip()
 
 
 def _one_line(text: str) -> str:

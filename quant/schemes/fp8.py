@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from quant.kernels import fp8 as kernels
 from quant.kernels.bands import share
 from quant.schemes import NotFinite
-from quant.schemes.int4 import _flat
+from quant.schemes.int4 import flat
 
 Granularity = Literal["channel", "tensor", "block"]
 BLOCK = int(kernels.BLOCK)  # outputs and inputs that share a scale
@@ -118,7 +118,7 @@ class Fp8:
 
         Raises NotFinite, having looked at all of the matrix.
         """
-        source, stride = _flat(bits)
+        source, stride = flat(bits)
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         codes, scale = _results(out, *self.shapes(outputs, inputs))
         words = -(-inputs // _CODES_PER_WORD)

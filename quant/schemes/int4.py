@@ -99,7 +99,7 @@ class Int4:
 
         Raises Indivisible if K is no multiple of the group size and NotFinite, having looked at all of the matrix.
         """
-        source, stride = _flat(bits)
+        source, stride = flat(bits)
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         packed, scale = _results(out, *self.shapes(outputs, inputs))
         block, groups, band = int(kernels.BLOCK), inputs // self.group_size, _BAND // self.group_size
@@ -151,7 +151,7 @@ class Int4:
         return result
 
 
-def _flat(bits: NDArray[np.uint16]) -> tuple[NDArray[np.int16], int]:
+def flat(bits: NDArray[np.uint16]) -> tuple[NDArray[np.int16], int]:
     """The memory from the first to the last element, read-only, and how far its rows lie apart: one type for the kernel."""
     if bits.ndim != 2 or bits.dtype != np.uint16:
         raise ValueError(f"bf16 bits are uint16 of two axes, not {bits.dtype} of {bits.ndim}")

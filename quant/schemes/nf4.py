@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from quant.kernels import nf4 as kernels
 from quant.kernels.bands import share
 from quant.schemes import NotFinite
-from quant.schemes.int4 import _flat
+from quant.schemes.int4 import flat
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256  # scales that share a nested scale
@@ -178,7 +178,7 @@ class Nf4:
             bits, in_out = np.ascontiguousarray(bits.T), False
         if not in_out and (bits.flags.c_contiguous or not divides):
             bits = np.ascontiguousarray(bits).reshape(-1, block)  # rows of one block each
-        source, stride = _flat(bits)
+        source, stride = flat(bits)
         inputs, rows = bits.shape if in_out else bits.shape[::-1]
         groups = inputs // block
         high, wide = (_LANES, max(_BAND // block, 1)) if groups > 1 else (_FLAT_BAND, 1)

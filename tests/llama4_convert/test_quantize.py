@@ -1,0 +1,389 @@
+"""`convert --recipe`: what is written, who loads it, what it cost, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import commands
+import meta_model
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llama4_convert import convert, load_reference, plan, validate
+from llama4_convert.errors import BadInput, CheckFailed, UsageError
+from llama4_convert.transformers_runner import load_transformers
+from quant.schemes.int4 import Int4
+
+RECIPES = ("int4", "int4-experts", "int4-signed", "fp8", "mixed", "nf4")
+FEED_FORWARD = (
+    "experts.",
+    "shared_expert.",
+    "feed_forward.gate_proj",
+    "feed_forward.up_proj",
+    "feed_forward.down_proj",
+)
+
+# Widths that groups of 128 divide, and no powers of two; MoE and dense layers, with and without a vision tower.
+_WIDE: dict[str, Any] = {
+    **meta_model.GEOMETRIES["scout"],
+    "dim": 384,
+    "n_layers": 4,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "head_dim": 64,
+    "multiple_of": 128,
+    "ffn_dim_multiplier": 0.5,
+    "ffn_exp": 4.0,
+    "attention_chunk_size": 16,
+    "moe_args": {**meta_model.GEOMETRIES["scout"]["moe_args"], "num_experts": 3, "interleave_moe_layer_step": 2},
+}
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "mixed": _WIDE,
+    "text": {**_WIDE, "vision_args": None, "n_layers": 2},
+    "dense": {**_WIDE, "moe_args": None, "n_layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(geometry: str) -> Path:
+        if geometry not in made:
+            model = meta_model.build(GEOMETRIES[geometry], seed=1)
+            made[geometry] = tmp_path_factory.mktemp(geometry)
+            meta_model.write_checkpoint(model, GEOMETRIES[geometry], made[geometry], ranks=2)
+        return made[geometry]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def plain(source: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(geometry: str) -> Path:
+        if geometry not in made:
+            made[geometry] = tmp_path_factory.mktemp(f"{geometry}-bf16") / "out"
+            convert(source(geometry), made[geometry])
+        return made[geometry]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    source: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[Path, dict[str, Any]]]:
+    made: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+
+    def get(geometry: str, recipe: str) -> tuple[Path, dict[str, Any]]:
+        if (geometry, recipe) not in made:
+            path = tmp_path_factory.mktemp(f"{geometry}-{recipe}") / "out"
+            made[geometry, recipe] = path, convert(source(geometry), path, recipe=recipe)
+        return made[geometry, recipe]
+
+    return get
+
+
+def matrices(plain: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every feed-forward matrix of a bf16 directory as a linear layer's [out, in], experts one by one."""
+    for key, tensor in tensors(plain).items():
+        if key.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(tensor):
+                for name, half in zip(("gate_proj", "up_proj"), both.chunk(2, -1), strict=True):
+                    yield f"{key.removesuffix('gate_up_proj')}{e}.{name}", half.T
+        elif key.endswith("experts.down_proj"):
+            yield from ((f"{key.removesuffix('down_proj')}{e}.down_proj", one.T) for e, one in enumerate(tensor))
+        elif any(part in key for part in FEED_FORWARD):
+            yield key.removesuffix(".weight"), tensor
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {key: t for file in sorted(path.glob("*.safetensors")) for key, t in load_file(file).items()}
+
+
+def cases() -> list[tuple[str, str]]:
+    return [(g, r) for g in GEOMETRIES for r in RECIPES if (g, r) != ("dense", "int4-experts")]
+
+
+@pytest.mark.parametrize(("geometry", "recipe"), cases())
+def test_transformers_loads_it_and_computes_what_the_dequantized_model_does(
+    geometry: str,
+    recipe: str,
+    quantized: Callable[..., Any],
+    plain: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """No missing, unexpected or mismatched key (`load_transformers` raises); logits in bf16 within 1e-3."""
+    path, _ = quantized(geometry, recipe)
+    model = load_transformers(path, torch.bfloat16)
+    tokens = torch.arange(5, 45)[None] * 50 % 2000
+    with torch.no_grad():
+        found = model(tokens).logits
+    expected = dequantized_logits(path, plain(geometry), tmp_path, tokens)
+    if recipe in ("fp8", "mixed"):  # activations are quantized as well, which the dequantized model does not do
+        assert found.isfinite().all()
+        return
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def dequantized_logits(path: Path, plain: Path, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the bf16 directory with every quantized matrix replaced by what our reader makes of it."""
+    reader = read(path)
+    shutil.copytree(plain, folder / "dequantized")
+    for file in (folder / "dequantized").glob("*.safetensors"):
+        changed = load_file(file)
+        for key, tensor in changed.items():
+            stem = key.removesuffix(".weight")
+            if key.endswith("experts.gate_up_proj"):
+                for e in range(len(tensor)):
+                    at = f"{key.removesuffix('gate_up_proj')}{e}."
+                    tensor[e] = torch.cat([reader(f"{at}{n}_proj") for n in ("gate", "up")]).T
+            elif key.endswith("experts.down_proj"):
+                for e in range(len(tensor)):
+                    tensor[e] = reader(f"{key.removesuffix('down_proj')}{e}.down_proj").T
+            elif any(part in key for part in FEED_FORWARD):
+                tensor.copy_(reader(stem))
+        save_file({k: t.contiguous() for k, t in changed.items()}, file, {"format": "pt"})
+    with torch.no_grad():
+        logits: torch.Tensor = load_transformers(folder / "dequantized", torch.bfloat16)(tokens).logits
+    return logits
+
+
+def read(path: Path) -> Callable[[str], torch.Tensor]:
+    """Module name -> the matrix that a runtime computes with, through our reader."""
+    from llama4.loading import to_tensor
+    from llama4_convert.reference import Checkpoint
+
+    reader = Checkpoint.open(path).readers[0]
+    return lambda module: to_tensor(reader.read(f"{module}.weight"), reader.dtype(f"{module}.weight"))
+
+
+@pytest.mark.parametrize(("geometry", "recipe"), cases())
+def test_errors_are_what_was_really_made(
+    geometry: str, recipe: str, quantized: Callable[..., Any], plain: Callable[[str], Path]
+) -> None:
+    """Recomputed from the written files against the bf16 conversion, matrix by matrix."""
+    path, result = quantized(geometry, recipe)
+    told = json.loads((path / "llama4-convert.json").read_bytes())["errors"]
+    value = read(path)
+    seen = set()
+    error = power = 0.0
+    for module, weight in matrices(plain(geometry)):
+        if module not in told:
+            assert recipe == "int4-experts"
+            assert torch.equal(value(module), weight)
+            continue
+        seen.add(module)
+        e = (value(module).double() - weight.double()).square().sum().item()
+        p = weight.double().square().sum().item()
+        # What runtimes compute with is rounded to bf16, the error that is told is the exact product's.
+        assert told[module][0] == pytest.approx(e, rel=0.02)
+        assert told[module][1] == pytest.approx(p, rel=1e-5)
+        error, power = error + told[module][0], power + told[module][1]
+    assert seen == told.keys()
+    quantization = result["quantization"]
+    assert quantization["relative_mse"] == pytest.approx(error / power)
+    assert quantization["matrices"] == len(told)
+    bound = 0.001 if recipe == "fp8" else 0.0125
+    assert quantization["relative_mse"] < bound
+    assert quantization["worst"][0]["relative_mse"] == pytest.approx(max(e / p for e, p in told.values()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_plan_knows_every_byte(recipe: str, source: Callable[[str], Path], quantized: Callable[..., Any]) -> None:
+    path, _ = quantized("mixed", recipe)
+    promised = plan(source("mixed"), recipe=recipe)
+    found = {key: (list(t.shape), t.nbytes) for key, t in tensors(path).items()}
+    assert {t["name"]: (t["shape"], t["bytes"]) for t in promised["tensors"]} == found
+    assert promised["output_bytes"] == sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    assert promised["parameters"] == plan(source("mixed"))["parameters"]
+    told = promised["quantization"]
+    assert sum(told["bytes_after"].values()) == sum(nbytes for _, nbytes in found.values())
+    assert sum(told["bytes_before"].values()) == sum(t["bytes"] for t in plan(source("mixed"))["tensors"])
+    expected = {"int4": 4.125, "int4-experts": 4.125, "int4-signed": 4.125, "fp8": 8, "nf4": 4.127}.get(recipe)
+    if expected:  # and a little for what a matrix has once
+        assert expected <= told["bits_per_quantized_weight"] < expected + 0.3
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tensors_are_aligned_for_readers_that_view_them_in_place(recipe: str, source: Callable[[str], Path]) -> None:
+    sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "U8": 1, "F8_E4M3": 1}
+    for tensor in plan(source("mixed"), recipe=recipe)["tensors"]:
+        assert tensor["offset"] % sizes[tensor["dtype"]] == 0, tensor["name"]
+
+
+def test_int4_is_the_schemes_own_result(quantized: Callable[..., Any], plain: Callable[[str], Path]) -> None:
+    """Ranks, gathering and threads change nothing: each matrix is as if it had been quantized alone."""
+    path, _ = quantized("mixed", "int4")
+    found = tensors(path)
+    for module, weight in matrices(plain("mixed")):
+        bits = weight.contiguous().view(torch.int16).numpy().view(np.uint16)
+        expected = Int4().quantize(bits, in_out=False)
+        assert np.array_equal(found[f"{module}.weight_packed"].numpy(), expected.packed)
+        assert np.array_equal(found[f"{module}.weight_scale"].view(torch.int16).numpy().view(np.uint16), expected.scale)
+        assert found[f"{module}.weight_shape"].tolist() == list(weight.shape)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_reference_and_validate_read_it(
+    recipe: str, source: Callable[[str], Path], quantized: Callable[..., Any]
+) -> None:
+    path, _ = quantized("mixed", recipe)
+    result = validate(path, reference=source("mixed"), tokens=48)
+    assert result["config_differences"] == []
+    assert result["tensors_different"] == []
+    assert sum(told["matrices"] for told in result["tensors_quantized"].values()) > 0
+    assert 0 < result["kl_mean"] < 1
+    tokens = torch.arange(3, 20)[None]
+    assert load_reference(path, dtype=torch.float32)(tokens).isfinite().all()
+
+
+def test_a_wrong_tensor_in_a_quantized_directory_is_named(
+    source: Callable[[str], Path], quantized: Callable[..., Any], tmp_path: Path
+) -> None:
+    path, _ = quantized("text", "int4")
+    shutil.copytree(path, tmp_path / "bad")
+    [file] = (tmp_path / "bad").glob("*.safetensors")
+    changed = load_file(file)
+    key = "model.layers.1.feed_forward.experts.2.up_proj.weight_packed"
+    changed[key] = changed[key].flip(0)
+    save_file(changed, file, {"format": "pt"})
+    result = validate(tmp_path / "bad", reference=source("text"), tokens=8)
+    assert not result["passed"]
+    assert result["first_divergence"]["tensor"] == "model.layers.1.feed_forward.experts.gate_up_proj"
+    assert "experts.2.up" in result["first_divergence"]["module"]
+
+
+def test_rules_by_layer_and_expert(source: Callable[[str], Path], plain: Callable[[str], Path], tmp_path: Path) -> None:
+    """MoE layers that stay are linearized all the same: no runtime reads fused and single experts side by side."""
+    (tmp_path / "mine.toml").write_text(
+        'format = "compressed-tensors"\n'
+        '[[rule]]\nfamilies = ["routed_experts", "shared_expert"]\nscheme = "keep"\nlayers = [1]\n'
+        '[[rule]]\nfamilies = ["routed_experts", "shared_expert"]\nscheme = "int4"\ngroup_size = 64\n'
+        '[[rule]]\nfamilies = ["dense_mlp"]\nscheme = "fp8"\nlayers = [0]\n'
+    )
+    convert(source("mixed"), tmp_path / "out", recipe=str(tmp_path / "mine.toml"))
+    found = tensors(tmp_path / "out")
+    assert not any("experts.gate_up_proj" in key for key in found)
+    at = "language_model.model.layers."
+    for module, weight in matrices(plain("mixed")):
+        layer = int(module.removeprefix(at).split(".")[0])
+        if layer in (1, 2):
+            assert torch.equal(found[f"{module}.weight"], weight)
+        elif layer == 0:
+            assert found[f"{module}.weight"].dtype == torch.float8_e4m3fn
+        else:
+            assert found[f"{module}.weight_scale"].shape == (weight.shape[0], weight.shape[1] // 64)
+    model = load_transformers(tmp_path / "out", torch.bfloat16)
+    with torch.no_grad():
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_are_quantized_from_bf16(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = meta_model.build(GEOMETRIES["text"], seed=1, dtype=torch.bfloat16)
+    for name, target in (("narrow", torch.bfloat16), ("wide", torch.float32)):
+        meta_model.write_checkpoint(model, GEOMETRIES["text"], tmp_path / name, ranks=2, dtype=target)
+        convert(tmp_path / name, tmp_path / f"{name}-out", recipe="int4")
+    narrow, wide = tensors(tmp_path / "narrow-out"), tensors(tmp_path / "wide-out")
+    for key in narrow:
+        if "weight_" in key:
+            assert torch.equal(narrow[key], wide[key]), key
+    assert dtype  # both pass through bf16, so one pair of directories speaks for them
+
+
+class TestRefused:
+    def test_numbers_that_are_not_finite(self, source: Callable[[str], Path], tmp_path: Path) -> None:
+        shutil.copytree(source("text"), tmp_path / "nan")
+        file = tmp_path / "nan" / "consolidated.01.pth"
+        content = torch.load(file, weights_only=False)
+        content["layers.1.feed_forward.experts.moe_w_out_eF_D"][3, 5] = float("nan")
+        torch.save(content, file)
+        with pytest.raises(BadInput, match=r"experts\.0\.down_proj: 1 of .* NaN or infinite.*leave this one as it is"):
+            convert(tmp_path / "nan", tmp_path / "out", recipe="int4")
+        assert not list((tmp_path / "out").glob("*.index.json"))
+        convert(tmp_path / "nan", tmp_path / "plain")  # without a recipe they pass as they are
+
+    def test_widths_that_groups_do_not_divide(self, meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+        source = meta_checkpoint("odd", ranks=2).src
+        with pytest.raises(BadInput, match=r"96 inputs do not divide by the group size 128.*take a smaller group"):
+            plan(source, recipe="int4")
+        (tmp_path / "mine.toml").write_text(
+            'format = "compressed-tensors"\n[[rule]]\nfamilies = ["dense_mlp"]\nscheme = "fp8"\n'
+        )
+        assert plan(source, recipe=str(tmp_path / "mine.toml"))["quantization"]["recipe"] == "mine"
+
+    def test_a_recipe_that_names_nothing_of_the_model(self, source: Callable[[str], Path]) -> None:
+        with pytest.raises(UsageError, match="int4-experts quantizes nothing of this model"):
+            plan(source("dense"), recipe="int4-experts")
+
+    def test_an_unknown_recipe_on_the_command_line(
+        self, source: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        outcome = commands.run(capsys, "convert", source("text"), tmp_path / "out", "--recipe", "int5")
+        assert outcome.code == 2
+        assert "did you mean int4?" in outcome.error
+
+    def test_more_error_than_was_allowed(
+        self, source: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(CheckFailed, match=r"relative squared error of 0\.01.* more than the 0\.001"):
+            convert(source("text"), tmp_path / "out", recipe="int4", max_error=0.001)
+        assert not list((tmp_path / "out").glob("*.index.json"))
+        outcome = commands.run(
+            capsys, "convert", source("text"), tmp_path / "out", "--recipe", "int4", "--max-error", "0.001"
+        )
+        assert outcome.code == 5
+        assert convert(source("text"), tmp_path / "out", recipe="int4", max_error=0.5)["status"] == "converted"
+
+
+def test_another_recipe_is_another_conversion(source: Callable[[str], Path], tmp_path: Path) -> None:
+    convert(source("text"), tmp_path / "out", recipe="int4")
+    assert convert(source("text"), tmp_path / "out", recipe="int4")["status"] == "already complete"
+    with pytest.raises(UsageError, match="another conversion: recipe"):
+        convert(source("text"), tmp_path / "out", recipe="fp8")
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(source: Callable[[str], Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"recipe": "mixed", "shard_size": 300_000}
+    whole = convert(source("mixed"), tmp_path / "whole", **options)
+    moved = 0
+
+    def stop(n: int) -> None:
+        nonlocal moved
+        moved += n
+        if moved > 4_000_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source("mixed"), tmp_path / "killed", progress=stop, **options)
+    resumed = convert(source("mixed"), tmp_path / "killed", **options)
+    assert resumed["files_kept_from_earlier_run"] > 0
+    assert resumed["files"] == whole["files"]
+    assert resumed["quantization"] == whole["quantization"]
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = commands.run(capsys, "recipes", "--json")
+    assert {r["name"] for r in json.loads(outcome.out)["recipes"]} == set(RECIPES)
+
+
+def test_plan_with_a_gpu(source: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "int4", "--gpu", "h100-80gb", "--context", "64")
+    outcome = commands.run(capsys, "plan", source("mixed"), *options, "--json")
+    fit = json.loads(outcome.out)["fit"]
+    assert fit["gpu"] == "h100-80gb"
+    weights = sum(prod(t["shape"]) * 0 + t["bytes"] for t in json.loads(outcome.out)["tensors"])
+    assert fit["weight_bytes"] == weights
+    assert {r["runtime"] for r in fit["runtimes"]} >= {"vllm", "sglang", "transformers"}
+    assert all(r["fits"] for r in fit["runtimes"])
+    assert commands.run(capsys, "plan", source("mixed"), "--context", "64").code == 2
