@@ -117,9 +117,7 @@ class Llama4TextConfig:
         types = c.strings("layer_types")
         if types is None:
             types = tuple("chunked_attention" if r else "full_attention" for r in rotates)
-        for name, values in (("no_rope_layers", rotates), ("layer_types", types)):
-            if len(values) < n_layers:
-                raise ConfigError(f"{name} has {len(values)} entries for {n_layers} layers")
+        # Transformers passes over entries beyond the layers. Lists that are too short are for `differences` to name.
         rotates, types = rotates[:n_layers], types[:n_layers]
         if not interval:
             interval = next((layer + 1 for layer, r in enumerate(rotates) if not r), 0)
@@ -179,7 +177,7 @@ class Llama4VisionConfig:
     @property
     def tokens_a_tile(self) -> int:
         """Patch tokens that one tile becomes in the text."""
-        return int(self.patches_a_side**2 * self.pixel_shuffle_ratio**2)
+        return int(self.patches_a_side * self.pixel_shuffle_ratio) ** 2
 
     @property
     def shuffled_size(self) -> int:
@@ -239,6 +237,43 @@ class Llama4Config:
         vision = Llama4VisionConfig.from_geometry(g.vision) if g.vision else None
         return Llama4Config(Llama4TextConfig.from_geometry(g), vision)
 
+    def to_geometry(self) -> Geometry:
+        """In Meta's words, as far as these have them: layers that follow no interval are counted as if they did."""
+        c, v = self.text_config, self.vision_config
+        return Geometry(
+            dim=c.hidden_size,
+            n_layers=c.num_hidden_layers,
+            n_heads=c.num_attention_heads,
+            n_kv_heads=c.num_key_value_heads,
+            vocab_size=c.vocab_size,
+            n_experts=c.num_local_experts if c.moe_layers else 0,
+            top_k=c.num_experts_per_tok,
+            moe_step=c.interleave_moe_layer_step or 1,
+            expert_dim=c.intermediate_size,
+            dense_dim=c.intermediate_size_mlp,
+            norm_eps=c.rms_norm_eps,
+            rope_theta=c.rope_theta,
+            rope_scaling=c.rope_scaling,
+            use_qk_norm=c.use_qk_norm,
+            nope_interval=c.no_rope_layer_interval,
+            chunk_size=c.attention_chunk_size,
+            attn_temperature_tuning=c.attn_temperature_tuning,
+            floor_scale=c.floor_scale,
+            attn_scale=c.attn_scale,
+            vision=None
+            if v is None
+            else VisionGeometry(
+                image_size=v.image_size,
+                patch_size=v.patch_size,
+                dim=v.hidden_size,
+                n_layers=v.num_hidden_layers,
+                n_heads=v.num_attention_heads,
+                mlp_dim=v.intermediate_size,
+                output_dim=v.vision_output_dim,
+                pixel_shuffle_ratio=v.pixel_shuffle_ratio,
+            ),
+        )
+
     @staticmethod
     def from_json(body: Mapping[str, Any]) -> Llama4Config:
         """From a parsed config.json: of `llama4` with a vision tower, or of `llama4_text`. Raises ConfigError."""
@@ -255,6 +290,43 @@ class Llama4Config:
             boi_token_index=c.token("boi_token_index", 200080),
             eoi_token_index=c.token("eoi_token_index", 200081),
         )
+
+
+def check_runnable(config: Llama4Config) -> None:
+    """Raises ConfigError for what contradicts itself, or what no Llama 4 computes with and the model would pass over."""
+    c, v = config.text_config, config.vision_config
+    if c.moe_layers and not 1 <= c.num_experts_per_tok <= c.num_local_experts:
+        raise ConfigError(
+            f"num_experts_per_tok is {c.num_experts_per_tok}, and there are {c.num_local_experts} experts"
+        )
+    for name, entries in (("no_rope_layers", c.no_rope_layers), ("layer_types", c.layer_types)):
+        if len(entries) < c.num_hidden_layers:
+            raise ConfigError(f"{name} has {len(entries)} entries for num_hidden_layers = {c.num_hidden_layers}")
+    if c.head_dim % 2:
+        raise ConfigError(f"head_dim ({c.head_dim}) must be even: RoPE rotates pairs")
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ConfigError(
+            f"num_attention_heads ({c.num_attention_heads}) must be a multiple of num_key_value_heads"
+            f" ({c.num_key_value_heads})"
+        )
+    if c.hidden_act != _HIDDEN_ACT or c.attention_bias:
+        raise ConfigError(
+            f"hidden_act is {c.hidden_act!r} and attention_bias {c.attention_bias}: Llama 4 has silu and none"
+        )
+    for kind in c.layer_types:
+        if kind not in ("chunked_attention", "full_attention"):
+            raise ConfigError(f"layer_types has {kind!r:.40}: Llama 4 has chunked_attention and full_attention")
+    if v is None:
+        return
+    if v.hidden_size % v.num_attention_heads or v.hidden_size // v.num_attention_heads % 4:
+        raise ConfigError(
+            f"vision_config: hidden_size / num_attention_heads ({v.hidden_size} / {v.num_attention_heads}) must be a multiple"
+            " of 4: 2-D RoPE rotates pairs on two axes"
+        )
+    if v.hidden_act != _VISION_HIDDEN_ACT:
+        raise ConfigError(f"vision_config.hidden_act is {v.hidden_act!r:.40}: Llama 4 has gelu")
+    if v.patches_a_side * v.pixel_shuffle_ratio % 1 > 1e-6:
+        raise ConfigError(f"vision_config.pixel_shuffle_ratio does not divide {v.patches_a_side} patches a side")
 
 
 class Difference(NamedTuple):

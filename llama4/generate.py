@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from llama4.cache import KVCache
+
+
+class NotANumber(ValueError):
+    """The weights lead to no numbers that a token can be chosen by."""
 
 
 class CachedModel(Protocol):
@@ -40,8 +45,8 @@ def generate(
     """
     if not tokens.numel():
         raise ValueError("the prompt is empty: generation needs at least one token")
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
-        raise ValueError("temperature and max_new_tokens must not be negative, and top_p must be in (0, 1]")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or max_new_tokens < 0:
+        raise ValueError("temperature and max_new_tokens must be finite and not negative, and top_p must be in (0, 1]")
     generator = torch.Generator(tokens.device)
     if seed is None:
         generator.seed()
@@ -65,10 +70,15 @@ def generate(
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """A token a row: [batch, vocabulary] to [batch]."""
+    """A token a row: [batch, vocabulary] to [batch]. Raises NotANumber."""
+    if not bool(logits.isfinite().all()):
+        raise NotANumber("the model's logits are NaN or infinite: check the checkpoint (verify, validate)")
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
+    logits = logits.float()
+    # With the largest at 0 no temperature is too small: what is not the likeliest becomes -inf.
+    steps = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+    p, order = steps.softmax(-1).sort(dim=-1, descending=True)
     p[p.cumsum(-1) - p > top_p] = 0  # what lies before a token already makes top_p
     drawn = p.multinomial(1, generator=generator)  # which normalizes
     return order.gather(-1, drawn)[:, 0]

@@ -133,6 +133,8 @@ class Geometry:
             )
 
         moe = p.nested("moe_args")
+        if moe and moe.positive("interleave_moe_layer_step", 1) > n_layers:
+            moe = None  # Meta's code then builds no layer with experts
         widths = _widths(p, moe, dim)
         vocab_size = p.integer("vocab_size", -1)
         n_experts: int | None = 0

@@ -58,8 +58,9 @@ def to_bits(tensor: Tensor) -> Bits:
 class LazyWeights:
     """Reads each tensor when it is asked for, checks its shape, casts it, and keeps it while there is room.
 
-    `keep_bytes` bounds what is kept, in bytes of the cast tensors. What came first stays: layers are walked in a circle, and
-    of a circle that is too long a cache that drops the oldest would keep nothing.
+    `rounded_to` (name -> safetensors dtype) rounds some of them first, as a conversion to that dtype does. `keep_bytes` bounds
+    what is kept, in bytes of the cast tensors. What came first stays: layers are walked in a circle, and of a circle that is
+    too long a cache that drops the oldest would keep nothing.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class LazyWeights:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         keep_bytes: int = 0,
+        rounded_to: Mapping[str, str] | None = None,
     ) -> None:
         self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.rounded_to = rounded_to or {}
         self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(config)
         self.dtype, self.device, self.keep_bytes = dtype, torch.device(device), keep_bytes
         self._kept: dict[tuple[str, int, int], Tensor] = {}
@@ -108,7 +111,10 @@ class LazyWeights:
                 f"{source.keys[0]} makes a {name} of {list(bits.shape)}, and the configuration calls for"
                 f" {[stop - start, *shape[1:]]}"
             )
-        return to_tensor(bits, source.dtype).to(self.device, self.dtype)
+        tensor = to_tensor(bits, source.dtype)
+        if name in self.rounded_to:
+            tensor = tensor.to(DTYPES[self.rounded_to[name]])
+        return tensor.to(self.device, self.dtype)
 
 
 def initialized(config: Llama4Config, make: Callable[[str, tuple[int, ...]], Tensor]) -> DictWeights:

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from llama4.cache import KVCache
-from llama4.config import Llama4Config
+from llama4.config import Llama4Config, check_runnable
 from llama4.generate import generate
 from llama4.loading import Weights
 from llama4.text import Llama4TextModel, Observer
@@ -112,6 +112,7 @@ class Llama4ForConditionalGeneration(Llama4ForCausalLM):
 
 
 def build(config: Llama4Config, weights: Weights, observe: Observer | None = None) -> Llama4ForCausalLM:
-    """The class that the configuration calls for."""
+    """The class that the configuration calls for. Raises ConfigError for one that contradicts itself."""
+    check_runnable(config)
     kind = Llama4ForCausalLM if config.vision_config is None else Llama4ForConditionalGeneration
     return kind(config, weights, observe)

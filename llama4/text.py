@@ -105,7 +105,8 @@ def rope_frequencies(config: Llama4TextConfig) -> Tensor:
     blended (`apply_scaling` in Meta's model.py).
     """
     h = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, h, 2, dtype=torch.float32) / h)
+    # Written as Meta writes it: the last bit of a frequency is half a radian at 10 M tokens.
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, h, 2, dtype=torch.float32) / h))
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies

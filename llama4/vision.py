@@ -80,7 +80,7 @@ def rope_angles_2d(config: Llama4VisionConfig) -> Tensor:
     Half of the pairs turn with the column, half with the row, both counted from 1 (`VisionEncoder` in Meta's encoder.py).
     """
     side, half = config.patches_a_side, config.hidden_size // config.num_attention_heads // 2
-    frequencies = config.rope_theta ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half))
     position = torch.arange(1, side + 1, dtype=torch.float32)
     columns, rows = position.repeat(side), position.repeat_interleave(side)
     angles = torch.cat([torch.outer(columns, frequencies), torch.outer(rows, frequencies)], dim=1)

@@ -49,7 +49,13 @@ def text_config(
     if g.floor_scale != int(g.floor_scale):
         raise BadInput(f"params.json: floor_scale is {g.floor_scale}: Transformers knows whole numbers of tokens only")
     layers = range(g.n_layers)
+    uncut = max(8192, max_position_embeddings)
     scaling = g.rope_scaling
+    if scaling and scaling.high_freq_factor < scaling.low_freq_factor:
+        raise BadInput(
+            f"params.json: rope_high_freq_factor is {scaling.high_freq_factor:g}: below {scaling.low_freq_factor:g}"
+            " Transformers scales RoPE in another way than Meta's code"
+        )
     return {
         "model_type": "llama4_text",
         "torch_dtype": _TORCH_DTYPES[dtype],
@@ -88,7 +94,7 @@ def text_config(
         # Readers that count for themselves must find no NoPE layer where there is none: null is refused by Transformers 5.
         "no_rope_layer_interval": g.nope_interval or g.n_layers + 1,
         # Readers that look at this number alone must never cut a context that has no chunks: null makes Transformers 5 crash.
-        "attention_chunk_size": g.chunk_size or max(8192, max_position_embeddings),
+        "attention_chunk_size": g.chunk_size if any(g.is_chunked(layer) for layer in layers) else uncut,
         "layer_types": ["chunked_attention" if g.is_chunked(layer) else "full_attention" for layer in layers],
         "attn_temperature_tuning": g.attn_temperature_tuning,
         "floor_scale": int(g.floor_scale),

@@ -30,7 +30,7 @@ DEFAULT_MEMORY = 1 << 30
 # Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
 LEAST_MEMORY = 64 << 20
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_SOURCE_NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
+SOURCE_NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
 
 
 class NeedsOverwrite(UsageError):
@@ -64,13 +64,24 @@ class Request:
 class Job:
     """A request bound to its source: the plan, and the content of every file around the weights."""
 
+    source: Any  # a MetaCheckpoint here; `requantization` has the other layout's
+
+    @staticmethod
+    def of(request: Request) -> Job:
+        """The job for the layout that the source is in. Raises UsageError, BadInput or EnvironmentFailed."""
+        if (request.source / "config.json").exists() and not (request.source / "params.json").exists():
+            from llama4_convert.requantization import TransformersJob
+
+            return TransformersJob(request)
+        return Job(request)
+
     def __init__(self, request: Request) -> None:
         # The readers import numpy; taking the lock must not wait for that.
         from llama4_convert.checkpoints.meta import MetaCheckpoint
         from llama4_convert.planning import make_plan
 
         self.request = request
-        self.recipe = _load_recipe(request.recipe) if request.recipe else None
+        self.recipe = load_recipe(request.recipe) if request.recipe else None
         self.source = MetaCheckpoint.open(request.source)
         self.plan = make_plan(
             self.source,
@@ -81,7 +92,7 @@ class Job:
             allow_rank_mismatch=request.allow_rank_mismatch,
         )
         if self.recipe:
-            _check_recipe(self.recipe, self.plan)
+            check_recipe(self.recipe, self.plan)
         self.variant, self.variant_reason = variant.conclude(self.plan, request.source)
         if request.variant:
             self.variant, self.variant_reason = request.variant, "you said so"
@@ -170,7 +181,7 @@ class Job:
         """Bytes of own memory that the conversion takes under a bound of `max_memory`."""
         from llama4_convert.run import peak_memory
 
-        return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")))
+        return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")), self.plan)
 
     def manifest(self) -> Manifest:
         options: dict[str, Any] = {
@@ -220,7 +231,7 @@ class Job:
         }
 
 
-def _load_recipe(name: str) -> Recipe:
+def load_recipe(name: str) -> Recipe:
     from quant.recipe import RecipeError, load
 
     try:
@@ -229,7 +240,7 @@ def _load_recipe(name: str) -> Recipe:
         raise UsageError(str(error)) from error
 
 
-def _check_recipe(recipe: Recipe, plan: Plan) -> None:
+def check_recipe(recipe: Recipe, plan: Plan) -> None:
     from quant.recipe import RecipeError
 
     try:
@@ -252,7 +263,7 @@ def plan(
 
     With `gpu` ("h100-80gb"), `fit` says in which runtimes the result fits onto `gpus` of them with `context` tokens.
     """
-    job = Job(Request(Path(source), **options))
+    job = Job.of(Request(Path(source), **options))
     described = job.describe()
     if gpu is None:
         if context is not None or gpus != 1:
@@ -301,7 +312,7 @@ def convert(
     made_folder = _make_folder(target)
     try:
         with lock.owned(target):
-            return _Conversion(Job(request), target, max_memory, max_error, overwrite, warn, start, progress).run()
+            return _Conversion(Job.of(request), target, max_memory, max_error, overwrite, warn, start, progress).run()
     except OSError as error:
         raise from_os_error(error, f"writing {target}") from error
     finally:
@@ -335,7 +346,8 @@ class _Conversion:
         contents = self.job.contents()
         if (needed := self.job.peak_memory(LEAST_MEMORY)) > max(self.max_memory, 2 * LEAST_MEMORY):
             raise UsageError(
-                f"max-memory must be at least {(needed >> 20) + 1} MiB for this source: its tokenizer takes that"
+                f"max-memory must be at least {(needed >> 20) + 1} MiB: "
+                + ("a matrix is quantized whole" if self.job.recipe else "the source's tokenizer takes that")
             )
         resumed = self._look_at_target()
         if self._is_finished():
@@ -525,7 +537,7 @@ def _notices(source: Path) -> dict[str, bytes]:
     return {
         path.name: read_small(path)
         for path in sorted(source.iterdir())
-        if path.name.split(".")[0].upper() in _SOURCE_NOTICES and path.is_file()
+        if path.name.split(".")[0].upper() in SOURCE_NOTICES and path.is_file()
     }
 
 

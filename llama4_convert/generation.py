@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4.config import Llama4Config
+from llama4.config import ConfigError, Llama4Config
 from llama4_convert.errors import BadInput, UsageError, one_line
 from llama4_convert.reference import Checkpoint, model_of
 from llama4_convert.text import TextTokenizer
@@ -41,6 +42,7 @@ def generate(
     """
     import torch
 
+    from llama4.generate import NotANumber
     from llama4.generate import generate as steps
     from llama4.weights import BindingError
 
@@ -74,7 +76,7 @@ def generate(
             ):
                 ids.append(int(step))
                 say(stream.push(ids[-1]) if ids[-1] not in checkpoint.stop_ids else "")
-    except BindingError as error:
+    except (BindingError, ConfigError, NotANumber) as error:
         raise BadInput(f"{path}: {error}: download it again, or convert it again") from error
     except (ValueError, IndexError) as error:  # numbers out of range; a tokenizer with more tokens than the model
         raise UsageError(f"{path}: {error}") from error
@@ -114,8 +116,8 @@ def open_image(path: Path) -> Image:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             image.load()
             return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise of every kind
         raise BadInput(f"{path} is no image that can be read: {one_line(error, 120)}") from error

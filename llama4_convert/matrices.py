@@ -7,8 +7,8 @@ of all experts (`E D F`), so it is one more placement of it, and the same copies
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from mappings import Binding, Box, Placement
 
@@ -36,9 +36,34 @@ class Matrix:
         """As it is gathered."""
         return (self.k, self.n) if self.in_out else (self.n, self.k)
 
+    @property
+    def key(self) -> str:
+        return f"{self.module}.weight"
 
-def matrices(binding: Binding, key: str) -> Iterator[Matrix]:
-    """The matrices that the Transformers tensor `key` holds; none if no recipe can speak of them."""
+
+def linearized(binding: Binding, key: str) -> Iterator[Matrix]:
+    """The experts of a fused tensor as a linearized directory stores them: each [n, k], under a key of its own."""
+    for matrix in matrices(binding, key):
+        if matrix.expert is not None:
+            yield _as_linear_layer(matrix)
+
+
+def _as_linear_layer(matrix: Matrix) -> Matrix:
+    """The same matrix as [n, k]."""
+    n, k = matrix.n, matrix.k
+    return replace(matrix, in_out=False, target=replace(matrix.target, strides=(n * k, 1, k)))
+
+
+def matrices(binding: Binding, key: str, linear: Collection[str] = ()) -> Iterator[Matrix]:
+    """The matrices that the Transformers tensor `key` holds; none if no recipe can speak of them.
+
+    Experts are gathered as they lie: [k, n], or [n, k] where the source has them under the keys `linear`.
+    """
+    for matrix in _matrices(binding, key):
+        yield _as_linear_layer(matrix) if matrix.expert is not None and matrix.key in linear else matrix
+
+
+def _matrices(binding: Binding, key: str) -> Iterator[Matrix]:
     found = _FEED_FORWARD.fullmatch(key)
     if found is None:
         return

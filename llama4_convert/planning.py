@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from llama4.config import ConfigError, Llama4Config
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
+from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.errors import BadInput
+from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.matrices import Matrix, matrices
 from mappings import Binding, Copy, MappingError, ModelShape, Placement, copies, load_table
 from quant.encoding import Encoder, Linear
@@ -178,7 +181,7 @@ def make_plan(
         claims = binding.claim(source.keys, text_only=text_only)
         _check_tensors(binding, source)
         warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
-        tensors = _output_tensors(binding, source, claims.spelling, dtype, recipe)
+        tensors = _output_tensors(binding, of_meta(binding, source, claims.spelling), dtype, recipe)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
     streamed = _streamed_records(tensors, source)
@@ -196,6 +199,36 @@ def make_plan(
         compare=tuple(compare),
         warnings=tuple(warnings),
         linear_layers=tuple(_linear_layers(binding, recipe)) if recipe else (),
+    )
+
+
+def plan_quantization(source: SafetensorsSource, recipe: Recipe, shard_size: int = 5_000_000_000) -> Plan:
+    """Plan the quantization of a Transformers directory, experts fused or linearized.
+
+    Raises BadInput where names and shapes do not fit config.json, naming the key.
+    """
+    try:
+        config = Llama4Config.from_json(source.config)
+        binding = load_table().bind(shape_of_config(config))
+        for index in source.ranks:
+            for key, stored in index.tensors.items():
+                if stored.dtype not in FLOAT_DTYPES:
+                    raise MappingError(f"{key} is {stored.dtype}: quantize a directory in bf16, fp16 or fp32")
+        tensors = _output_tensors(binding, of_transformers(binding, source), None, recipe)
+    except (MappingError, ConfigError) as error:
+        raise BadInput(f"{source.path}: {error}") from error
+    return Plan(
+        geometry=config.to_geometry(),
+        text_only=config.vision_config is None,
+        files=_files([[tensor] for tensor in tensors], shard_size),
+        meta_keys=(),
+        dropped={},
+        base_evidence=(),
+        streamed=frozenset(),
+        unread=(),
+        compare=(),
+        warnings=(),
+        linear_layers=tuple(_linear_layers(binding, recipe)),
     )
 
 
@@ -224,6 +257,20 @@ def _bind(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry
         if geometry.n_experts and geometry.top_k > geometry.n_experts:
             raise MappingError(f"params.json has a top_k of {geometry.top_k}, the router {geometry.n_experts} experts")
     return bind(geometry), geometry
+
+
+def shape_of_config(config: Llama4Config) -> ModelShape:
+    """The same for a Transformers directory."""
+    c, v = config.text_config, config.vision_config
+    sizes = {"D": c.hidden_size, "Q": c.num_attention_heads * c.head_dim, "K": c.num_key_value_heads * c.head_dim}
+    sizes |= {"V": c.vocab_size, "E": c.num_local_experts, "F": c.intermediate_size, "G": c.intermediate_size_mlp}
+    units = {"Q": c.num_attention_heads, "K": c.num_key_value_heads}
+    if v:
+        sizes |= {"P": 3 * v.patch_size**2, "N": v.patches_a_side**2 + 1, "C": v.hidden_size, "H": v.hidden_size}
+        sizes |= {"M": v.intermediate_size, "S": v.shuffled_size, "A": v.vision_output_dim, "O": v.vision_output_dim}
+        units["H"] = v.num_attention_heads
+    layers = v.num_hidden_layers if v else None
+    return ModelShape(sizes, units, c.num_hidden_layers, frozenset(c.moe_layers), layers)
 
 
 def model_shape(g: Geometry) -> ModelShape:
@@ -308,33 +355,16 @@ def mismatch(key: str, first: str, other: str) -> str:
 
 
 def _output_tensors(
-    binding: Binding,
-    source: MetaCheckpoint,
-    spelling: Mapping[str, str],
-    dtype: str | None,
-    recipe: Recipe | None,
+    binding: Binding, holdings: Holdings, dtype: str | None, recipe: Recipe | None
 ) -> list[PlannedTensor]:
-    ranks = len(source.ranks)
-    placed: dict[tuple[int, str], dict[str, Placement]] = {}
-    logical = binding.logical
-
-    def placement(rank: int, tensor: str) -> Placement:
-        key = spelling[tensor]
-        if (rank, key) not in placed:
-            strides = source.tensor(rank, key).strides
-            placed[rank, key] = {p.tensor: p for p in binding.meta_placements(key, ranks, rank, strides)}
-        return placed[rank, key][tensor]
-
     def planned(name: str, shape: tuple[int, ...], targets: Sequence[Placement], dtype: str | None) -> PlannedTensor:
         pieces: list[Piece] = []
         for target in targets:
-            for rank in range(ranks if logical[target.tensor].shard else 1):
-                key = spelling[target.tensor]
-                stored = source.tensor(rank, key)
-                copy = copies(target, placement(rank, target.tensor))
+            for held in holdings[target.tensor]:
+                copy = copies(target, held.placement)
                 if copy is not None:
-                    shifted = replace(copy, source_offset=copy.source_offset + stored.offset)
-                    pieces.append(Piece(rank, key, stored, shifted))
+                    shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
+                    pieces.append(Piece(held.file, held.key, held.stored, shifted))
         dtypes = {piece.source.dtype for piece in pieces}
         if len(dtypes) > 1:
             raise MappingError(
@@ -345,13 +375,14 @@ def _output_tensors(
         _check_conserved(tensor)
         return tensor
 
+    linear = {held.key for several in holdings.values() for held in several}
     tensors: list[PlannedTensor] = []
     for name in binding.transformers:
-        to_encode = list(_to_encode(binding, name, recipe)) if recipe else []
+        to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
         for matrix, scheme in to_encode:
             assert recipe is not None
             # Schemes quantize bf16, which is what checkpoints are published in.
-            gathered = planned(f"{matrix.module}.weight", matrix.shape, [matrix.target], "BF16" if scheme else dtype)
+            gathered = planned(matrix.key, matrix.shape, [matrix.target], "BF16" if scheme else dtype)
             tensors += _encoded(matrix, scheme, recipe, gathered)
         if not to_encode:
             shape = binding.transformers_shape(name)
@@ -359,12 +390,14 @@ def _output_tensors(
     return tensors
 
 
-def _to_encode(binding: Binding, key: str, recipe: Recipe) -> Iterator[tuple[Matrix, Scheme | None]]:
+def _to_encode(
+    binding: Binding, key: str, recipe: Recipe, linear: Collection[str]
+) -> Iterator[tuple[Matrix, Scheme | None]]:
     """The matrices of a Transformers tensor that are stored in another way, and how; None: linearized, no more.
 
     Experts always: runtimes that read some of them quantized expect none fused.
     """
-    for matrix in matrices(binding, key):
+    for matrix in matrices(binding, key, linear):
         scheme = recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
         if scheme or matrix.expert is not None:
             yield matrix, scheme

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from llama4.model import Llama4ForCausalLM
 
+_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _KEEP = 4 << 30  # of weights in memory, unless the caller says otherwise
 
 
@@ -36,6 +38,7 @@ class Checkpoint:
     bos_id: int | None
     pad_id: int | None
     readers: tuple[TensorReader, ...]  # one a rank, or the directory's
+    wording: Mapping[str, Any] = field(default_factory=dict)  # what config.json says beside the configuration
     is_text_only: bool = False  # a directory that says it is a text model's, not one whose vision tower is lost
 
     @staticmethod
@@ -83,7 +86,7 @@ def load_reference(
     """
     try:
         return model_of(Checkpoint.open(path), dtype=dtype, device=device, keep_bytes=keep_bytes)
-    except BindingError as error:
+    except (BindingError, ConfigError) as error:
         raise BadInput(f"{path}: {error}: download it again, or convert it again") from error
 
 
@@ -94,10 +97,12 @@ def model_of(
     device: torch.device | str = "cpu",
     keep_bytes: int = _KEEP,
     config: Llama4Config | None = None,
+    rounded_to: Mapping[str, str] | None = None,
 ) -> Llama4ForCausalLM:
     """A checkpoint's model; `config` in the place of its own, to tell wrong weights from wrong words about them.
 
-    Raises BindingError if a tensor is missing.
+    `rounded_to`: see `LazyWeights`. Raises BindingError if a tensor is missing, ConfigError for a configuration that contradicts
+    itself.
     """
     from llama4.loading import DTYPES, LazyWeights
     from llama4.model import build
@@ -108,7 +113,9 @@ def model_of(
         if tensors[0].dtype not in DTYPES:
             raise BindingError(f"{tensors[0].keys[0]} is {tensors[0].dtype}, which the reference cannot compute with")
         dtype = DTYPES[tensors[0].dtype]
-    return build(config, LazyWeights(tensors, config, dtype=dtype, device=device, keep_bytes=keep_bytes))
+    return build(
+        config, LazyWeights(tensors, config, dtype=dtype, device=device, keep_bytes=keep_bytes, rounded_to=rounded_to)
+    )
 
 
 def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:
@@ -148,6 +155,7 @@ def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:
         bos_id=_token(text, "bos_token_id"),
         pad_id=_token(text, "pad_token_id"),
         readers=(_reader(checkpoint),),
+        wording=_wording(checkpoint, text),
         is_text_only="text_config" not in checkpoint.config,
     )
 
@@ -158,6 +166,32 @@ def _reader(checkpoint: TransformersCheckpoint) -> DirectoryReader:
     from llama4_convert.checkpoints.quantized import QuantizedReader
 
     return QuantizedReader(checkpoint)
+
+
+def _wording(checkpoint: TransformersCheckpoint, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that no computation of ours needs and readers choose their code by, each with what it should be."""
+    body = checkpoint.config
+    whole = "text_config" in body
+    vision = body.get("vision_config")
+    sizes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in _TORCH_DTYPES:
+            sizes[tensor.dtype] += tensor.nbytes
+    dtype = _TORCH_DTYPES[sizes.most_common(1)[0][0]] if sizes else None
+    name = "torch_dtype" if "torch_dtype" in body else "dtype"
+    expected: dict[str, Any] = {
+        "model_type": "llama4" if whole else "llama4_text",
+        "architectures": ["Llama4ForConditionalGeneration" if whole else "Llama4ForCausalLM"],
+        name: dtype,
+    }
+    found: dict[str, tuple[Any, Any]] = {
+        field: (expected[field], body.get(field)) for field in expected if field in body
+    }
+    if whole and "model_type" in text:
+        found["text_config.model_type"] = "llama4_text", text["model_type"]
+    if isinstance(vision, Mapping) and "num_channels" in vision:
+        found["vision_config.num_channels"] = 3, vision["num_channels"]
+    return found
 
 
 def _stop_ids(path: Path, text: Mapping[str, Any]) -> tuple[int, ...]:

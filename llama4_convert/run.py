@@ -34,6 +34,7 @@ _SCRATCH = 1 << 20
 _GATHER = 16 << 20  # of a matrix, between two reports of progress
 # Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch, the tokenizer's conversion.
 BASE_MEMORY = 64 << 20
+COMPILER_MEMORY = 192 << 20  # numba and what it compiles
 
 
 class Source:
@@ -105,7 +106,7 @@ class Source:
             self.read(rank, record, position, view)
             crc, position = crc32(view, crc), position + len(view)
             progress(len(view))
-        if crc != record.crc:
+        if record.crc is not None and crc != record.crc:
             raise BadInput(self.damaged(rank, record))
 
     def same(self, key: str, rank: int) -> bool:
@@ -372,10 +373,18 @@ def planned_buffers(max_memory: int) -> Buffers:
     return Buffers(3, size - size % mmap.PAGESIZE)
 
 
-def peak_memory(max_memory: int, tokenizer_bytes: int) -> int:
+def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     """Bytes of own memory above an idle interpreter that a run takes, as measured (docs/benchmarks.md).
 
-    The buffers, or the conversion of a tokenizer.model of `tokenizer_bytes` (0: none), which ends before they are filled:
-    200 MiB for Llama 4's 3.6 MB.
+    The buffers and what a recipe needs, or the conversion of a tokenizer.model of `tokenizer_bytes` (0: none), which ends
+    before they are filled: 200 MiB for Llama 4's 3.6 MB.
     """
-    return max(3 * planned_buffers(max_memory).size + BASE_MEMORY, (40 << 20) + 48 * tokenizer_bytes)
+    run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
+    matrices = plan.matrices
+    if matrices:
+        # Gathered whole, and encoded beside it: in half its bytes at most, or as many where it only becomes linear.
+        largest = max(
+            m.gathered.nbytes * (2 if m.scheme is None else 3) // (1 if m.scheme is None else 2) for m in matrices
+        )
+        run += largest + COMPILER_MEMORY
+    return max(run, (40 << 20) + 48 * tokenizer_bytes)

@@ -162,6 +162,7 @@ def _said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> 
     ):
         if expected is not None and actual != expected:
             found.append(Difference(name, expected, actual))
+    found += [Difference(name, should, is_) for name, (should, is_) in candidate.wording.items() if should != is_]
     expected_stops, stops = original.stop_ids, candidate.stop_ids
     # Which of the three end a generation depends on the variant, but there must be one, and no other.
     if expected_stops and not (stops and set(stops) <= set(expected_stops)):
@@ -224,9 +225,15 @@ def _run(
     import torch
 
     kind = getattr(torch, dtype)
-    ours = model_of(original, dtype=kind, keep_bytes=_MODEL_BYTES, config=config)
     with torch.inference_mode():
         try:
+            ours = model_of(
+                original,
+                dtype=kind,
+                keep_bytes=_MODEL_BYTES,
+                config=config,
+                rounded_to=_rounding(original, candidate, config),
+            )
             if runner == "transformers":
                 return against_transformers(ours, candidate.path, batch, dtype, advance)
             with candidate_steps():
@@ -241,6 +248,19 @@ def _run(
             raise BadInput(
                 f"{original.path}: its weights and its configuration make no model: {one_line(error)}"
             ) from error
+
+
+def _rounding(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> dict[str, str]:
+    """Tensors that `convert --dtype` has rounded: the reference is rounded alike, or rounding would be called a fault."""
+    try:
+        theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config)}
+    except BindingError:
+        return {}
+    return {
+        ours.name: theirs[ours.name].dtype
+        for ours in original.logical_tensors(config)
+        if ours.dtype != theirs[ours.name].dtype and theirs[ours.name].keys[0] not in candidate.quantized
+    }
 
 
 def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference], run: Parity) -> dict[str, Any] | None:

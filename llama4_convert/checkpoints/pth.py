@@ -42,12 +42,12 @@ _PICKLE_LIMIT = 64 << 20
 
 @dataclass(frozen=True)
 class Record:
-    """A zip record: where its bytes lie in the file, and the CRC-32 that the directory promises for them."""
+    """A zip record: where its bytes lie in the file, and the CRC-32 that the directory promises for them (None: no promise)."""
 
     name: str
     offset: int
     size: int
-    crc: int
+    crc: int | None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,15 @@ import meta_model
 import pytest
 import transformers
 
-from llama4.config import ConfigError, Difference, Llama4Config, Llama4TextConfig, Llama4VisionConfig, differences
+from llama4.config import (
+    ConfigError,
+    Difference,
+    Llama4Config,
+    Llama4TextConfig,
+    Llama4VisionConfig,
+    check_runnable,
+    differences,
+)
 from llama4_convert import convert
 from llama4_convert.reference import Checkpoint
 
@@ -232,8 +240,9 @@ def test_counts_that_are_left_out_are_read_off_the_lists() -> None:
 def test_absent_layers_contradict_the_lists(body: Callable[..., Body]) -> None:
     text = body()["text_config"]
     del text["num_hidden_layers"]
-    with pytest.raises(ConfigError, match="no_rope_layers has 5 entries for 48 layers"):
-        Llama4TextConfig.from_json(text)
+    config = Llama4Config(Llama4TextConfig.from_json(text))
+    with pytest.raises(ConfigError, match="no_rope_layers has 5 entries for num_hidden_layers = 48"):
+        check_runnable(config)
 
 
 # -------------------- what is no configuration
@@ -324,8 +333,10 @@ def test_other_rope_types_are_none_of_llama_4(body: Callable[..., Body]) -> None
 def test_a_list_that_is_too_short_is_named(name: str, body: Callable[..., Body]) -> None:
     changed = body()
     changed["text_config"][name] = changed["text_config"][name][:-1]
-    with pytest.raises(ConfigError, match=f"{name} has 4 entries for 5 layers"):
-        Llama4Config.from_json(changed)
+    config = Llama4Config.from_json(changed)
+    assert name in {difference.field for difference in differences(Llama4Config.from_json(body()), config)}
+    with pytest.raises(ConfigError, match=f"{name} has 4 entries for num_hidden_layers = 5"):
+        check_runnable(config)
 
 
 def test_parts_that_are_no_objects(body: Callable[..., Body]) -> None:

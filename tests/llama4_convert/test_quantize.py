@@ -387,3 +387,74 @@ def test_plan_with_a_gpu(source: Callable[[str], Path], capsys: pytest.CaptureFi
     assert {r["runtime"] for r in fit["runtimes"]} >= {"vllm", "sglang", "transformers"}
     assert all(r["fits"] for r in fit["runtimes"])
     assert commands.run(capsys, "plan", source("mixed"), "--context", "64").code == 2
+
+
+class TestFromATransformersDirectory:
+    """Fine-tunes come so, experts fused or linearized: the same bytes as from Meta's files."""
+
+    @staticmethod
+    def linearize(plain: Path, folder: Path) -> Path:
+        """A copy whose experts are linear layers, in files of another cut."""
+        shutil.copytree(plain, folder)
+        content = tensors(plain)
+        for file in [*folder.glob("*.safetensors"), folder / "llama4-convert.json"]:
+            file.unlink()
+        single = {f"{module}.weight": t.contiguous() for module, t in matrices(plain)}
+        rest = {key: t for key, t in content.items() if not key.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+        save_file({k: t for k, t in single.items() if ".experts." in k}, folder / "experts.safetensors")
+        save_file(rest, folder / "rest.safetensors")
+        weight_map = dict.fromkeys(rest, "rest.safetensors")
+        weight_map |= {k: "experts.safetensors" for k in single if ".experts." in k}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return folder
+
+    @pytest.mark.parametrize("recipe", RECIPES)
+    @pytest.mark.parametrize("form", ["fused", "linearized"])
+    def test_the_weights_are_those_from_metas_files(
+        self, form: str, recipe: str, plain: Callable[[str], Path], quantized: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        source = plain("mixed") if form == "fused" else self.linearize(plain("mixed"), tmp_path / "linear")
+        result = convert(source, tmp_path / "out", recipe=recipe)
+        expected, found = tensors(quantized("mixed", recipe)[0]), tensors(tmp_path / "out")
+        assert found.keys() == expected.keys()
+        for key in found:
+            assert torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8)), key
+        assert result["quantization"] == quantized("mixed", recipe)[1]["quantization"]
+        config = (tmp_path / "out" / "config.json").read_bytes()
+        assert config == (quantized("mixed", recipe)[0] / "config.json").read_bytes()
+        assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+    def test_what_makes_no_sense_is_refused(
+        self, plain: Callable[[str], Path], quantized: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match="already: add --recipe"):
+            convert(plain("text"), tmp_path / "out")
+        with pytest.raises(UsageError, match="--dtype is for Meta's layout"):
+            convert(plain("text"), tmp_path / "out", recipe="int4", dtype="float16")
+        with pytest.raises(UsageError, match="quantized already"):
+            convert(quantized("text", "int4")[0], tmp_path / "out", recipe="fp8")
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (
+                lambda t: t.pop("model.layers.1.feed_forward.experts.down_proj"),
+                r"missing model\.layers\.1\..*down_proj",
+            ),
+            (lambda t: t.update({"model.extra": torch.zeros(1)}), "unknown key model.extra"),
+            (lambda t: t.update({"model.norm.weight": torch.zeros(5)}), r"model\.norm\.weight has shape \[5\]"),
+        ],
+        ids=["missing", "unknown", "misshapen"],
+    )
+    def test_a_directory_that_does_not_fit_its_config(
+        self, change: Callable[[dict[str, Any]], Any], words: str, plain: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        shutil.copytree(plain("text"), tmp_path / "bad")
+        [file] = (tmp_path / "bad").glob("*.safetensors")
+        content = load_file(file)
+        change(content)
+        save_file(content, file)
+        weight_map = dict.fromkeys(content, file.name)
+        (tmp_path / "bad" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(BadInput, match=words):
+            convert(tmp_path / "bad", tmp_path / "out", recipe="int4")

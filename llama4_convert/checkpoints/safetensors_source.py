@@ -1,0 +1,64 @@
+"""A Transformers directory as a source of tensors, in the form in which the rank files of a Meta checkpoint are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+
+
+@dataclass(frozen=True)
+class SafetensorsIndex:
+    """One file: its tensors, each in a record of its own. safetensors has no checksums, so a record has none either."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class SafetensorsSource:
+    path: Path
+    config: Mapping[str, Any]
+    ranks: tuple[SafetensorsIndex, ...]
+
+    @staticmethod
+    def open(path: Path) -> SafetensorsSource:
+        """Read config.json, the index and every header. Raises UsageError, BadInput or EnvironmentFailed."""
+        checkpoint = TransformersCheckpoint.open(path)
+        files = []
+        for file in checkpoint.files:
+            tensors = {
+                key: StoredTensor(t.dtype, t.shape, _contiguous(t.shape), 0, Record(key, t.offset, t.nbytes, None))
+                for key, t in checkpoint.tensors.items()
+                if t.file == file and t.dtype in ITEM_SIZES
+            }
+            files.append(SafetensorsIndex(file, tensors, tuple(t.record for t in tensors.values())))
+        return SafetensorsSource(path, checkpoint.config, tuple(files))
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 a file: of config.json, and of what each weights file says of itself (names, places, size).
+
+        Not of the weights: reading hundreds of GB to recognize them would double the work. A manifest of ours in the source
+        has their digests and is taken in.
+        """
+        found = {}
+        for name in ("config.json", "llama4-convert.json"):
+            if (self.path / name).is_file():
+                found[name] = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+        for index in self.ranks:
+            told = repr(
+                (index.path.stat().st_size, [(k, t.dtype, t.shape, t.record) for k, t in index.tensors.items()])
+            )
+            found[index.path.name] = hashlib.sha256(told.encode()).hexdigest()
+        return found
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -1,0 +1,74 @@
+"""A Transformers directory as the source of a conversion: its weights by a recipe, all else as it is. Fine-tunes come so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from llama4_convert import config
+from llama4_convert.checkpoints.meta import read_small
+from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe, load_recipe
+from llama4_convert.errors import UsageError
+from llama4_convert.manifest import INDEX, NAME, Manifest
+from llama4_convert.planning import plan_quantization
+from llama4_convert.version import TOOL
+
+_KEPT = {".json", ".jinja", ".model", ".txt", ".md"}  # tokenizer, templates, other configurations: no code, no weights
+_META_ONLY = {
+    "variant": "--variant",
+    "dtype": "--dtype",
+    "text_only": "--text-only",
+    "max_position_embeddings": "--max-position-embeddings",
+    "allow_rank_mismatch": "--allow-rank-mismatch",
+}
+
+
+class TransformersJob(Job):
+    """Quantizes what is in Transformers' layout already, experts fused or linearized."""
+
+    def __init__(self, request: Request) -> None:
+        if request.recipe is None:
+            raise UsageError(f"{request.source} is in Transformers' layout already: add --recipe to quantize it")
+        for name, option in _META_ONLY.items():
+            if getattr(request, name):
+                raise UsageError(f"{option} is for Meta's layout: a Transformers directory keeps what it says")
+        self.request = request
+        self.recipe = load_recipe(request.recipe)
+        self.source = SafetensorsSource.open(request.source)
+        if "quantization_config" in self.source.config:
+            raise UsageError(f"{request.source} is quantized already: quantize what it was made from")
+        self.plan = plan_quantization(self.source, self.recipe, request.shard_size)
+        check_recipe(self.recipe, self.plan)
+        self.variant, self.variant_reason = "as the source", "all files but the weights are the source's"
+        text: Any = self.source.config.get("text_config") or self.source.config
+        self.max_position_embeddings = int(text.get("max_position_embeddings") or 131072)
+        self.warnings: list[str] = []
+
+    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+        """The source's own small files, with config.json telling of the quantization."""
+        from llama4_convert.quantization import quantization_config
+
+        assert self.recipe is not None
+        body = {**self.source.config, "quantization_config": quantization_config(self.recipe, self.plan)}
+        made = {"config.json": config.to_json(body)}
+        for path in sorted(self.request.source.iterdir()):
+            is_notice = path.name.split(".")[0].upper() in SOURCE_NOTICES
+            if path.name not in {*made, INDEX, NAME} and (is_notice or path.suffix in _KEPT) and path.is_file():
+                made[path.name] = read_small(path)
+        params = self.request.source / "original" / "params.json"
+        if params.is_file():
+            made["original/params.json"] = read_small(params)
+        return {name: lambda name=name: {name: made[name]} for name in made}  # type: ignore[misc]
+
+    def peak_memory(self, max_memory: int) -> int:
+        from llama4_convert.run import peak_memory
+
+        return peak_memory(max_memory, 0, self.plan)
+
+    def manifest(self) -> Manifest:
+        assert self.recipe is not None
+        options: dict[str, Any] = {"recipe": self.recipe.to_json(), "shard_size": self.request.shard_size}
+        source = {"layout": "transformers", "sha256": self.source.fingerprint()}
+        return Manifest(TOOL, json.loads(json.dumps(source)), options, [], {})
