@@ -34,7 +34,7 @@ _SCRATCH = 1 << 20
 _GATHER = 16 << 20  # of a matrix, between two reports of progress
 # Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch, the tokenizer's conversion.
 BASE_MEMORY = 64 << 20
-COMPILER_MEMORY = 192 << 20  # numba and what it compiles
+COMPILER_MEMORY = 96 << 20  # numba, and what it compiles
 
 
 class Source:

@@ -72,6 +72,14 @@ def demo(
         raise CheckFailed(f"{output}: the same picture is described in different ways: {captions}")
     caption = captions[str(output)]
     say(f"             and of {picture}: {caption}")
+    small = folder / "int4"
+    quantized = convert(output, small, recipe="int4")["quantization"]
+    checks["int4"] = _validate(meta, small, "llama4")
+    say(
+        f"6. quantize  {small}: feed-forward weights in {quantized['bits_per_quantized_weight']:.2f} bits, relative squared error"
+        f" {quantized['relative_mse']:.4f}; KL {checks['int4']['kl_mean']:.1e} nats a token, top-1"
+        f" {checks['int4']['top1_agreement']:.1%}"
+    )
     if not has_transformers:
         say("             (Transformers is not installed: pip install 'llama4-convert[transformers]')")
     return {"meta": str(meta), "output": str(output), "validate": checks, "texts": texts, "caption": caption}
