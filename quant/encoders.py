@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +14,35 @@ from quant.recipe import Scheme
 from quant.schemes.fp8 import Fp8
 from quant.schemes.int4 import Int4
 
+if TYPE_CHECKING:
+    from quant.schemes.nf4 import Nf4
 
-def encoder_for(scheme: Scheme) -> Encoder:
-    """The encoder of a rule's scheme. Formats have no scheme in common, so the scheme says which."""
+_S = TypeVar("_S", Int4, Fp8, "Nf4")
+
+
+def encoder_for(scheme: Scheme, device: str = "cpu") -> Encoder:
+    """The encoder of a rule's scheme. Formats have no scheme in common, so the scheme says which.
+
+    `device`: "cpu" for the compiled kernels; "cuda", "cuda:1" and so on for the same bytes from a GPU ("torch-cpu": as there,
+    but without one; slow, for tests). Raises ValueError for a device that torch does not have.
+    """
     if scheme.kind == "int4":
-        return PackQuantized(Int4(scheme.group_size, scheme.method))
+        return PackQuantized(_on(device, Int4(scheme.group_size, scheme.method)))
     if scheme.kind == "fp8":
-        return FloatQuantized(Fp8(scheme.granularity))
+        return FloatQuantized(_on(device, Fp8(scheme.granularity)))
     from quant.formats.bitsandbytes import Nf4Matrix
 
-    return Nf4Matrix(scheme.block_size, scheme.double_quant)
+    matrix = Nf4Matrix(scheme.block_size, scheme.double_quant)
+    matrix.scheme = _on(device, matrix.scheme)
+    return matrix
+
+
+def _on(device: str, scheme: _S) -> _S:
+    if device == "cpu":
+        return scheme
+    from quant.torch_backend import on_device  # and with it torch
+
+    return on_device(scheme, device)
 
 
 class PackQuantized:

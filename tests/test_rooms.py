@@ -64,6 +64,8 @@ def may_import(path: Path) -> set[str]:
     if path.parent.name == "llama4" and path.stem in MODEL:
         return {"torch"}
     parts = path.relative_to(REPOSITORY).parts
+    if parts[:2] == ("quant", "torch_backend"):
+        return {"torch"}
     compiled = parts[:2] in {("quant", "kernels"), ("quant", "schemes")} or parts[:2] == ("quant", "encoders.py")
     return {"numba"} if compiled or parts == ("quant", "formats", "bitsandbytes.py") else set()
 

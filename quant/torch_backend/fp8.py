@@ -1,0 +1,140 @@
+"""FP8 on a device; quant/kernels/fp8.py explains the steps."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quant.schemes import NotFinite, fp8
+from quant.schemes.fp8 import Fp8
+from quant.schemes.int4 import flat
+from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE, floats, in_order, inverse_of, scale_bits, total_of
+from quant.torch_backend.blocks import BLOCK, Area, Buffers, areas, download, not_finite, uploaded
+
+_E4M3 = 448.0
+_E4M3_BITS = 0x43E00000
+_TO_ROUNDER = (23 - 3) << 23  # see _rounder in quant/kernels/fp8.py
+_LEAST_ROUNDER = 0x46800000
+_OFFSET = 0x468
+_TINY, _GROW = 2.0**-60, 2.0**64  # see _set_scale there
+
+
+@dataclass(frozen=True)
+class TorchFp8(Fp8):
+    """FP8 on a device."""
+
+    device: torch.device = field(default=torch.device("cpu"))
+
+    def quantize(
+        self,
+        bits: NDArray[np.uint16],
+        *,
+        in_out: bool,
+        threads: int = 1,
+        pool: Executor | None = None,
+        out: tuple[NDArray[np.uint8], NDArray[np.uint16]] | None = None,
+    ) -> fp8.Quantized:
+        """As the scheme's own."""
+        flat(bits)  # raises for what is no matrix of bf16
+        inputs, outputs = bits.shape if in_out else bits.shape[::-1]
+        codes, scale = fp8._results(out, *self.shapes(outputs, inputs))
+        width = max(BLOCK[self.device.type] // max(inputs, 1) // fp8.BLOCK, 1) * fp8.BLOCK
+        blocks = list(areas(outputs, inputs, width, max(inputs, 1)))
+        given = None
+        if self.granularity == "tensor":
+            given = self._scale_of_all(bits, in_out, blocks)
+            scale[:] = int(given)
+        buffers = Buffers(3, self.device)
+        errors, powers, bad = [], [], 0
+        for area in blocks:
+            tile = _padded(uploaded(bits, in_out, area, self.device))
+            tile = tile.view(-1, fp8.BLOCK, tile.shape[1])
+            n, real = slice(area.n0, area.n1), area.n1 - area.n0  # outputs: some are padding
+            if given is None:
+                largest = self._largest(tile)
+                if bool((largest >= INFINITY).any()):
+                    bad += not_finite(tile)
+                if bad:
+                    continue
+                bits_of_scale = scale_bits(largest, _E4M3)
+                step = 1 if self.granularity == "channel" else fp8.BLOCK
+                rows = slice(area.n0 // step, -(-area.n1 // step))
+                download(bits_of_scale[:, 0, :real:step].to(torch.int16), scale[rows].view(np.int16))
+            else:
+                bits_of_scale = given.view(1, 1, 1)
+            made, error, power = _codes(tile, floats(bits_of_scale), *buffers.like(tile))
+            download(made.flatten(0, 1)[:inputs, :real], codes[n])
+            errors.append(error)
+            powers.append(power)
+        if bad:
+            raise NotFinite(bad, bits.size)
+        return fp8.Quantized(codes, scale, math.fsum(errors), math.fsum(powers))
+
+    def _scale_of_all(self, bits: NDArray[np.uint16], in_out: bool, blocks: list[Area]) -> Tensor:
+        """The bits of the scale of the whole matrix. Raises NotFinite."""
+        largest = torch.zeros((), dtype=torch.int16, device=self.device)
+        bad = 0
+        for area in blocks:
+            tile = uploaded(bits, in_out, area, self.device)
+            of_block = (tile & MAGNITUDE).amax()
+            if int(of_block) >= INFINITY:
+                bad += not_finite(tile)
+            largest = torch.maximum(largest, of_block)
+        if bad:
+            raise NotFinite(bad, bits.size)
+        return scale_bits(largest, _E4M3)
+
+    def _largest(self, tile: Tensor) -> Tensor:
+        """The largest magnitudes by channel [1, 1, outputs] or by block [chunks, 1, outputs]."""
+        found = (tile & MAGNITUDE).amax(1, keepdim=True)
+        if self.granularity == "channel":
+            return found.amax(0, keepdim=True)
+        of_blocks = found.view(len(tile), 1, -1, fp8.BLOCK).amax(3)
+        return of_blocks.repeat_interleave(fp8.BLOCK, 2)
+
+
+def _padded(tile: Tensor) -> Tensor:
+    """With zeros to whole blocks."""
+    rows, columns = (-(-size // fp8.BLOCK) * fp8.BLOCK for size in tile.shape)
+    if tile.shape == (rows, columns):
+        return tile
+    padded = tile.new_zeros(rows, columns)
+    padded[: tile.shape[0], : tile.shape[1]] = tile
+    return padded
+
+
+def _codes(tile: Tensor, scale: Tensor, q: Tensor, total: Tensor, rounder: Tensor) -> tuple[Tensor, float, float]:
+    """Codes and the sums of squared errors and weights; `q`, `total` and `rounder` are buffers."""
+    factor = torch.where(scale < _TINY, _GROW, torch.ones_like(scale))
+    q.copy_(tile.view(torch.bfloat16))
+    q *= factor
+    q *= inverse_of(scale * factor)
+    total_bits, rounder_bits = total.view(torch.int32), rounder.view(torch.int32)
+
+    torch.add(q.view(torch.int32), 0x8000, out=total_bits)
+    total_bits &= -0x10000  # the quotient in bf16
+    signs = (total < 0).to(torch.uint8) << 7  # none on zeros
+    total_bits &= 0x7FFFFFFF
+    total_bits.clamp_(max=_E4M3_BITS)
+    torch.bitwise_and(total_bits, 0x7F800000, out=rounder_bits)
+    rounder_bits += _TO_ROUNDER
+    rounder_bits.clamp_(min=_LEAST_ROUNDER)
+    total += rounder
+    codes = rounder_bits >> 20
+    codes += total_bits
+    codes -= rounder_bits
+    codes -= _OFFSET
+
+    total -= rounder
+    q.abs_()
+    torch.sub(q, total, out=total)
+    total *= total
+    q *= q
+    unit = scale[:, 0].expand(len(tile), -1)
+    return codes.to(torch.uint8) | signs, total_of(in_order(total), unit), total_of(in_order(q), unit)
