@@ -68,7 +68,7 @@ def weights(kind: str, outputs: int, inputs: int, seed: int = 0) -> np.ndarray:
         "zeros": lambda: every & 0x8000,
         "subnormal": lambda: every & 0x807F,
         "bottom": lambda: every & 0x8003,  # amax / 7.5 and amax / 448 round to 0
-        "no inverse": lambda: bf16((every & 0x00FF) * np.float32(2.0**-128)),  # of the scale
+        "no inverse": lambda: bf16((every & 0x00FF) * 2.0 ** random.integers(-136, -120, (outputs, 1))),  # of scales
         "largest": lambda: (every & 0x8000) | 0x7F7F,
         "any bits": lambda: finite(every),
         # quotients k + 1/2 at many scales; of e4m3 the midpoints too
