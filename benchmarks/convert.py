@@ -1,6 +1,6 @@
 """`convert` against `cp` + sync of the same bytes, in turn, in one run: wall time, CPU time and own memory.
 
-    python benchmarks/convert.py [--layers 2] [--pairs 5] [--folder DIR] [--tokenizer FILE] [--json FILE]
+    python benchmarks/convert.py [--layers 2] [--pairs 5] [--recipe NAME] [--folder DIR] [--tokenizer FILE] [--json FILE]
 
 Synthesizes a Scout of full width with few layers in 8 ranks (some 15 GB for 2 layers, as much again for the output), and
 removes it at the end. "Own memory" is the peak resident set of the converting process less that of an idle interpreter, both
@@ -24,17 +24,17 @@ PEAK = "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('
 CONVERT = f"""
 import os, sys
 from llama4_convert import convert
-convert(sys.argv[1], sys.argv[2])
+convert(sys.argv[1], sys.argv[2], recipe=sys.argv[3] or None)
 assert 'torch' not in sys.modules
 {PEAK}
 print(sum(os.times()[:2]))
 """
 
 
-def measured(source: Path, target: Path) -> tuple[float, float, int]:
+def measured(source: Path, target: Path, recipe: str) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds, peak resident KiB) of one conversion in a fresh process."""
     began = time.perf_counter()
-    command = [sys.executable, "-c", CONVERT, str(source), str(target)]
+    command = [sys.executable, "-c", CONVERT, str(source), str(target), recipe]
     peak, cpu = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return time.perf_counter() - began, float(cpu), int(peak)
 
@@ -54,6 +54,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--layers", type=int, default=2)
     options.add_argument("--pairs", type=int, default=5)
+    options.add_argument("--recipe", default="", help="quantize on the way: the copy is of the source's bytes")
     options.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     options.add_argument(
         "--tokenizer", type=Path, help="a tokenizer.model to put into the source: its memory counts too"
@@ -74,7 +75,7 @@ def main() -> None:
             copy_wall, copy_cpu = copied(source, target)
             shutil.rmtree(target)
             os.sync()  # neither side pays for the other's dirty pages
-            wall, cpu, peak = measured(source, target)
+            wall, cpu, peak = measured(source, target, args.recipe)
             shutil.rmtree(target)
             os.sync()
             rows.append(

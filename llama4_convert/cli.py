@@ -115,6 +115,12 @@ def plan_command(source: Path, as_json: bool, **request: Any) -> None:
     type=click.FloatRange(min=0),
     help="Stop (exit 5) at a matrix whose relative squared error by quantization is larger.",
 )
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where a recipe computes: cpu, cuda, cuda:1. The bytes are the same.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @as_json
@@ -123,6 +129,7 @@ def convert(
     target: Path,
     max_memory: int,
     max_error: float | None,
+    device: str,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -149,6 +156,7 @@ def convert(
                 target,
                 max_memory=max_memory,
                 max_error=max_error,
+                device=device,
                 overwrite=overwrite,
                 warn=report.warn,
                 start=bar.start,

@@ -49,6 +49,7 @@ class Request:
     max_position_embeddings: int | None = None
     allow_rank_mismatch: bool = False
     recipe: str | None = None  # a built-in one's name, or the path of a TOML file
+    device: str = "cpu"  # where a recipe computes: decides no byte
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -57,6 +58,8 @@ class Request:
             raise UsageError(f"variant {self.variant!r} is not one of {', '.join(variant.VARIANTS)}")
         if self.shard_size < 1:
             raise UsageError("the shard size must be at least 1 byte")
+        if self.device != "cpu":
+            _check_device(self)
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
             raise UsageError("max-position-embeddings must be at least 1")
 
@@ -86,6 +89,7 @@ class Job:
         self.plan = make_plan(
             self.source,
             recipe=self.recipe,
+            device=request.device,
             text_only=request.text_only,
             dtype=DTYPES[request.dtype] if request.dtype else None,
             shard_size=request.shard_size,
@@ -229,6 +233,18 @@ class Job:
             "warnings": self.warnings,
             **({"quantization": {"recipe": self.recipe.name, **describe_sizes(plan)}} if self.recipe else {}),
         }
+
+
+def _check_device(request: Request) -> None:
+    from quant.encoders import encoder_for
+    from quant.recipe import Scheme
+
+    if request.recipe is None:
+        raise UsageError("--device is where a recipe computes: without --recipe nothing is computed")
+    try:
+        encoder_for(Scheme("int4"), request.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def load_recipe(name: str) -> Recipe:

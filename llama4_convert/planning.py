@@ -168,8 +168,9 @@ def make_plan(
     shard_size: int = 5_000_000_000,
     allow_rank_mismatch: bool = False,
     recipe: Recipe | None = None,
+    device: str = "cpu",
 ) -> Plan:
-    """Plan the conversion of `source` to Transformers' layout; with a `recipe`, quantized as that says.
+    """Plan the conversion of `source` to Transformers' layout; with a `recipe`, quantized as that says, on `device`.
 
     `dtype` ("BF16", "F16", "F32") casts every tensor, None keeps each as it is. `shard_size` bounds an output file in bytes;
     only a tensor, or tensors that share a source record, larger than that exceed it. Raises BadInput where names, shapes or
@@ -181,7 +182,7 @@ def make_plan(
         claims = binding.claim(source.keys, text_only=text_only)
         _check_tensors(binding, source)
         warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
-        tensors = _output_tensors(binding, of_meta(binding, source, claims.spelling), dtype, recipe)
+        tensors = _output_tensors(binding, of_meta(binding, source, claims.spelling), dtype, recipe, device)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
     streamed = _streamed_records(tensors, source)
@@ -202,7 +203,9 @@ def make_plan(
     )
 
 
-def plan_quantization(source: SafetensorsSource, recipe: Recipe, shard_size: int = 5_000_000_000) -> Plan:
+def plan_quantization(
+    source: SafetensorsSource, recipe: Recipe, shard_size: int = 5_000_000_000, device: str = "cpu"
+) -> Plan:
     """Plan the quantization of a Transformers directory, experts fused or linearized.
 
     Raises BadInput where names and shapes do not fit config.json, naming the key.
@@ -214,7 +217,7 @@ def plan_quantization(source: SafetensorsSource, recipe: Recipe, shard_size: int
             for key, stored in index.tensors.items():
                 if stored.dtype not in FLOAT_DTYPES:
                     raise MappingError(f"{key} is {stored.dtype}: quantize a directory in bf16, fp16 or fp32")
-        tensors = _output_tensors(binding, of_transformers(binding, source), None, recipe)
+        tensors = _output_tensors(binding, of_transformers(binding, source), None, recipe, device)
     except (MappingError, ConfigError) as error:
         raise BadInput(f"{source.path}: {error}") from error
     return Plan(
@@ -355,7 +358,7 @@ def mismatch(key: str, first: str, other: str) -> str:
 
 
 def _output_tensors(
-    binding: Binding, holdings: Holdings, dtype: str | None, recipe: Recipe | None
+    binding: Binding, holdings: Holdings, dtype: str | None, recipe: Recipe | None, device: str
 ) -> list[PlannedTensor]:
     def planned(name: str, shape: tuple[int, ...], targets: Sequence[Placement], dtype: str | None) -> PlannedTensor:
         pieces: list[Piece] = []
@@ -380,10 +383,9 @@ def _output_tensors(
     for name in binding.transformers:
         to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
         for matrix, scheme in to_encode:
-            assert recipe is not None
             # Schemes quantize bf16, which is what checkpoints are published in.
             gathered = planned(matrix.key, matrix.shape, [matrix.target], "BF16" if scheme else dtype)
-            tensors += _encoded(matrix, scheme, recipe, gathered)
+            tensors += _encoded(matrix, scheme, device, gathered)
         if not to_encode:
             shape = binding.transformers_shape(name)
             tensors.append(planned(name, shape, binding.transformers_placements(name), dtype))
@@ -403,11 +405,11 @@ def _to_encode(
             yield matrix, scheme
 
 
-def _encoded(matrix: Matrix, scheme: Scheme | None, recipe: Recipe, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
+def _encoded(matrix: Matrix, scheme: Scheme | None, device: str, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
     """The tensors that a matrix becomes. Raises MappingError if its size does not fit the scheme."""
     from quant.encoders import encoder_for
 
-    encoder = encoder_for(scheme) if scheme else Linear(gathered.dtype)
+    encoder = encoder_for(scheme, device) if scheme else Linear(gathered.dtype)
     planned = PlannedMatrix(matrix, scheme, encoder, gathered)
     try:
         outputs = encoder.outputs(matrix.n, matrix.k)

@@ -39,7 +39,7 @@ class TransformersJob(Job):
         self.source = SafetensorsSource.open(request.source)
         if "quantization_config" in self.source.config:
             raise UsageError(f"{request.source} is quantized already: quantize what it was made from")
-        self.plan = plan_quantization(self.source, self.recipe, request.shard_size)
+        self.plan = plan_quantization(self.source, self.recipe, request.shard_size, request.device)
         check_recipe(self.recipe, self.plan)
         self.variant, self.variant_reason = "as the source", "all files but the weights are the source's"
         text: Any = self.source.config.get("text_config") or self.source.config

@@ -458,3 +458,31 @@ class TestFromATransformersDirectory:
         (tmp_path / "bad" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(BadInput, match=words):
             convert(tmp_path / "bad", tmp_path / "out", recipe="int4")
+
+
+class TestDevice:
+    @pytest.mark.parametrize("recipe", ["int4", "mixed", "nf4"])
+    def test_the_bytes_are_the_same(
+        self, recipe: str, source: Callable[[str], Path], quantized: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        """What a GPU runs, run by torch without one."""
+        result = convert(source("text"), tmp_path / "out", recipe=recipe, device="torch-cpu")
+        assert result["files"] == quantized("text", recipe)[1]["files"]
+
+    def test_a_device_that_is_not_there(self, source: Callable[[str], Path], tmp_path: Path) -> None:
+        for device in ("tpu", f"cuda:{torch.cuda.device_count()}"):
+            with pytest.raises(UsageError, match=f"device '{device}'"):
+                convert(source("text"), tmp_path / "out", recipe="int4", device=device)
+        with pytest.raises(UsageError, match="without --recipe nothing is computed"):
+            convert(source("text"), tmp_path / "out", device="cuda")
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4-experts", "fp8", "mixed"])
+def test_the_sizes_that_fit_counts_with_are_the_plans(recipe: str, source: Callable[[str], Path]) -> None:
+    """`fit` says from the geometry alone what would fit. It takes Llama 4's widths for what a channel's scale adds."""
+    from llama4_convert.conversion import Job, Request
+    from llama4_convert.fit import recipe_bytes
+
+    job = Job(Request(source("mixed"), recipe=recipe))
+    planned = sum(tensor.nbytes for tensor in job.plan.tensors)
+    assert recipe_bytes(job.plan.geometry)[recipe] == pytest.approx(planned, rel=3e-3)
