@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,22 @@ def _transformers(checkpoint: TransformersCheckpoint) -> dict[str, Any]:
         geometry["moe_layers"] = len(geometry["moe_layers"])
     geometry["vision_layers"] = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
     tensors = checkpoint.tensors
+    parameters = sum(prod(t.shape) for t in tensors.values())
+    quantized: Counter[str] = Counter()
+    if "quantization_config" in config:
+        # Packed words are no parameters: count what they stand for.
+        from llama4_convert.checkpoints.quantized import QuantizedReader
+
+        reader = QuantizedReader(checkpoint)
+        parameters = sum(prod(reader.shape(key)) for key in reader.keys())  # noqa: SIM118
+        quantized.update(matrix.kind for matrix in reader.quantized.values())
     return {
         "path": str(checkpoint.path),
         "layout": "transformers",
         "files": len(checkpoint.files),
         "geometry": geometry,
-        "parameters": sum(prod(t.shape) for t in tensors.values()),
+        "parameters": parameters,
+        "quantized": dict(sorted(quantized.items())),
         "bytes": sum(t.nbytes for t in tensors.values()),
         "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in tensors.items()],
     }

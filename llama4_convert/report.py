@@ -45,6 +45,11 @@ def gigabytes(n: int) -> str:
     return f"{n} bytes"
 
 
+def parameters(n: int) -> str:
+    """A number of parameters for people."""
+    return f"{n / 1e9:.2f} B parameters" if n >= 1e8 else f"{n / 1e6:.1f} M parameters"
+
+
 def say(text: str) -> None:
     click.echo(text, err=True)
 
@@ -93,7 +98,7 @@ class ProgressBar:
 
 def plan_summary(plan: dict[str, Any]) -> str:
     lines = [
-        f"{plan['source']}: {plan['ranks']} rank(s), {plan['parameters'] / 1e9:.2f} B parameters, {plan['dtype']}",
+        f"{plan['source']}: {plan['ranks']} rank(s), {parameters(plan['parameters'])}, {plan['dtype']}",
         f"variant  {plan['variant']} ({plan['variant_reason']}), context {plan['max_position_embeddings']:,} tokens",
         f"output   {len(plan['tensors'])} tensors in {len(plan['files'])} file(s), {gigabytes(plan['output_bytes'])}",
         f"memory   {plan['peak_memory_bytes'] / (1 << 20):.0f} MiB of its own",
@@ -120,7 +125,7 @@ def convert_summary(result: dict[str, Any]) -> str:
     kept = result["files_kept_from_earlier_run"]
     resumed = f" ({kept} kept from the run before)" if kept else ""
     line = (
-        f"{result['output']}: {result['parameters'] / 1e9:.2f} B parameters, {gigabytes(result['output_bytes'])} in"
+        f"{result['output']}: {parameters(result['parameters'])}, {gigabytes(result['output_bytes'])} in"
         f" {len(weights)} file(s){resumed}, variant {result['variant']} ({result['variant_reason']})"
     )
     return "\n".join([line, *(quantization_summary(result["quantization"]) if "quantization" in result else ())])
@@ -149,9 +154,11 @@ def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
         f"{result['path']}: {result['layout']} layout, {result['ranks']} rank(s)"
         if result["layout"] == "meta"
         else f"{result['path']}: {result['layout']} layout, {result['files']} file(s)",
-        f"{result['parameters'] / 1e9:.3f} B parameters in {len(result['tensors'])} tensors, {gigabytes(result['bytes'])}",
+        f"{parameters(result['parameters'])} in {len(result['tensors'])} tensors, {gigabytes(result['bytes'])}",
         *(f"  {name:24} {'-' if value is None else value}" for name, value in geometry.items()),
     ]
+    if result.get("quantized"):
+        lines.append("  quantized                " + ", ".join(f"{n} in {k}" for k, n in result["quantized"].items()))
     if tensors:
         lines += [f"{t['name']}  {t['dtype']} {t['shape']}" for t in result["tensors"]]
     return "\n".join(lines)

@@ -57,7 +57,8 @@ def transformers_logits(path: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
     for prompt in batch.prompts:
         extra = {} if prompt.pixel_values is None else {"pixel_values": prompt.pixel_values.to(dtype)}
         try:
-            parts.append(model(torch.tensor([prompt.tokens]), **extra).logits[0])
+            with quiet():  # of decompression, at the first forward
+                parts.append(model(torch.tensor([prompt.tokens]), **extra).logits[0])
         except Exception as error:  # whatever a wrong configuration leads it to
             raise CandidateFailed(f"Transformers fails on it: {one_line(error)}") from error
     return torch.cat(parts)

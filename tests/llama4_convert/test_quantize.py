@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama4_convert import convert, load_reference, plan, validate
+from llama4_convert import convert, inspect, load_reference, plan, validate
 from llama4_convert.errors import BadInput, CheckFailed, UsageError
 from llama4_convert.transformers_runner import load_transformers
 from quant.schemes.int4 import Int4
@@ -486,3 +486,13 @@ def test_the_sizes_that_fit_counts_with_are_the_plans(recipe: str, source: Calla
     job = Job(Request(source("mixed"), recipe=recipe))
     planned = sum(tensor.nbytes for tensor in job.plan.tensors)
     assert recipe_bytes(job.plan.geometry)[recipe] == pytest.approx(planned, rel=3e-3)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "mixed", "nf4"])
+def test_inspect_counts_what_packed_words_stand_for(
+    recipe: str, plain: Callable[[str], Path], quantized: Callable[..., Any]
+) -> None:
+    path, result = quantized("mixed", recipe)
+    found = inspect(path)
+    assert found["parameters"] == inspect(plain("mixed"))["parameters"] == result["parameters"]
+    assert sum(found["quantized"].values()) == result["quantization"]["matrices"]
