@@ -83,7 +83,11 @@ request_options = _options(
 @cli.command("plan")
 @source_argument
 @request_options
-@click.option("--gpu", metavar="NAME", help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb.")
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb (any other word lists the names).",
+)
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of context that must fit as well.")
 @as_json
@@ -137,11 +141,14 @@ def convert(
 ) -> None:
     """Convert Meta's checkpoint SRC (consolidated.NN.pth, params.json) to a Transformers directory DST.
 
+    With --recipe it is quantized on the way, and SRC may be a Transformers directory.
+
     An interrupted conversion goes on with the same command. Until its index file is there, DST does not load as a model.
 
     \b
-    Example:
+    Examples:
       llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-hf
+      llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-int4 --recipe int4
     """
     from llama4_convert.conversion import NeedsOverwrite
     from llama4_convert.conversion import convert as run
@@ -267,6 +274,8 @@ file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
 def validate(path: Path, as_json: bool, gates: tuple[tuple[str, float], ...], **options: Any) -> None:
     """Check that DST says, holds and computes what SRC does.
 
+    What is quantized is held against the error that its scheme can make.
+
     Every field of config.json is held against params.json, every tensor bit by bit against SRC's, and the logits of the same
     prompts against our reference model's. What is wrong is named: the field, the tensor, the first layer that strays.
 
@@ -339,7 +348,7 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
 @click.argument("folder", metavar="[DIR]", type=click.Path(path_type=Path), default="llama4-demo", required=False)
 @as_json
 def demo(folder: Path, as_json: bool) -> None:
-    """The whole way on a small Llama 4 that was really trained: convert, verify, validate, complete a sentence.
+    """The whole way on a small Llama 4 that was really trained: convert, verify, validate, complete a sentence, quantize.
 
     \b
     Example:

@@ -461,9 +461,8 @@ class _Conversion:
         done = self._weights_done()
         left = [f for f in plan.files if f.name not in done]
         checks = sum(record.size for _, record in plan.unread)
-        data = [sum(t.nbytes for t in f.tensors) for f in left]
-        total = sum(t.nbytes for t in plan.tensors) + checks
-        self.start(total, total - sum(data) - checks)
+        total = sum(f.work for f in plan.files) + checks
+        self.start(total, total - sum(f.work for f in left) - checks)
         result = RunResult()
         buffers = planned_buffers(self.max_memory)
         with Source(self.job.source.ranks) as source, Workers() as workers:

@@ -107,6 +107,12 @@ class PlannedFile:
     def size(self) -> int:
         return len(self.header) + sum(t.nbytes for t in self.tensors)
 
+    @property
+    def work(self) -> int:
+        """Bytes that are read for it, which is what progress counts: of an encoded matrix all of it, whatever it becomes."""
+        plain = sum(t.nbytes for t in self.tensors if t.part is None)
+        return plain + sum(t.part.matrix.gathered.nbytes for t in self.tensors if t.part and t.pieces)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4_convert.errors import UsageError, one_line
+from llama4_convert.errors import EnvironmentFailed, UsageError, one_line
 from llama4_convert.parity import CandidateFailed
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ def load_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
         # It reports problems in tables on the terminal; they come back from here as an error.
         with quiet():
             loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except ImportError as error:  # what it needs for a quantized directory
+        raise EnvironmentFailed(
+            f"Transformers needs a package for {path} ({one_line(error, 150)}): pip install 'llama4-convert[quantized]'"
+        ) from error
     except Exception as error:  # it raises of every kind, about whatever its config classes check
         raise CandidateFailed(f"Transformers refuses it: {one_line(error)}") from error
     model, info = loaded

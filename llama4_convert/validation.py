@@ -78,6 +78,8 @@ def validate(
     limits = {**_default_gates(dtype, original, candidate), **(gates or {})}
     if runner == "transformers" and candidate.layout != "transformers":
         raise UsageError(f"{path} is in Meta's layout, which Transformers does not read: leave --with out")
+    if runner == "transformers" and dtype == "float32" and "nf4" in candidate.quantized.values():
+        raise UsageError("bitsandbytes computes in bfloat16: add --dtype bfloat16")
     config = original.config
     if candidate.is_text_only and config.vision_config:
         warn(f"{path} is a text model: the vision tower of {reference} is left out of the comparison")

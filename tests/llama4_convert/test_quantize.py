@@ -496,3 +496,21 @@ def test_inspect_counts_what_packed_words_stand_for(
     found = inspect(path)
     assert found["parameters"] == inspect(plain("mixed"))["parameters"] == result["parameters"]
     assert sum(found["quantized"].values()) == result["quantization"]["matrices"]
+
+
+def test_progress_ends_where_it_said(source: Callable[[str], Path], tmp_path: Path) -> None:
+    """Both numbers count the bytes that are read, not the fewer that are written."""
+    told: list[int] = []
+    moved: list[int] = []
+    convert(
+        source("mixed"), tmp_path / "out", recipe="mixed", start=lambda total, done: told.append(total - done),
+        progress=moved.append,
+    )  # fmt: skip
+    assert sum(moved) == told[0]
+
+
+def test_nf4_in_transformers_wants_bfloat16(source: Callable[[str], Path], quantized: Callable[..., Any]) -> None:
+    path, _ = quantized("text", "nf4")
+    with pytest.raises(UsageError, match="add --dtype bfloat16"):
+        validate(path, reference=source("text"), runner="transformers", tokens=8)
+    assert validate(path, reference=source("text"), runner="transformers", tokens=8, dtype="bfloat16")["tokens"]
