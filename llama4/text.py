@@ -32,6 +32,7 @@ class Llama4TextModel:
     def __init__(self, config: Llama4TextConfig, weights: Weights, observe: Observer | None = None) -> None:
         self.config, self.weights = config, weights
         self.observe: Observer = observe or (lambda name, tensor: None)
+        self.frequencies = rope_frequencies(config)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T] to [B, T, D]."""
@@ -63,7 +64,7 @@ class Llama4TextModel:
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         q, k, v = (F.linear(x, w[at + name]).view(*x.shape[:2], -1, c.head_dim) for name in "qkv")  # [B, T, H or K, h]
         if c.no_rope_layers[index]:
-            turn = torch.outer(positions.float(), rope_frequencies(c).to(x.device))
+            turn = torch.outer(positions.float(), self.frequencies.to(x.device))
             q, k = rotate(q, turn), rotate(k, turn)
             if c.use_qk_norm:
                 q, k = _scaled_to_rms_1(q, c.rms_norm_eps), _scaled_to_rms_1(k, c.rms_norm_eps)

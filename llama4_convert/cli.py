@@ -314,7 +314,7 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     """
     from llama4_convert import generate as run
 
-    result = run(path, say=(lambda text: None) if as_json else _say_on, **options)
+    result = run(path, say=(lambda text: None) if as_json else functools.partial(_print, nl=False), **options)
     _print(json.dumps(result) if as_json else "")
 
 
@@ -365,19 +365,11 @@ def _show(result: dict[str, Any], as_json: bool, summary: Callable[[dict[str, An
     _print(json.dumps(result) if as_json else summary(result))
 
 
-def _print(text: str) -> None:
+def _print(text: str, nl: bool = True) -> None:
     try:
-        click.echo(text)
+        click.echo(text, nl=nl)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`), which is no failure. Click would call it one.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _say_on(text: str) -> None:
-    """Text as it comes, on one line with what came before."""
-    try:
-        click.echo(text, nl=False)
-    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

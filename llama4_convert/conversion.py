@@ -72,7 +72,9 @@ class Job:
     @staticmethod
     def of(request: Request) -> Job:
         """The job for the layout that the source is in. Raises UsageError, BadInput or EnvironmentFailed."""
-        if (request.source / "config.json").exists() and not (request.source / "params.json").exists():
+        from llama4_convert.checkpoints import is_meta
+
+        if not is_meta(request.source):
             from llama4_convert.requantization import TransformersJob
 
             return TransformersJob(request)
@@ -108,17 +110,17 @@ class Job:
     @cached_property
     def token_ids(self) -> Any:
         """TokenIds by tokenizer.model, or by the vocabulary's size without one; None if that is too small to have any."""
-        from llama4_convert.tokenizer import SPECIAL_TOKENS, TokenIds, read_bpe
+        from llama4_convert.tokenizer import TokenIds
 
         data = self.source.small_files.get("tokenizer.model")
         rows = self.plan.geometry.vocab_size or 0
-        n_base = len(read_bpe(data)) if data is not None else rows - len(SPECIAL_TOKENS)
-        if n_base + len(SPECIAL_TOKENS) > rows and data is not None:
+        ids = TokenIds.of(data, rows)
+        if ids and ids.vocab_size > rows:
             raise BadInput(
-                f"tokenizer.model has {n_base + len(SPECIAL_TOKENS):,} tokens with the special ones,"
+                f"tokenizer.model has {ids.vocab_size:,} tokens with the special ones,"
                 f" tok_embeddings.weight only {rows:,} rows: one of the two is another model's"
             )
-        return TokenIds.from_base(n_base) if n_base > 0 else None
+        return ids
 
     def _vocabulary_warnings(self) -> list[str]:
         found = []

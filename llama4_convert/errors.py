@@ -34,10 +34,6 @@ class EnvironmentFailed(ConvertError):
     exit_code = 4
 
 
-class OutOfMemory(EnvironmentFailed):
-    """torch could not allocate memory; it has no type of its own for that on the CPU."""
-
-
 class CheckFailed(ConvertError):
     """A check ran to its end and the answer is no: verify, validate, diff (exit code 5)."""
 
@@ -48,6 +44,12 @@ def one_line(error: object, limit: int = 300) -> str:
     """The text of another library's error, for a message of ours."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raises EnvironmentFailed if torch could not allocate memory: on the CPU it has no type of its own for that."""
+    if "allocate memory" in str(error):
+        raise EnvironmentFailed(one_line(error)) from error
 
 
 _ADVICE = {

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
@@ -21,7 +22,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     what a conversion keeps.
     """
     path = Path(path)
-    if (path / "params.json").exists() or not (path / "config.json").exists():
+    if is_meta(path):
         return _meta(MetaCheckpoint.open(path))
     return _transformers(TransformersCheckpoint.open(path))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.weights import BindingError
-from llama4_convert.errors import OutOfMemory, one_line
+from llama4_convert.errors import one_line, raise_if_out_of_memory
 from llama4_convert.metrics import LogitComparison, finite, nmse
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ def candidate_steps() -> Iterator[None]:
     except BindingError as error:  # a shape that is not the configuration's, or a dtype beyond us
         raise CandidateFailed(str(error)) from error
     except (RuntimeError, ValueError, IndexError) as error:
-        if "allocate memory" in str(error):
-            raise OutOfMemory(one_line(error)) from error
+        raise_if_out_of_memory(error)
         raise CandidateFailed(one_line(error)) from error
 
 

@@ -519,7 +519,7 @@ def _in_file_order(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
     def place(tensor: PlannedTensor) -> int:
         width = ITEM_SIZES[tensor.dtype]
         streams = tensor.part is not None and tensor.part.constant is None and not tensor.nbytes % 4 and width <= 4
-        return {8: 0, 4: 1}.get(width, 4 - width + 1) if not streams else 2
+        return 2 if streams else {8: 0, 4: 1, 2: 3, 1: 4}[width]
 
     return sorted(tensors, key=place)
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from llama4 import weights_meta, weights_transformers
 from llama4.config import ConfigError, Llama4Config
 from llama4.weights import BindingError, LogicalTensor, TensorReader
+from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint, json_object
 from llama4_convert.errors import BadInput
-from llama4_convert.tokenizer import N_SPECIAL, TokenIds, read_bpe
+from llama4_convert.tokenizer import TokenIds
 
 if TYPE_CHECKING:
     import torch
@@ -45,16 +46,15 @@ class Checkpoint:
     def open(path: str | os.PathLike[str]) -> Checkpoint:
         """Meta's directory or a Transformers one. Raises UsageError, BadInput or EnvironmentFailed."""
         path = Path(path)
-        named = {name for name in ("params.json", "config.json") if (path / name).exists()}
-        if not named and any(path.glob("*.safetensors*")):
+        meta = is_meta(path)
+        if meta and not (path / "params.json").exists() and any(path.glob("*.safetensors*")):
             raise BadInput(f"{path} has safetensors files and no config.json: copy it there, or convert again")
         try:
-            if (path / "params.json").exists() or not (path / "config.json").exists():
-                return _open_meta(MetaCheckpoint.open(path))
-            return _open_transformers(TransformersCheckpoint.open(path))
+            return (
+                _open_meta(MetaCheckpoint.open(path)) if meta else _open_transformers(TransformersCheckpoint.open(path))
+            )
         except (ConfigError, BindingError) as error:
-            file = "params.json" if (path / "params.json").exists() else "config.json"
-            raise BadInput(f"{path}: {file}: {error}") from error
+            raise BadInput(f"{path}: {'params.json' if meta else 'config.json'}: {error}") from error
 
     @property
     def quantized(self) -> Mapping[str, str]:
@@ -121,7 +121,10 @@ def model_of(
 def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:
     readers = tuple(RankReader(index) for index in checkpoint.ranks)
     config = Llama4Config.from_geometry(weights_meta.complete(readers, checkpoint.geometry))
-    ids = token_ids(checkpoint.small_files, config.text_config.vocab_size)
+    rows = config.text_config.vocab_size
+    ids = TokenIds.of(checkpoint.small_files.get("tokenizer.model"), rows)
+    if ids is not None and ids.vocab_size > rows:
+        ids = None  # another model's tokenizer: `convert` refuses it
     if ids is not None and config.vision_config:
         config = replace(config, image_token_index=ids.patch, boi_token_index=ids.boi, eoi_token_index=ids.eoi)
     return Checkpoint(
@@ -133,15 +136,6 @@ def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:
         pad_id=ids.pad if ids else None,
         readers=readers,
     )
-
-
-def token_ids(small_files: Mapping[str, bytes], vocab_size: int) -> TokenIds | None:
-    """Where the special tokens lie: behind the tokenizer's plain ones, or else at the end of the vocabulary."""
-    if "tokenizer.model" in small_files:
-        n_base = len(read_bpe(small_files["tokenizer.model"]))
-    else:
-        n_base = vocab_size - N_SPECIAL
-    return TokenIds.from_base(n_base) if 0 <= n_base <= vocab_size - N_SPECIAL else None
 
 
 def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama4_convert.errors import BadInput, from_os_error
+from llama4_convert.errors import BadInput, from_os_error, one_line
 from llama4_convert.tokenizer import read_bpe, tokenizer_json
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class TextTokenizer:
         try:
             return TextTokenizer(Tokenizer.from_buffer(data))
         except ValueError as error:
-            reason = " ".join(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ").split())
-            raise BadInput(f"{path / _TRANSFORMERS_FILE}: {reason:.120}; copy or convert it again") from None
+            reason = one_line(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "), 120)
+            raise BadInput(f"{path / _TRANSFORMERS_FILE}: {reason}; copy or convert it again") from None
         except BadInput as error:
             raise BadInput(f"{path / _TRANSFORMERS_FILE}: {error}") from None
 

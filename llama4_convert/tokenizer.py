@@ -170,6 +170,15 @@ class TokenIds:
         ids = {name: n_base + _SPECIAL_OFFSET[f"<|{token}|>"] for name, token in _ID_TOKENS.items()}
         return cls(n_base=n_base, **ids)
 
+    @classmethod
+    def of(cls, tokenizer_model: bytes | None, rows: int) -> TokenIds | None:
+        """Behind the plain tokens of a tokenizer.model, or without one at the end of a vocabulary of `rows`.
+
+        None if that has no room for them. Raises `BadInput` as `read_bpe` does.
+        """
+        n_base = rows - N_SPECIAL if tokenizer_model is None else len(read_bpe(tokenizer_model))
+        return cls.from_base(n_base) if n_base > 0 else None
+
     @property
     def vocab_size(self) -> int:
         """Plain and special tokens together: 202,048 for Llama 4."""

@@ -20,7 +20,7 @@ from typing import Any
 from llama4.config import Difference, Llama4Config, differences
 from llama4.weights import BindingError, parameter_shapes
 from llama4_convert.checkpoints.transformers import ITEM_SIZES
-from llama4_convert.errors import BadInput, OutOfMemory, UsageError, one_line
+from llama4_convert.errors import BadInput, UsageError, one_line, raise_if_out_of_memory
 from llama4_convert.metrics import finite
 from llama4_convert.parity import CandidateFailed, Parity, against_transformers, candidate_steps, side_by_side
 from llama4_convert.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
@@ -245,8 +245,7 @@ def _run(
         except CandidateFailed as failure:
             return Parity(failure=str(failure))
         except (BindingError, RuntimeError, ValueError, IndexError) as error:
-            if "allocate memory" in str(error):
-                raise OutOfMemory(one_line(error)) from error
+            raise_if_out_of_memory(error)
             raise BadInput(
                 f"{original.path}: its weights and its configuration make no model: {one_line(error)}"
             ) from error
@@ -258,10 +257,11 @@ def _rounding(original: Checkpoint, candidate: Checkpoint, config: Llama4Config)
         theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config)}
     except BindingError:
         return {}
+    quantized = candidate.quantized
     return {
         ours.name: theirs[ours.name].dtype
         for ours in original.logical_tensors(config)
-        if ours.dtype != theirs[ours.name].dtype and theirs[ours.name].keys[0] not in candidate.quantized
+        if ours.dtype != theirs[ours.name].dtype and theirs[ours.name].keys[0] not in quantized
     }
 
 

@@ -26,7 +26,7 @@ class QuantizedMatrix:
     n: int
     k: int
     decoder: Decoder
-    parts: Mapping[str, str]
+    parts: Mapping[str, str]  # those that decoding reads
     by_rows: bool  # whether rows of the parts make rows of the matrix
 
 
@@ -47,6 +47,9 @@ class QuantizedReader(DirectoryReader):
                 except (ValueError, KeyError, IndexError) as error:
                     raise BadInput(f"{module}: its quantized parts do not fit together: {error}") from error
         hidden = {key for matrix in self.quantized.values() for key in matrix.parts.values()}
+        hidden |= {
+            f"{key.removesuffix('.weight')}{_SHAPE}" for key, matrix in self.quantized.items() if matrix.kind == "int4"
+        }
         self._keys = (checkpoint.tensors.keys() - hidden) | self.quantized.keys()
 
     def keys(self) -> Collection[str]:
@@ -89,8 +92,7 @@ class QuantizedReader(DirectoryReader):
         if shape != [n, k]:
             raise ValueError(f"{_SHAPE[1:]} says {shape}, and the codes are {[n, k]}")
         parts = {"weight_packed": module + _PACKED, "weight_scale": module + _SCALE}
-        hidden = {**parts, "weight_shape": module + _SHAPE}
-        return QuantizedMatrix("int4", n, k, PackQuantized(scheme), hidden, True)
+        return QuantizedMatrix("int4", n, k, PackQuantized(scheme), parts, True)
 
     def _fp8(self, module: str) -> QuantizedMatrix:
         from quant.encoders import FloatQuantized
@@ -110,8 +112,7 @@ class QuantizedReader(DirectoryReader):
     def _nf4(self, module: str) -> QuantizedMatrix:
         from quant.formats.bitsandbytes import open_nf4
 
-        weight = f"{module}.weight"
-        parts = {key.removeprefix(module + "."): key for key in self.checkpoint.tensors if key.startswith(weight)}
-        state = super().read(module + _NF4).tobytes()
-        n, k, decoder = open_nf4(state)
+        n, k, decoder = open_nf4(super().read(module + _NF4).tobytes())
+        keys = {output.suffix: f"{module}.{output.suffix}" for output in decoder.outputs(n, k)}
+        parts = {suffix: key for suffix, key in keys.items() if key in self.checkpoint.tensors}
         return QuantizedMatrix("nf4", n, k, decoder, parts, False)

@@ -66,7 +66,7 @@ def demo(
     where = "both layouts and Transformers agree" if has_transformers else "both layouts agree"
     say(f"5. generate  {where}: {_one_line(PROMPT + texts['meta'])} ...")
     picture = folder / "picture.png"
-    draw("circle", "red", "white").save(picture)
+    _red_circle().save(picture)
     captions = {str(path): _caption(path, picture) for path in (meta, output)}
     if len(set(captions.values())) > 1:
         raise CheckFailed(f"{output}: the same picture is described in different ways: {captions}")
@@ -126,18 +126,12 @@ def _complete_in_transformers(output: Path) -> str:
     return text
 
 
-def draw(shape: str, colour: str, ground: str, size: int = 56) -> Image:
-    """A picture of the kind that the model was trained on: one shape on a plain ground."""
+def _red_circle(size: int = 56) -> Image:
+    """A picture of the kind that the model was trained on, as large as one tile."""
     from PIL import Image, ImageDraw
 
-    picture = Image.new("RGB", (size, size), ground)
-    pen, box = ImageDraw.Draw(picture), (size // 4, size // 4, 3 * size // 4, 3 * size // 4)
-    if shape == "circle":
-        pen.ellipse(box, fill=colour)
-    elif shape == "square":
-        pen.rectangle(box, fill=colour)
-    else:
-        pen.polygon([(size // 2, box[1]), (box[0], box[3]), (box[2], box[3])], fill=colour)
+    picture = Image.new("RGB", (size, size), "white")
+    ImageDraw.Draw(picture).ellipse((size // 4, size // 4, 3 * size // 4, 3 * size // 4), fill="red")
     return picture
 
 

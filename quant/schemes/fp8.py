@@ -32,9 +32,10 @@ from numpy.typing import NDArray
 from quant.kernels import fp8 as kernels
 from quant.kernels.bands import share
 from quant.schemes import NotFinite
-from quant.schemes.int4 import flat
+from quant.schemes.arrays import Cost, flat, results
 
 Granularity = Literal["channel", "tensor", "block"]
+DTYPES = (np.uint8, np.uint16)  # of codes and of scales
 BLOCK = int(kernels.BLOCK)  # outputs and inputs that share a scale
 
 _ROWS = 64  # of the source that a thread looks through at a time for the scale of the whole
@@ -58,18 +59,13 @@ VALUES.flags.writeable = False
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Cost):
     """A matrix of N outputs and K inputs in FP8, and what that cost."""
 
     codes: NDArray[np.uint8]  # [N, K], the bits of float8_e4m3fn: `weight`
     scale: NDArray[np.uint16]  # bf16 bits: `weight_scale`; see `Fp8.shapes`
     squared_error: float  # sum of (weight - scale * code)^2, the product not rounded to bf16
     squared_sum: float  # sum of weight^2
-
-    @property
-    def relative_error(self) -> float:
-        """Squared error by squared weights; 0 for a matrix of zeros."""
-        return self.squared_error / self.squared_sum if self.squared_sum else 0.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class Fp8:
         """
         source, stride = flat(bits)
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
-        codes, scale = _results(out, *self.shapes(outputs, inputs))
+        codes, scale = results(out, *zip(self.shapes(outputs, inputs), DTYPES, strict=True))
         words = -(-inputs // _CODES_PER_WORD)
         whole = inputs % _CODES_PER_WORD == 0
         packed = codes.view(np.int32) if whole else np.empty((outputs, words), np.int32)
@@ -161,7 +157,7 @@ class Fp8:
         vLLM multiplies codes and scales its sums: that is the exact product. `codes` and `scale` as `quantize` returns them.
         """
         outputs, inputs = codes.shape
-        codes, scale = _results((codes, scale), *self.shapes(outputs, inputs))
+        codes, scale = results((codes, scale), *zip(self.shapes(outputs, inputs), DTYPES, strict=True))
         codes, scales = codes.view(), scale.view() if scale.ndim == 2 else scale.reshape(1, 1)
         codes.flags.writeable = scales.flags.writeable = False  # one type for the kernel, whatever was given
         result = np.empty((outputs, inputs), np.uint16 if dtype == "BF16" else np.float32)
@@ -194,14 +190,3 @@ def _scale_of_all(
     if bad := int(found[:, 1].sum()):
         raise NotFinite(bad, rows * columns)
     return np.uint16(kernels.scale_bits(np.int16(found[:, 0].max(initial=0))))
-
-
-def _results(
-    given: tuple[NDArray[np.uint8], NDArray[np.uint16]] | None, codes: tuple[int, int], scale: tuple[int, ...]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    if given is None:
-        return np.empty(codes, np.uint8), np.empty(scale, np.uint16)
-    for array, shape, dtype in ((given[0], codes, np.uint8), (given[1], scale, np.uint16)):
-        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-            raise ValueError(f"{array.dtype} {array.shape}: expected contiguous {np.dtype(dtype)} {shape}")
-    return given

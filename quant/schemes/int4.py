@@ -30,17 +30,19 @@ from numpy.typing import NDArray
 from quant.kernels import int4 as kernels
 from quant.kernels.bands import share
 from quant.schemes import Indivisible, NotFinite
+from quant.schemes.arrays import Cost, flat, results
 
 Method = Literal["plain", "search", "signed"]
 GROUP_SIZES = (32, 64, 128)
 
+DTYPES = (np.int32, np.uint16)  # of words and of scales
 CODES_PER_WORD = int(kernels.CODES_PER_WORD)
 _BAND = 1024  # inputs of a band; with the outputs of a block the unit that threads share
 _PLAIN_RANGE = 7.5  # half of what 16 codes span
 _CLIPS = np.linspace(0.6, 1, 7)
 _SYMMETRIC = _PLAIN_RANGE / 7  # the extreme on code 7 or -7: finds weights again that were int4 without -8 before
 # As parts of amax / 7.5. The kernel itself tries 1 for search; signed has its extreme on -8, not on 7.5.
-_PROPOSALS = {
+PROPOSALS = {
     "plain": np.zeros(0, np.float32),
     "search": np.array([*_CLIPS[:-1], _SYMMETRIC], np.float32),
     "signed": np.array([*_CLIPS * _PLAIN_RANGE / 8, _SYMMETRIC], np.float32),
@@ -48,18 +50,13 @@ _PROPOSALS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(Cost):
     """A matrix of N outputs and K inputs in int4, and what that cost."""
 
     packed: NDArray[np.int32]  # [N, K/8], see quant.formats.compressed_tensors
     scale: NDArray[np.uint16]  # [N, K/group], bf16 bits
     squared_error: float  # sum of (weight - scale * code)^2, the product not rounded to bf16
     squared_sum: float  # sum of weight^2
-
-    @property
-    def relative_error(self) -> float:
-        """Squared error by squared weights; 0 for a matrix of zeros."""
-        return self.squared_error / self.squared_sum if self.squared_sum else 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Int4:
         """
         source, stride = flat(bits)
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
-        packed, scale = _results(out, *self.shapes(outputs, inputs))
+        packed, scale = results(out, *zip(self.shapes(outputs, inputs), DTYPES, strict=True))
         block, groups, band = int(kernels.BLOCK), inputs // self.group_size, _BAND // self.group_size
         bands = [(n, g) for g in range(0, groups, band) for n in range(0, outputs, block)]
         sums = np.zeros((len(bands), 3))  # each band's own, added up in their order
@@ -112,7 +109,7 @@ class Int4:
                 n, g = bands[number]
                 kernels.quantize_band(
                     source, stride, in_out, n, min(block, outputs - n), g, min(g + band, groups), self.group_size,
-                    _PROPOSALS[self.method], self.method == "signed", packed, scale, sums[number], *buffers,
+                    PROPOSALS[self.method], self.method == "signed", packed, scale, sums[number], *buffers,
                 )  # fmt: skip
 
         share(work, len(bands), threads, pool)
@@ -135,7 +132,7 @@ class Int4:
         """
         outputs, words = packed.shape
         inputs = words * CODES_PER_WORD
-        packed, scale = _results((packed, scale), *self.shapes(outputs, inputs))
+        packed, scale = results((packed, scale), *zip(self.shapes(outputs, inputs), DTYPES, strict=True))
         packed, scale = packed.view(), scale.view()
         packed.flags.writeable = scale.flags.writeable = False  # one type for the kernel, whatever was given
         result = np.empty((outputs, inputs), np.uint16 if dtype == "BF16" else np.float32)
@@ -149,27 +146,3 @@ class Int4:
 
         share(work, -(-outputs // block), threads, pool)
         return result
-
-
-def flat(bits: NDArray[np.uint16]) -> tuple[NDArray[np.int16], int]:
-    """The memory from the first to the last element, read-only, and how far its rows lie apart: one type for the kernel."""
-    if bits.ndim != 2 or bits.dtype != np.uint16:
-        raise ValueError(f"bf16 bits are uint16 of two axes, not {bits.dtype} of {bits.ndim}")
-    rows, columns = bits.shape
-    step, item = bits.strides[0], bits.itemsize
-    if (columns > 1 and bits.strides[1] != item) or (rows > 1 and (step % item or step < columns * item)):
-        raise ValueError(f"rows of {columns} bf16 must be contiguous; the strides are {bits.strides} bytes")
-    stride = step // item if rows > 1 else columns
-    length = (rows - 1) * stride + columns if bits.size else 0
-    return np.lib.stride_tricks.as_strided(bits.view(np.int16), (length,), (item,), writeable=False), stride
-
-
-def _results(
-    given: tuple[NDArray[np.int32], NDArray[np.uint16]] | None, packed: tuple[int, int], scale: tuple[int, int]
-) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
-    if given is None:
-        return np.empty(packed, np.int32), np.empty(scale, np.uint16)
-    for array, shape, dtype in ((given[0], packed, np.int32), (given[1], scale, np.uint16)):
-        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-            raise ValueError(f"{array.dtype} {array.shape}: expected contiguous {np.dtype(dtype)} {shape}")
-    return given

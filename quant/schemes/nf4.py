@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from quant.kernels import nf4 as kernels
 from quant.kernels.bands import share
 from quant.schemes import NotFinite
-from quant.schemes.int4 import flat
+from quant.schemes.arrays import Cost, flat
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256  # scales that share a nested scale
@@ -88,7 +88,7 @@ def _linspace(count: int) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Cost):
     """A matrix of N outputs and K inputs in NF4, and what that cost."""
 
     packed: NDArray[np.uint8]  # [N * K / 2, 1]
@@ -97,11 +97,6 @@ class Quantized:
     offset: float | None  # a float32
     squared_error: float  # sum of (weight - NF4 value * scale as read)^2, the product not rounded to bf16
     squared_sum: float  # sum of weight^2
-
-    @property
-    def relative_error(self) -> float:
-        """Squared error by squared weights; 0 for a matrix of zeros."""
-        return self.squared_error / self.squared_sum if self.squared_sum else 0.0
 
 
 @dataclass(frozen=True)

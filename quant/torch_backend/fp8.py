@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant.schemes import NotFinite, fp8
+from quant.schemes.arrays import flat, results
 from quant.schemes.fp8 import Fp8
-from quant.schemes.int4 import flat
 from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE, floats, in_order, inverse_of, scale_bits, total_of
 from quant.torch_backend.blocks import BLOCK, Area, Buffers, areas, download, not_finite, uploaded
 
@@ -43,7 +43,7 @@ class TorchFp8(Fp8):
         """As the scheme's own."""
         flat(bits)  # raises for what is no matrix of bf16
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
-        codes, scale = fp8._results(out, *self.shapes(outputs, inputs))
+        codes, scale = results(out, *zip(self.shapes(outputs, inputs), fp8.DTYPES, strict=True))
         width = max(BLOCK[self.device.type] // max(inputs, 1) // fp8.BLOCK, 1) * fp8.BLOCK
         blocks = list(areas(outputs, inputs, width, max(inputs, 1)))
         given = None

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant.schemes import NotFinite, int4
-from quant.schemes.int4 import CODES_PER_WORD, Int4, flat
+from quant.schemes.arrays import flat, results
+from quant.schemes.int4 import CODES_PER_WORD, Int4
 from quant.torch_backend.arithmetic import (
     INFINITY,
     SIGN,
@@ -53,8 +54,8 @@ class TorchInt4(Int4):
         """As the scheme's own."""
         flat(bits)  # raises for what is no matrix of bf16
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
-        packed, scale = int4._results(out, *self.shapes(outputs, inputs))
-        clips = torch.from_numpy(int4._PROPOSALS[self.method].copy()).to(self.device).unbind()
+        packed, scale = results(out, *zip(self.shapes(outputs, inputs), int4.DTYPES, strict=True))
+        clips = torch.from_numpy(int4.PROPOSALS[self.method].copy()).to(self.device).unbind()
         buffers = Buffers(3, self.device)
         errors, powers, bad = [], [], 0
         for area in areas_of_groups(outputs, inputs, self.group_size, self.device):

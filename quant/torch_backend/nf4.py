@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from quant.schemes import NotFinite
-from quant.schemes.int4 import flat
+from quant.schemes.arrays import flat
 from quant.schemes.nf4 import NF4, Nf4
 from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE, floats, in_order, inverse_of
 from quant.torch_backend.blocks import Buffers, areas_of_groups, download, not_finite, uploaded

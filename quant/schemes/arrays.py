@@ -1,0 +1,46 @@
+"""What the schemes share: bf16 matrices as kernels take them, results in arrays of the caller's, and what a result cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+
+class Cost:
+    """Of a quantized matrix; the two sums are fields of each scheme's own result."""
+
+    squared_error: float
+    squared_sum: float
+
+    @property
+    def relative_error(self) -> float:
+        """Squared error by squared weights; 0 for a matrix of zeros."""
+        return self.squared_error / self.squared_sum if self.squared_sum else 0.0
+
+
+def flat(bits: NDArray[np.uint16]) -> tuple[NDArray[np.int16], int]:
+    """The memory from the first to the last element, read-only, and how far its rows lie apart: one type for the kernel."""
+    if bits.ndim != 2 or bits.dtype != np.uint16:
+        raise ValueError(f"bf16 bits are uint16 of two axes, not {bits.dtype} of {bits.ndim}")
+    rows, columns = bits.shape
+    step, item = bits.strides[0], bits.itemsize
+    if (columns > 1 and bits.strides[1] != item) or (rows > 1 and (step % item or step < columns * item)):
+        raise ValueError(f"rows of {columns} bf16 must be contiguous; the strides are {bits.strides} bytes")
+    stride = step // item if rows > 1 else columns
+    length = (rows - 1) * stride + columns if bits.size else 0
+    return np.lib.stride_tricks.as_strided(bits.view(np.int16), (length,), (item,), writeable=False), stride
+
+
+def results(
+    given: tuple[NDArray[Any], NDArray[Any]] | None, *wanted: tuple[tuple[int, ...], DTypeLike]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Two arrays of the shapes and dtypes that are wanted: the caller's, if there are any. Raises ValueError for others."""
+    if given is None:
+        first, second = (np.empty(shape, dtype) for shape, dtype in wanted)
+        return first, second
+    for array, (shape, dtype) in zip(given, wanted, strict=True):
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(f"{array.dtype} {array.shape}: expected contiguous {np.dtype(dtype)} {shape}")
+    return given
