@@ -76,3 +76,19 @@ def meta_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., M
         return checkpoint_of(geometry, ranks, spelling, dtype or torch.bfloat16, layout, extra)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def converted(
+    meta_checkpoint: Callable[..., MetaCheckpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`converted(geometry)`: the Transformers directory made of that geometry's two ranks. Read only, as the checkpoint is."""
+    from llama4_convert import convert
+
+    @functools.cache
+    def get(geometry: str) -> Path:
+        path = tmp_path_factory.mktemp(f"{geometry}-hf-") / "out"
+        convert(meta_checkpoint(geometry, ranks=2).src, path)
+        return path
+
+    return get

@@ -33,19 +33,6 @@ RANKS = [(g, n) for g in GEOMETRIES for n in (1, 2, 4, 8) if plain(g)["n_kv_head
 CASES = [(g, n, SPELLINGS[i % 3]) for i, (g, n) in enumerate(RANKS)]
 
 
-@pytest.fixture(scope="session")
-def directory(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(geometry: str) -> Path:
-        if geometry not in made:
-            made[geometry] = tmp_path_factory.mktemp(f"{geometry}-hf-") / "out"
-            convert(meta_checkpoint(geometry, ranks=2).src, made[geometry])
-        return made[geometry]
-
-    return get
-
-
 def pairs(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[LogicalTensor, LogicalTensor]]:
     yield from zip(a.logical_tensors(), b.logical_tensors(), strict=True)
 
@@ -63,9 +50,9 @@ def assert_equal_bits(a: Checkpoint, b: Checkpoint) -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_names_order_and_shapes_are_those_of_parameter_shapes(
-    geometry: str, meta_checkpoint: Callable[..., Any], directory: Callable[[str], Path]
+    geometry: str, meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path]
 ) -> None:
-    for path in (meta_checkpoint(geometry, 2).src, directory(geometry)):
+    for path in (meta_checkpoint(geometry, 2).src, converted(geometry)):
         checkpoint = Checkpoint.open(path)
         found = [(tensor.name, tensor.load(None).shape) for tensor in checkpoint.logical_tensors()]
         assert found == list(parameter_shapes(checkpoint.config).items())
@@ -80,19 +67,19 @@ def test_the_count_of_numbers_is_that_of_metas_model(geometry: str, meta_checkpo
 
 @pytest.mark.parametrize(("geometry", "ranks", "spelling"), CASES)
 def test_any_ranks_and_spelling_bind_to_the_bits_of_the_directory(
-    geometry: str, ranks: int, spelling: str, meta_checkpoint: Callable[..., Any], directory: Callable[[str], Path]
+    geometry: str, ranks: int, spelling: str, meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path]
 ) -> None:
     source = Checkpoint.open(meta_checkpoint(geometry, ranks, spelling).src)
-    assert_equal_bits(source, Checkpoint.open(directory(geometry)))
+    assert_equal_bits(source, Checkpoint.open(converted(geometry)))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("layout", ["views", "one_storage", "parameters"])
 def test_however_torch_stores_a_tensor_it_is_the_same(
-    layout: str, spelling: str, meta_checkpoint: Callable[..., Any], directory: Callable[[str], Path]
+    layout: str, spelling: str, meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path]
 ) -> None:
     source = Checkpoint.open(meta_checkpoint("maverick", 2, spelling, layout=layout).src)
-    assert_equal_bits(source, Checkpoint.open(directory("maverick")))
+    assert_equal_bits(source, Checkpoint.open(converted("maverick")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -142,11 +129,11 @@ def test_the_values_are_those_of_metas_modules(meta_checkpoint: Callable[..., An
 
 @pytest.mark.parametrize(("geometry", "ranks", "spelling"), [("scout", 4, "mixed"), ("odd", 2, "published")])
 def test_rows_are_a_slice_of_the_whole(
-    geometry: str, ranks: int, spelling: str, meta_checkpoint: Callable[..., Any], directory: Callable[[str], Path]
+    geometry: str, ranks: int, spelling: str, meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path]
 ) -> None:
     """At random places, over the borders of ranks, beyond the end, and empty."""
     chosen = random.Random(geometry)
-    for path in (meta_checkpoint(geometry, ranks, spelling).src, directory(geometry)):
+    for path in (meta_checkpoint(geometry, ranks, spelling).src, converted(geometry)):
         for tensor in Checkpoint.open(path).logical_tensors():
             whole = tensor.load(None)
             n = len(whole)
@@ -190,9 +177,9 @@ def linearize(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("geometry", ["scout", "maverick", "top2", "absent_moe"])
 def test_linearized_experts_bind_to_the_same_bits(
-    geometry: str, meta_checkpoint: Callable[..., Any], directory: Callable[[str], Path], tmp_path: Path
+    geometry: str, meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    found = Checkpoint.open(rewrite(directory(geometry), tmp_path / "out", linearize))
+    found = Checkpoint.open(rewrite(converted(geometry), tmp_path / "out", linearize))
     assert_equal_bits(Checkpoint.open(meta_checkpoint(geometry, 2).src), found)
     expert = next(tensor for tensor in found.logical_tensors() if ".experts.1.up" in tensor.name)
     assert expert.keys[0].endswith("experts.1.up_proj.weight")
@@ -206,9 +193,9 @@ def keys_of(checkpoint: Checkpoint) -> list[str]:
     return sorted({key for tensor in checkpoint.logical_tensors() for key in tensor.keys})
 
 
-def test_every_missing_tensor_of_a_directory_is_named(directory: Callable[[str], Path]) -> None:
+def test_every_missing_tensor_of_a_directory_is_named(converted: Callable[[str], Path]) -> None:
     for geometry in ("scout", "maverick"):
-        checkpoint = Checkpoint.open(directory(geometry))
+        checkpoint = Checkpoint.open(converted(geometry))
         reader = checkpoint.readers[0]
         for key in keys_of(checkpoint):
             with pytest.raises(BindingError, match=f"no tensor {key}( or |$)".replace(".", r"\.")):
@@ -241,13 +228,13 @@ class Without:
 
 
 def test_one_expert_of_many_that_is_missing_is_named_in_both_spellings(
-    directory: Callable[[str], Path], tmp_path: Path
+    converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def lose_one(tensors: dict[str, torch.Tensor]) -> None:
         linearize(tensors)
         del tensors["model.layers.1.feed_forward.experts.2.down_proj.weight"]
 
-    found = Checkpoint.open(rewrite(directory("text_only"), tmp_path / "out", lose_one))
+    found = Checkpoint.open(rewrite(converted("text_only"), tmp_path / "out", lose_one))
     with pytest.raises(BindingError) as missing:
         list(found.logical_tensors())
     assert str(missing.value) == (
@@ -263,9 +250,9 @@ def test_the_first_spelling_that_is_there_wins() -> None:
 
 
 def test_a_tied_output_is_the_embedding_and_an_untied_one_must_be_there(
-    directory: Callable[[str], Path], tmp_path: Path
+    converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = rewrite(directory("text_only"), tmp_path / "out", lambda tensors: tensors.pop("lm_head.weight"))
+    path = rewrite(converted("text_only"), tmp_path / "out", lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(BindingError, match=r"no tensor lm_head\.weight"):
         list(Checkpoint.open(path).logical_tensors())
     body = json.loads((path / "config.json").read_text())

@@ -19,25 +19,12 @@ from llama4.moe import mixture
 from llama4.text import attend, rope_frequencies, rotate
 from llama4.vision import pixel_shuffle, rope_angles_2d
 from llama4.weights import parameter_shapes
-from llama4_convert import convert, load_reference
+from llama4_convert import load_reference
 from llama4_convert.errors import BadInput
 from llama4_convert.reference import Checkpoint
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
 WITH_VISION = [n for n in GEOMETRIES if meta_model.GEOMETRIES[n].get("vision_args")]
-
-
-@pytest.fixture(scope="session")
-def converted(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(geometry: str) -> Path:
-        if geometry not in made:
-            made[geometry] = tmp_path_factory.mktemp(f"{geometry}-hf-") / "out"
-            convert(meta_checkpoint(geometry, ranks=2).src, made[geometry])
-        return made[geometry]
-
-    return get
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -285,3 +272,13 @@ class TestCache:
         assert kept == [3, 3, 3, 43, 3]
         assert [cache.length(layer) for layer in range(5)] == [43] * 5
         assert cache.nbytes == 2 * 2 * 8 * 8 * 4 * sum(kept)  # k and v, batch, heads, width, fp32
+
+
+def test_the_fields_names_are_importable_from_the_package() -> None:
+    import llama4
+
+    assert set(llama4.__all__) == set(llama4._HOME)
+    for name in llama4.__all__:
+        assert getattr(llama4, name).__name__ == name
+    with pytest.raises(AttributeError, match="Llama5"):
+        _ = llama4.Llama5

@@ -22,7 +22,6 @@ from llama4.config import (
     check_runnable,
     differences,
 )
-from llama4_convert import convert
 from llama4_convert.reference import Checkpoint
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
@@ -30,22 +29,9 @@ Body = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def directory(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(geometry: str) -> Path:
-        if geometry not in made:
-            made[geometry] = tmp_path_factory.mktemp(f"{geometry}-hf-") / "out"
-            convert(meta_checkpoint(geometry, ranks=2).src, made[geometry])
-        return made[geometry]
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def body(directory: Callable[[str], Path]) -> Callable[[str], Body]:
+def body(converted: Callable[[str], Path]) -> Callable[[str], Body]:
     """The config.json of a conversion, to be changed."""
-    return lambda geometry="scout": json.loads((directory(geometry) / "config.json").read_text())
+    return lambda geometry="scout": json.loads((converted(geometry) / "config.json").read_text())
 
 
 def meaning(checkpoint: Path) -> Llama4Config:
@@ -77,9 +63,9 @@ def test_the_config_that_convert_writes_says_what_params_mean(
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_what_transformers_makes_of_it_and_saves_says_it_still(
-    geometry: str, meta_checkpoint: Callable[..., Any], directory: Callable[[str], Path], tmp_path: Path
+    geometry: str, meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    saved = saved_by_transformers(directory(geometry), tmp_path)
+    saved = saved_by_transformers(converted(geometry), tmp_path)
     text = saved.get("text_config", saved)
     assert "rope_parameters" in text
     assert "rope_theta" not in text

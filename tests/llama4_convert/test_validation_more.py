@@ -50,6 +50,14 @@ def test_a_seventh_of_the_patches(tmp_path: Path) -> None:
     assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=8)["passed"]
 
 
+def test_a_vocabulary_of_special_tokens_only(tmp_path: Path) -> None:
+    """As many rows as there are special tokens, and no tokenizer.model: neither side then knows an id."""
+    written(tmp_path / "meta", vocab_size=2048, vision_args=None)
+    (tmp_path / "meta" / "tokenizer.model").unlink()
+    convert(tmp_path / "meta", tmp_path / "out")
+    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=8)["passed"]
+
+
 def test_experts_that_no_layer_has(tmp_path: Path) -> None:
     """An interval beyond the last layer: a dense model, whatever moe_args says of experts."""
     written(tmp_path / "meta", moe_args={**SCOUT["moe_args"], "interleave_moe_layer_step": 9}, ffn_exp=None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import bf16, floats
 
 from quant.schemes import NotFinite
 from quant.schemes.fp8 import BLOCK, VALUES, Fp8, Granularity, Quantized
@@ -18,28 +21,7 @@ GRANULARITIES = get_args(Granularity)
 LARGEST = 448
 
 
-# bf16 by hand.
-
-
-def bf16(values: Any) -> np.ndarray:
-    """Bits of finite numbers rounded to bf16, ties to even."""
-    wide = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def floats(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def weights(kind: str, outputs: int, inputs: int, seed: int = 0) -> np.ndarray:
-    """[N, K] bf16 bits."""
-    random = np.random.default_rng(seed)
-    drawn = {
-        "gaussian": lambda: random.standard_normal((outputs, inputs)) / 32,
-        "t5": lambda: random.standard_t(5, (outputs, inputs)) / 32,
-        "any": lambda: random.standard_normal((outputs, inputs)) * 10.0 ** random.integers(-15, 15, (outputs, 1)),
-    }
-    return bf16(drawn[kind]())
+weights = functools.partial(samples.weights, span=15)
 
 
 def awkward() -> np.ndarray:

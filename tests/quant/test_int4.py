@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import bf16, floats, weights
 
 from quant.formats.compressed_tensors import pack_int4, unpack_int4
 from quant.kernels import int4 as kernels
@@ -20,30 +21,6 @@ from quant.schemes.int4 import GROUP_SIZES, Int4, Quantized
 BLOCK = int(kernels.BLOCK)
 METHODS = ("plain", "search", "signed")
 GROUP = 128
-
-
-# bf16 by hand.
-
-
-def bf16(values: Any) -> np.ndarray:
-    """Bits of finite numbers rounded to bf16, ties to even."""
-    wide = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def floats(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def weights(kind: str, outputs: int, inputs: int, seed: int = 0) -> np.ndarray:
-    """[N, K] bf16 bits."""
-    random = np.random.default_rng(seed)
-    drawn = {
-        "gaussian": lambda: random.standard_normal((outputs, inputs)) / 32,
-        "t5": lambda: random.standard_t(5, (outputs, inputs)) / 32,
-        "any": lambda: random.standard_normal((outputs, inputs)) * 10.0 ** random.integers(-30, 30, (outputs, 1)),
-    }
-    return bf16(drawn[kind]())
 
 
 # The oracles: a group a row, in float64, nothing clever.
