@@ -1,6 +1,6 @@
 """How fast an expert of Scout's width is quantized, beside a plain copy of it in the same run: GB/s of bf16 read.
 
-    python benchmarks/kernels.py [--threads 2] [--rounds 7]
+    python benchmarks/kernels.py [--threads 2] [--rounds 7] [--device cuda]
 
 [5120 in, 8192 out], as experts lie in Meta's files, and the transpose. Medians; compiling is not counted.
 """
@@ -23,8 +23,10 @@ SCHEMES: dict[str, Any] = {
     "int4 plain": Int4(128, "plain"),
     "int4 search": Int4(128, "search"),
     "int4 signed": Int4(128, "signed"),
-    "fp8 channel": Fp8("channel"),
-    "fp8 block": Fp8("block"),
+    "fp8 plain": Fp8("channel", "plain"),
+    "fp8 search": Fp8("channel", "search"),
+    "fp8 block plain": Fp8("block", "plain"),
+    "fp8 block search": Fp8("block", "search"),
     "nf4, double": Nf4(64, True),
 }
 
@@ -39,13 +41,18 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--device", default="cpu", help="a GPU's time includes the way of weights and results over its bus")
     args = options.parse_args()
     numbers = np.random.default_rng(0).standard_normal((5120, 8192), np.float32) * np.float32(0.02)
     bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
     turned, copy = np.ascontiguousarray(bits.T), np.empty_like(bits)
     size = bits.nbytes / 1e9
-    print(f"{'GB/s, ' + str(args.threads) + ' threads':20} {'[in, out]':>10} {'[out, in]':>10} {'of a copy':>10}")
+    print(f"{'GB/s, ' + (f'{args.threads} threads' if args.device == 'cpu' else args.device):20} {'[in, out]':>10} {'[out, in]':>10} {'of a copy':>10}")
     for name, scheme in SCHEMES.items():
+        if args.device != "cpu":
+            from quant.torch_backend import on_device
+
+            scheme = on_device(scheme, args.device)
         runs: list[tuple[float, float, float]] = []
         for _ in range(args.rounds + 1):
             runs.append(

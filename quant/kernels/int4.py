@@ -47,9 +47,10 @@ _EPSILON = 0x3C00  # 2**-7, bf16's epsilon: compressed-tensors puts it where the
 _LARGEST_SCALE = 0x7DFF  # an eighth of the largest bf16: times -8 it is still finite
 
 # Where the rows of the per-output float32 buffer begin.
-COLUMN_ROWS = 15
-_FACTOR, _UNFACTOR, _BASE, _INVERSE, _XQ, _QQ, _BEST, _RATIO = (_U(row * int(BLOCK)) for row in range(8))
-_SCALE, _PLAIN, _LOW, _HIGH, _ERROR, _POWER, _PLAIN_ERROR = (_U(row * int(BLOCK)) for row in range(8, COLUMN_ROWS))
+COLUMN_ROWS = 19
+_FACTOR, _UNFACTOR, _BASE, _BEST, _RATIO, _CLIP, _SCALE = (_U(row * int(BLOCK)) for row in range(7))
+_PLAIN, _LOW, _HIGH, _ERROR, _POWER, _PLAIN_ERROR = (_U(row * int(BLOCK)) for row in range(7, 13))
+_INVERSE, _XQ, _QQ = (_U(row * int(BLOCK)) for row in range(13, COLUMN_ROWS, 2))  # two rows each: a pair of proposals
 
 
 def scratch(group: int) -> tuple[NDArray[Any], ...]:
@@ -220,64 +221,85 @@ def _correlate_plain(y, group, columns):
 
 
 @part
-def _correlate(y, group, columns):
-    """<y,q> and <q,q> of the codes that the inverse scales in _INVERSE give."""
-    for j in range(BLOCK):
+def _correlate_pair(y, group, columns):
+    """<y,q> and <q,q> of the codes that both rows of _INVERSE give: two at a time share the reading of y."""
+    for j in range(_TWO * BLOCK):
         columns[_XQ + j] = _F32(0)
         columns[_QQ + j] = _F32(0)
     for four in range(group // _FOUR):
         r0 = four * _FOUR * BLOCK
         for j in range(BLOCK):
-            inverse = columns[_INVERSE + j]
+            k = j + BLOCK
             y0 = y[r0 + j]
             y1 = y[r0 + BLOCK + j]
             y2 = y[r0 + _TWO * BLOCK + j]
             y3 = y[r0 + _THREE * BLOCK + j]
+            inverse = columns[_INVERSE + j]
             q0 = _rounded(y0 * inverse, _LOWEST, _HIGHEST)
             q1 = _rounded(y1 * inverse, _LOWEST, _HIGHEST)
             q2 = _rounded(y2 * inverse, _LOWEST, _HIGHEST)
             q3 = _rounded(y3 * inverse, _LOWEST, _HIGHEST)
             columns[_XQ + j] = (((columns[_XQ + j] + y0 * q0) + y1 * q1) + y2 * q2) + y3 * q3
             columns[_QQ + j] = (((columns[_QQ + j] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
+            inverse = columns[_INVERSE + k]
+            q0 = _rounded(y0 * inverse, _LOWEST, _HIGHEST)
+            q1 = _rounded(y1 * inverse, _LOWEST, _HIGHEST)
+            q2 = _rounded(y2 * inverse, _LOWEST, _HIGHEST)
+            q3 = _rounded(y3 * inverse, _LOWEST, _HIGHEST)
+            columns[_XQ + k] = (((columns[_XQ + k] + y0 * q0) + y1 * q1) + y2 * q2) + y3 * q3
+            columns[_QQ + k] = (((columns[_QQ + k] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
 
 
 @part
-def _keep_best(columns):
+def _keep_better(columns, row, j, clip):
     """Least squares: codes q serve x best at scale <x,q>/<q,q>, and the error is then <x,x> - <x,q>^2/<q,q>."""
-    for j in range(BLOCK):
-        ratio = columns[_XQ + j] / columns[_QQ + j]
-        score = ratio * columns[_XQ + j]
-        better = score > columns[_BEST + j]
-        columns[_BEST + j] = score if better else columns[_BEST + j]
-        columns[_RATIO + j] = ratio if better else columns[_RATIO + j]
+    ratio = columns[_XQ + row + j] / columns[_QQ + row + j]
+    score = ratio * columns[_XQ + row + j]
+    better = score > columns[_BEST + j]
+    columns[_BEST + j] = score if better else columns[_BEST + j]
+    columns[_RATIO + j] = ratio if better else columns[_RATIO + j]
+    columns[_CLIP + j] = clip if better else columns[_CLIP + j]
 
 
 @part
-def _search(y, group, clips, signed, columns, scale_bits, plain_bits):
+def _search(y, group, clips, steps, signed, columns, scale_bits, plain_bits):
     """The scale bits of the best clip, without the sign of mirrored groups, and the same scale in the normal domain."""
     for j in range(BLOCK):
         columns[_BEST + j] = _F32(0)
         columns[_RATIO + j] = _F32(0)
+        columns[_CLIP + j] = _F32(1)
     _correlate_plain(y, group, columns)
     if not signed:
-        _keep_best(columns)
-    for clip in clips:
         for j in range(BLOCK):
-            columns[_INVERSE + j] = columns[_BASE + j] / clip
-        _correlate(y, group, columns)
-        _keep_best(columns)
+            _keep_better(columns, _U(0), j, _F32(1))
+    for pair in range(_U(len(clips)) // _TWO):
+        a, b = clips[pair * _TWO], clips[pair * _TWO + _U(1)]
+        for j in range(BLOCK):
+            columns[_INVERSE + j] = columns[_BASE + j] / a
+            columns[_INVERSE + BLOCK + j] = columns[_BASE + j] / b
+        _correlate_pair(y, group, columns)
+        for j in range(BLOCK):
+            _keep_better(columns, _U(0), j, a)
+            _keep_better(columns, BLOCK, j, b)
+    for step in steps:
+        for j in range(BLOCK):
+            columns[_INVERSE + j] = columns[_BASE + j] / (columns[_CLIP + j] - step)
+            columns[_INVERSE + BLOCK + j] = columns[_BASE + j] / (columns[_CLIP + j] + step)
+        _correlate_pair(y, group, columns)
+        for j in range(BLOCK):
+            centre = columns[_CLIP + j]
+            _keep_better(columns, _U(0), j, centre - step)
+            _keep_better(columns, BLOCK, j, centre + step)
     for j in range(BLOCK):
-        columns[_INVERSE + j] = _F32(1) / columns[_RATIO + j]
-    _correlate(y, group, columns)
-    _keep_best(columns)
-    for j in range(BLOCK):
-        unfactor = columns[_UNFACTOR + j]
-        bits = _to_bf16(columns[_RATIO + j] * unfactor)
+        ratio = columns[_RATIO + j]
+        bits = _to_bf16(abs(ratio) * columns[_UNFACTOR + j])
         bits = min(max(bits, np.uint16(1)), np.uint16(_LARGEST_SCALE))
-        if columns[_RATIO + j] == _F32(0):  # a group of zeros
+        if ratio == _F32(0):  # a group of zeros
             bits = plain_bits[j]
         scale_bits[j] = bits
         columns[_SCALE + j] = _widened(bits) * abs(columns[_FACTOR + j])
+        if ratio < _F32(0):
+            columns[_FACTOR + j] = -columns[_FACTOR + j]
 
 
 @part
@@ -360,6 +382,7 @@ def quantize_band(
     last,
     group,
     clips,
+    steps,
     signed,
     packed,
     scales,
@@ -405,7 +428,7 @@ def quantize_band(
         scale_bits = halves[(slot + _U(1)) * BLOCK : (slot + _U(2)) * BLOCK]
         if len(clips):
             _normalize(tile, group, columns, y)
-            _search(y, group, clips, signed, columns, scale_bits, plain_bits)
+            _search(y, group, clips, steps, signed, columns, scale_bits, plain_bits)
             _encode(tile, group, columns, _HALF_16, _KEEP_16, _U(0), BLOCK, words, w0)
             _fall_back(tile, group, columns, scale_bits, plain_bits, words, w0)
         else:

@@ -55,7 +55,9 @@ class TorchInt4(Int4):
         flat(bits)  # raises for what is no matrix of bf16
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         packed, scale = results(out, *zip(self.shapes(outputs, inputs), int4.DTYPES, strict=True))
-        clips = torch.from_numpy(int4.PROPOSALS[self.method].copy()).to(self.device).unbind()
+        clips, steps = (
+            torch.from_numpy(table[self.method].copy()).to(self.device).unbind() for table in (int4.PROPOSALS, int4.STEPS)
+        )
         buffers = Buffers(3, self.device)
         errors, powers, bad = [], [], 0
         for area in areas_of_groups(outputs, inputs, self.group_size, self.device):
@@ -64,7 +66,7 @@ class TorchInt4(Int4):
             bad += block.bad
             if bad:
                 continue
-            block.quantize(clips)
+            block.quantize(clips, steps)
             rows = slice(area.n0, area.n1)
             download(block.words.flatten(0, 1), packed[rows, area.k0 // CODES_PER_WORD : area.k1 // CODES_PER_WORD])
             group = slice(area.k0 // self.group_size, area.k1 // self.group_size)
@@ -98,46 +100,53 @@ class _Block:
         y.copy_(tile.view(torch.bfloat16))
         y *= self.factor[:, None]
 
-    def quantize(self, clips: tuple[Tensor, ...]) -> None:
+    def quantize(self, clips: tuple[Tensor, ...], steps: tuple[Tensor, ...]) -> None:
         """No clips: the plain scheme."""
         if not clips:
             self.words, self.error, self.power = _codes(self.y, self.scale, _TO_8_BITS, self.q, self.terms)
             return
-        plain_error = self._search(clips)
+        plain_error = self._search(clips, steps)
         self.words, self.error, self.power = _codes(self.y, self.scale, _TO_16_BITS, self.q, self.terms)
         self._fall_back(self.error > plain_error)
         self.bits = torch.where(self.factor < 0, self.bits | 0x8000, self.bits)
 
-    def _search(self, clips: tuple[Tensor, ...]) -> Tensor:
+    def _search(self, clips: tuple[Tensor, ...], steps: tuple[Tensor, ...]) -> Tensor:
         """Sets the scale of the best clip; the error of the plain one."""
         self.best, self.ratio = torch.zeros_like(self.base), torch.zeros_like(self.base)
+        self.clip = torch.ones_like(self.base)
         _quotient(self.y, inverse_of(self.plain), _TO_16_BITS, self.q)
         self._round(self.low[:, None], self.high[:, None])
         if not self.signed:
-            self._keep_best()
+            self._keep_better(self.clip)
         torch.mul(self.q, self.plain[:, None], out=self.terms)
         torch.sub(self.y, self.terms, out=self.terms)
         self.terms *= self.terms
         plain_error = in_order(self.terms)
         for clip in clips:
-            self._propose(torch.div(self.base, clip))
-        self._propose(inverse_of(self.ratio))
-        bits = to_bf16(self.ratio * self.unfactor).clamp_(1, _LARGEST_SCALE)
+            self._propose(clip)
+        for step in steps:
+            centre = self.clip
+            self._propose(centre - step)
+            self._propose(centre + step)
+        bits = to_bf16(self.ratio.abs() * self.unfactor).clamp_(1, _LARGEST_SCALE)
         self.bits = torch.where(self.ratio == 0, self.plain_bits, bits)  # 0: a group of zeros
         self.scale = floats(self.bits) * self.factor.abs()
+        flipped = self.ratio < 0
+        self.factor = torch.where(flipped, -self.factor, self.factor)
+        self.y *= 1 - 2 * flipped[:, None].float()
         return plain_error
 
-    def _propose(self, inverse: Tensor) -> None:
-        torch.mul(self.y, inverse[:, None], out=self.q)
+    def _propose(self, clip: Tensor) -> None:
+        torch.mul(self.y, torch.div(self.base, clip)[:, None], out=self.q)
         self._round(_LOWEST, _HIGHEST)
-        self._keep_best()
+        self._keep_better(clip)
 
     def _round(self, low: Tensor | float, high: Tensor | float) -> None:
         self.q += _ROUND
         self.q -= _ROUND
         torch.clamp(self.q, low, high, out=self.q)  # type: ignore[arg-type]  # both are numbers, or both tensors
 
-    def _keep_best(self) -> None:
+    def _keep_better(self, clip: Tensor) -> None:
         torch.mul(self.y, self.q, out=self.terms)
         xq = in_order(self.terms)
         torch.mul(self.q, self.q, out=self.terms)
@@ -146,6 +155,7 @@ class _Block:
         better = score > self.best
         self.best = torch.where(better, score, self.best)
         self.ratio = torch.where(better, ratio, self.ratio)
+        self.clip = torch.where(better, clip, self.clip)
 
     def _fall_back(self, worse: Tensor) -> None:
         """The plain scale again where the searched one, once rounded to bf16, turned out worse: seldom."""

@@ -49,10 +49,10 @@ def errors(bits: np.ndarray, codes: np.ndarray, scale: np.ndarray, group: int) -
 
 
 def least_errors(bits: np.ndarray, group: int, signed: bool) -> np.ndarray:
-    """The exhaustive search: every bf16 scale from a third of amax / 7.5 to a little above it."""
+    """The exhaustive search: every bf16 scale from a third of amax / 7.5 to a little above it, of both signs if `signed`."""
     x = floats(bits).reshape(-1, group)
     if signed:
-        x = np.where(x.max(1) > -x.min(1), -x.T, x.T).T
+        return np.minimum(least_errors(bits, group, False), least_errors(bits ^ 0x8000, group, False))
     plain = bf16(np.abs(x).max(1) / np.float32(7.5)).astype(np.int32)
     best = np.full(len(x), np.inf)
     for step in range(-200, 20):
@@ -168,14 +168,15 @@ def test_no_group_is_worse_than_plain(method: str, kind: str, group: int) -> Non
 @pytest.mark.parametrize("group", GROUP_SIZES)
 @pytest.mark.parametrize("kind", ["gaussian", "t5"])
 @pytest.mark.parametrize("method", ["search", "signed"])
-def test_within_a_percent_of_trying_every_scale(method: str, kind: str, group: int) -> None:
+def test_close_to_trying_every_scale(method: str, kind: str, group: int) -> None:
     bits = weights(kind, 128, 1024)
     least = least_errors(bits, group, method == "signed").sum()
-    assert least * 0.999 < quantized(bits, method, group).squared_error < least * 1.01
+    limit = {"search": 1.001, "signed": 1.0004}[method]
+    assert least * 0.99999 < quantized(bits, method, group).squared_error < least * limit
 
 
 @pytest.mark.parametrize(
-    ("method", "gaussian", "t5"), [("plain", 0.0123, 0.0263), ("search", 0.0102, 0.0217), ("signed", 0.0094, 0.0196)]
+    ("method", "gaussian", "t5"), [("plain", 0.0123, 0.0263), ("search", 0.0102, 0.0217), ("signed", 0.0093, 0.0195)]
 )
 def test_error_of_a_whole_matrix(method: str, gaussian: float, t5: float) -> None:
     assert quantized(weights("gaussian", 1024, 4096), method).relative_error == pytest.approx(gaussian, rel=0.005)
@@ -263,8 +264,8 @@ def test_the_bytes_do_not_depend_on_the_machine(method: str) -> None:
 
 GOLDEN = {
     "plain": (50631482, 1593139108, "0x1.5df75fb260000p+1"),
-    "search": (1992156940, 1425112760, "0x1.2815989c20000p+1"),
-    "signed": (151220162, 607316766, "0x1.106750a240000p+1"),
+    "search": (467820494, 232796312, "0x1.2699800b20000p+1"),
+    "signed": (2904720808, 3381873619, "0x1.0e57981a80000p+1"),
 }
 
 
