@@ -41,13 +41,16 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--device", default="cpu", help="a GPU's time includes the way of weights and results over its bus")
+    options.add_argument(
+        "--device", default="cpu", help="a GPU's time includes the way of weights and results over its bus"
+    )
     args = options.parse_args()
     numbers = np.random.default_rng(0).standard_normal((5120, 8192), np.float32) * np.float32(0.02)
     bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
     turned, copy = np.ascontiguousarray(bits.T), np.empty_like(bits)
     size = bits.nbytes / 1e9
-    print(f"{'GB/s, ' + (f'{args.threads} threads' if args.device == 'cpu' else args.device):20} {'[in, out]':>10} {'[out, in]':>10} {'of a copy':>10}")
+    on = f"{args.threads} threads" if args.device == "cpu" else args.device
+    print(f"{'GB/s, ' + on:20} {'[in, out]':>10} {'[out, in]':>10} {'of a copy':>10}")
     for name, scheme in SCHEMES.items():
         if args.device != "cpu":
             from quant.torch_backend import on_device

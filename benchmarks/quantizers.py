@@ -120,16 +120,17 @@ def ours(threads: int, pool: ThreadPoolExecutor) -> Iterator[Method]:
             lambda made: [made[0].packed],
         )
     for granularity, form in FP8.items():
-        scheme = Fp8(granularity)
-        yield Method(
-            "ours",
-            "FP8",
-            form,
-            fp8_bits(granularity),
-            lambda x, scheme=scheme: scheme.quantize(bits(x), **how),
-            lambda made, scheme=scheme: scheme.dequantize(made.codes, made.scale, dtype="F32"),
-            lambda made: [made.codes, made.scale],
-        )
+        for method in ("plain", "search"):
+            scheme = Fp8(granularity, method)
+            yield Method(
+                "ours",
+                f"FP8 {method}",
+                form,
+                fp8_bits(granularity),
+                lambda x, scheme=scheme: scheme.quantize(bits(x), **how),
+                lambda made, scheme=scheme: scheme.dequantize(made.codes, made.scale, dtype="F32"),
+                lambda made: [made.codes, made.scale],
+            )
 
 
 def nf4_bits(double: bool) -> float:

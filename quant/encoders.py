@@ -29,7 +29,7 @@ def encoder_for(scheme: Scheme, device: str = "cpu") -> Encoder:
     if scheme.kind == "int4":
         return PackQuantized(_on(device, Int4(scheme.group_size, scheme.method)))
     if scheme.kind == "fp8":
-        return FloatQuantized(_on(device, Fp8(scheme.granularity)))
+        return FloatQuantized(_on(device, Fp8(scheme.granularity, scheme.method)))  # type: ignore[arg-type]  # not "signed"
     from quant.formats.bitsandbytes import Nf4Matrix
 
     matrix = Nf4Matrix(scheme.block_size, scheme.double_quant)

@@ -35,7 +35,7 @@ class Scheme:
 
     kind: str  # "int4", "fp8" or "nf4"
     group_size: int = 128  # int4: neighbouring inputs that share a scale
-    method: Method = "search"  # int4
+    method: Method = "search"  # int4; fp8 without "signed"
     granularity: Granularity = "channel"  # fp8
     block_size: int = 64  # nf4
     double_quant: bool = True  # nf4: the scales are quantized too
@@ -150,7 +150,7 @@ def _rule(body: Mapping[str, Any], kind: str, where: str) -> Rule:
 
 _OPTIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "int4": {"group_size": (32, 64, 128), "method": ("plain", "search", "signed")},
-    "fp8": {"granularity": ("channel", "tensor", "block")},
+    "fp8": {"granularity": ("channel", "tensor", "block"), "method": ("plain", "search")},
     "nf4": {"block_size": (64, 128, 256, 512, 1024, 2048, 4096), "double_quant": (True, False)},
     KEEP: {},
 }

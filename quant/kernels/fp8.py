@@ -7,6 +7,12 @@ outputs, one vector lane an output, and each sum runs over the inputs in their o
 the bytes and the sums depend neither on the machine's vector width nor on the number of threads.
 
 Errors are summed in units of the scale, where nothing overflows, and multiplied by its square in float64.
+
+A search knows the error of every scale of an octave from one pass over the weights. Weights and scales are bf16, and e4m3
+steps by octaves: how far a weight is from the nearest scale * number depends on the 7 bits of either's mantissa alone, times
+the power of two of the weight. So weights are counted by their bits, the squares of their powers of two are summed by mantissas
+(128 integers, exact in any order), and the error of a scale is the sum of these times its column of a table (`ERRORS`), in
+float64 in the order of the mantissas.
 """
 
 from __future__ import annotations
@@ -40,14 +46,50 @@ _OFFSET = 0x468  # what _code adds to a code: the upper bits of the smallest rou
 _OFFSETS = np.uint32(_OFFSET * 0x01010101 % 2**32)
 _TOP = np.uint32(0x80000000)
 _TINY, _GROW = np.float32(2**-60), np.float32(2**64)  # see _set_scale
+# What to add to a quotient's bits before it is rounded to e4m3, and which of them to keep then: those of bf16, or all.
+_IN_BF16 = np.uint32(0x8000), np.uint32(0xFFFF0000)
+_AS_IT_IS = np.uint32(0), np.uint32(0xFFFFFFFF)
+
+MANTISSAS = _U(128)  # of bf16
+# A search tries plain's scale alone outside: below, subnormal weights would count; above, they reach 2**127, and a scale that
+# rounds the largest up might make it infinite.
+SMALLEST_SEARCHED, LARGEST_SEARCHED = 0x0280, 0x7A91
+# Weights that are smaller than 2**-4 times the power of two of plain's scale count as nothing, as their steps do not go by
+# octaves. Under no scale of the octave does the error of one of them exceed SMALL_ERROR, in the units of ERRORS by powers.
+LOWEST, SMALL_ERROR = -4, 2.0**14
+HIGHEST = 9  # no weight exceeds 464 scales
+_COUNTERS = _U(1 << 15) + _U(
+    16
+)  # a counter for each magnitude; the four sets do not begin at the same lines of the cache
+
+
+def _errors() -> NDArray[np.float64]:
+    """Squared error by the mantissas of weight and scale [128, 128], in units of (2**-11 of the weight's power of two)**2.
+
+    All of them are integers below 2**16. Powers are in that of the smallest exponent that counts, squared.
+    """
+    weight = np.arange(128.0, 256)[:, None]
+    scale = np.arange(128.0, 256)
+    step = np.where(weight < scale, 1 / 16, 1 / 8)  # e4m3's at weight / scale, which is 1/2 .. 2
+    rest = weight - scale * step * np.rint(weight / (scale * step))
+    found: NDArray[np.float64] = np.square(rest * 16)
+    return found
+
+
+ERRORS = _errors()
 
 # Where the rows of the per-output float32 buffer begin.
 _COLUMN_ROWS = 5
 _SCALE, _FACTOR, _INVERSE, _ERROR, _POWER = (_U(row * int(BLOCK)) for row in range(_COLUMN_ROWS))
 
 
+def counters() -> NDArray[np.int32]:
+    """How often each magnitude was seen, four times: a buffer of 512 KiB."""
+    return np.empty(int(_FOUR * _COUNTERS), np.int32)
+
+
 def scratch(inputs: int) -> tuple[NDArray[Any], ...]:
-    """The buffers that one thread lends to `quantize_band`, call after call: 256 bytes an input and 100 KiB."""
+    """The buffers that one thread lends to `quantize_band`, call after call: 256 bytes an input and 650 KiB."""
     block, four = int(BLOCK), int(_FOUR)
     padded = -(-inputs // four) * four
     return (
@@ -55,6 +97,9 @@ def scratch(inputs: int) -> tuple[NDArray[Any], ...]:
         np.empty((block + four) * block, np.int16),  # rows: before transposing
         np.empty(block, np.int16),  # the largest magnitude of each output
         np.empty(_COLUMN_ROWS * block, np.float32),
+        counters(),
+        np.empty(int(MANTISSAS), np.int64),  # sums of powers by mantissas
+        np.empty(int(MANTISSAS), np.float64),  # the errors of scales
         np.empty(int(_TOGETHER) // four * block, np.int32),  # words not yet written
     )
 
@@ -180,14 +225,14 @@ def largest_magnitude(source, stride, first, last, columns):
 
 
 @part
-def _in_bf16(quotient):
-    """Rounded to bf16; adding 0 takes the sign off a zero, as compressed-tensors' adding of its zero point does.
+def _significant(quotient, add, keep):
+    """Rounded to bf16 or as it is; adding 0 takes the sign off a zero, as compressed-tensors' adding of its zero point does.
 
-    The quotient came from a multiplication with the inverse, right to 2**-22 of it; yet it rounds as the exact one does:
+    To bf16: the quotient came from a multiplication with the inverse, right to 2**-22 of it; yet it rounds as the exact one does:
     numbers of 8 significant bits never have a quotient on the midpoint of two bf16 (its 9 bits would have to divide 8),
     and so it lies at least 2**-17 away from one.
     """
-    bits = (np.float32(quotient).view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    bits = (np.float32(quotient).view(np.uint32) + add) & keep
     return np.uint32(bits).view(np.float32) + np.float32(0)
 
 
@@ -217,8 +262,11 @@ def _sign(value, mask):
 
 
 @part
-def _encode(tile, to, fours, columns, words, w0):
-    """Codes of weight / scale, four inputs to a word, the first lowest; squared error and power of each output."""
+def _encode(tile, to, fours, columns, add, keep, words, w0):
+    """Codes of weight / scale, four inputs to a word, the first lowest; squared error and power of each output.
+
+    `add` and `keep`: _IN_BF16 or _AS_IT_IS.
+    """
     for j in range(BLOCK):
         columns[_ERROR + j] = np.float32(0)
         columns[_POWER + j] = np.float32(0)
@@ -231,7 +279,8 @@ def _encode(tile, to, fours, columns, words, w0):
             q1 = _widened(tile[r0 + BLOCK + j]) * factor * inverse
             q2 = _widened(tile[r0 + _TWO * BLOCK + j]) * factor * inverse
             q3 = _widened(tile[r0 + _THREE * BLOCK + j]) * factor * inverse
-            h0, h1, h2, h3 = _in_bf16(q0), _in_bf16(q1), _in_bf16(q2), _in_bf16(q3)
+            h0, h1 = _significant(q0, add, keep), _significant(q1, add, keep)
+            h2, h3 = _significant(q2, add, keep), _significant(q3, add, keep)
             m0, m1, m2, m3 = _magnitude(h0), _magnitude(h1), _magnitude(h2), _magnitude(h3)
             r_0, r_1, r_2, r_3 = _rounder(m0), _rounder(m1), _rounder(m2), _rounder(m3)
             t0, t1, t2, t3 = m0 + r_0, m1 + r_1, m2 + r_2, m3 + r_3
@@ -263,13 +312,129 @@ def _write(words, n0, width, first, count, packed):
             packed[n0 + j, first + w] = words[w * BLOCK + j]
 
 
+@part
+def _searched(plain):
+    return SMALLEST_SEARCHED <= plain <= LARGEST_SEARCHED
+
+
+@part
+def _first_counter(plain):
+    """Of the smallest weights that count under a scale that is searched."""
+    return (_U(plain) // MANTISSAS - _U(-LOWEST)) * MANTISSAS
+
+
+@part
+def _clear(counts, number, plain):
+    """Those counters of a set that `_add_powers` will read."""
+    if _searched(plain):
+        first = number * _COUNTERS + _first_counter(plain)
+        counts[first : first + _U(HIGHEST - LOWEST + 1) * MANTISSAS] = 0
+
+
+@part
+def _count(bits, start, step, times, counts):
+    """Counts magnitudes at `start`, `start` + `step` and so on, and three after each: a set of counters for each of the four."""
+    for i in range(times):
+        at = start + i * step
+        counts[_U(bits[at] & _MAGNITUDE)] += np.int32(1)
+        counts[_COUNTERS + _U(bits[at + _U(1)] & _MAGNITUDE)] += np.int32(1)
+        counts[_TWO * _COUNTERS + _U(bits[at + _TWO] & _MAGNITUDE)] += np.int32(1)
+        counts[_THREE * _COUNTERS + _U(bits[at + _THREE] & _MAGNITUDE)] += np.int32(1)
+
+
+@part
+def _add_powers(counts, number, plain, powers):
+    """Adds what a set has counted: 4**exponent of each weight to the sum of its mantissa."""
+    if _searched(plain):
+        first = number * _COUNTERS + _first_counter(plain)
+        for exponent in range(_U(HIGHEST - LOWEST + 1)):
+            power = np.int64(1) << np.int64(_TWO * exponent)
+            for m in range(MANTISSAS):
+                powers[m] += np.int64(counts[first + exponent * MANTISSAS + m]) * power
+
+
+@part
+def _best_scale(powers, plain, count, errors):
+    """Bits of the scale of the least error in the octave from plain's, of equal ones the lowest; `count` weights share it.
+
+    Plain's unless the gain is larger than all that weights which do not count could take from it.
+    """
+    plain = np.int64(plain)
+    if not _searched(plain):
+        return np.uint16(plain)
+    errors[:] = 0.0
+    for four in range(MANTISSAS // _FOUR):
+        m0 = four * _FOUR
+        m1, m2, m3 = m0 + _U(1), m0 + _TWO, m0 + _THREE
+        p0, p1 = np.float64(powers[m0]), np.float64(powers[m1])
+        p2, p3 = np.float64(powers[m2]), np.float64(powers[m3])
+        for c in range(MANTISSAS):
+            error = (errors[c] + p0 * ERRORS[m0, c]) + p1 * ERRORS[m1, c]
+            errors[c] = (error + p2 * ERRORS[m2, c]) + p3 * ERRORS[m3, c]
+    best = plain
+    for bits in range(plain + 1, plain + 128):
+        if errors[bits & 0x7F] < errors[best & 0x7F]:
+            best = bits
+    gain = errors[plain & 0x7F] - errors[best & 0x7F]
+    return np.uint16(best if gain > count * SMALL_ERROR else plain)
+
+
+@compiled
+def best_scale(powers, plain, count):
+    """As _best_scale: of the whole matrix, from the sums of `powers_of_rows`."""
+    return _best_scale(powers, plain, np.float64(count), np.empty(MANTISSAS, np.float64))
+
+
+@compiled
+def powers_of_rows(source, stride, first, last, columns, plain, powers, counts):
+    """Sums by mantissas of rows first .. last added to `powers` [128]; plain's scale of the whole says which weights count."""
+    stride, columns = _U(stride), _U(columns)
+    fours = columns // _FOUR
+    for number in range(_FOUR):
+        _clear(counts, number, plain)
+    for row in range(_U(first), _U(last)):
+        _count(source, row * stride, _FOUR, fours, counts)
+        for k in range(fours * _FOUR, columns):
+            counts[_U(source[row * stride + k] & _MAGNITUDE)] += np.int32(1)
+    for number in range(_FOUR):
+        _add_powers(counts, number, plain, powers)
+
+
+@part
+def _search_channels(tile, inputs, maxima, counts, powers, errors, columns):
+    """Sets each output's scale."""
+    for four in range(BLOCK // _FOUR):
+        j = four * _FOUR
+        for number in range(_FOUR):
+            _clear(counts, number, scale_bits(maxima[j + number]))
+        _count(tile, j, BLOCK, inputs, counts)
+        for number in range(_FOUR):
+            plain = scale_bits(maxima[j + number])
+            powers[:] = 0
+            _add_powers(counts, number, plain, powers)
+            _set_scale(columns, j + number, _best_scale(powers, plain, np.float64(inputs), errors))
+
+
+@part
+def _search_block(tile, to, size, plain, counts, powers, errors):
+    powers[:] = 0
+    for number in range(_FOUR):
+        _clear(counts, number, plain)
+    _count(tile, to, _FOUR, size * BLOCK // _FOUR, counts)
+    for number in range(_FOUR):
+        _add_powers(counts, number, plain, powers)
+    return _best_scale(powers, plain, np.float64(BLOCK * BLOCK), errors)
+
+
 @compiled
 def quantize_band(
-    source, stride, in_out, n0, width, inputs, granularity, given, packed, scales, sums, tile, rows, maxima, columns, words
+    source, stride, in_out, n0, width, inputs, granularity, search, given, packed, scales, sums,
+    tile, rows, maxima, columns, counts, powers, errors, words,
 ):  # fmt: skip
     """Quantizes outputs n0 .. n0+width into `packed` (four codes a word) and `scales`, the sums into `sums`.
 
-    `given` is the scale's bits for TENSOR. `sums` takes squared error, squared sum and the count of NaN and infinite weights.
+    `given` is the scale's bits for TENSOR, that of a search where there is one. `sums` takes squared error, squared sum and
+    the count of NaN and infinite weights.
     """
     stride, n0, width, inputs = _U(stride), _U(n0), _U(width), _U(inputs)
     by_block = granularity == BY_BLOCK
@@ -290,7 +455,10 @@ def quantize_band(
             largest = max(largest, of_block)
             maxima[:] = np.int16(0)
             if largest < _INFINITY:
-                scales[n0 // BLOCK, c] = scale_bits(of_block)
+                bits = scale_bits(of_block)
+                if search:
+                    bits = _search_block(tile, k0 * BLOCK, size, bits, counts, powers, errors)
+                scales[n0 // BLOCK, c] = bits
     largest = max(largest, _largest(maxima))
     if largest >= _INFINITY:
         bad = 0
@@ -299,13 +467,17 @@ def quantize_band(
         sums[2] = bad
         return
     if granularity == CHANNEL:
-        for j in range(BLOCK):
-            _set_scale(columns, j, scale_bits(maxima[j]))
+        if search:
+            _search_channels(tile, inputs, maxima, counts, powers, errors, columns)
+        else:
+            for j in range(BLOCK):
+                _set_scale(columns, j, scale_bits(maxima[j]))
         for j in range(width):
-            scales[n0 + j, 0] = scale_bits(maxima[j])
+            scales[n0 + j, 0] = _to_bf16(columns[_SCALE + j])
     elif granularity == TENSOR:
         for j in range(BLOCK):
             _set_scale(columns, j, given)
+    add, keep = _AS_IT_IS if search else _IN_BF16
     error_sum = 0.0
     power_sum = 0.0
     for c in range(chunks):
@@ -315,7 +487,7 @@ def quantize_band(
             for j in range(BLOCK):
                 _set_scale(columns, j, scales[n0 // BLOCK, c])
         begun = k0 // _TOGETHER * _TOGETHER
-        _encode(tile, k0 * BLOCK, fours, columns, words, (k0 - begun) // _FOUR * BLOCK)
+        _encode(tile, k0 * BLOCK, fours, columns, add, keep, words, (k0 - begun) // _FOUR * BLOCK)
         for j in range(BLOCK):
             square = np.float64(columns[_SCALE + j]) * np.float64(columns[_SCALE + j])
             error_sum += np.float64(columns[_ERROR + j]) * square

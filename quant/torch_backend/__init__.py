@@ -11,13 +11,15 @@ What makes the bytes equal on every device:
   torch.set_flush_denormal says otherwise.
 - Division is by tensors that lie on the device: by a Python number or a tensor of the CPU, CUDA multiplies with the inverse.
 - Where the order of a sum matters it is a loop over the inputs, as in the kernels (`in_order`). torch.sum adds in an order
-  of its own, and so adds only integers below 2**24 (<q,q>, exact in any order) and the float64 totals of the errors.
+  of its own, as scatter_add does, and so they add only what is exact in any order (<q,q>, integers below 2**24, and FP8's
+  int64), and torch.sum the float64 totals of the errors.
 - Rounding to bf16 is done on the bits: conversion instructions of some CPUs lose subnormals. Widening is exact everywhere.
 
 The errors' totals agree to 1e-12: their float64 sums have another order. NF4's scales, one in 64 weights or fewer, come
 back to the host, and quant/kernels/nf4.py quantizes them again.
 
-Weights go to the device a block at a time, and results come back so: besides the matrix and its result some 200 MB.
+Weights go to the device a block at a time, and results come back so: besides the matrix and its result some
+200 MB on a CPU, and 2 GB of a GPU's memory.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def on_device(scheme: _S, name: str) -> _S:
     if isinstance(scheme, Int4):
         return TorchInt4(scheme.group_size, scheme.method, device)
     if isinstance(scheme, Fp8):
-        return TorchFp8(scheme.granularity, device)
+        return TorchFp8(scheme.granularity, scheme.method, device)
     return TorchNf4(scheme.block_size, scheme.double_quant, device)
 
 

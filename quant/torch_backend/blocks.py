@@ -13,7 +13,7 @@ from torch import Tensor
 from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE
 
 # Weights of a block: on a CPU what its caches hold, on a GPU what takes longer than starting a kernel.
-BLOCK = {"cpu": 1 << 19, "cuda": 1 << 23}
+BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}
 WIDEST = {"cpu": 1 << 10, "cuda": 1 << 13}  # outputs of a block
 
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quant.kernels import fp8 as kernels
 from quant.schemes import NotFinite, fp8
 from quant.schemes.arrays import flat, results
 from quant.schemes.fp8 import Fp8
@@ -23,6 +24,7 @@ _TO_ROUNDER = (23 - 3) << 23  # see _rounder in quant/kernels/fp8.py
 _LEAST_ROUNDER = 0x46800000
 _OFFSET = 0x468
 _TINY, _GROW = 2.0**-60, 2.0**64  # see _set_scale there
+_COUNTED = 1 << 20  # weights at a time, in int64
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class TorchFp8(Fp8):
         if self.granularity == "tensor":
             given = self._scale_of_all(bits, in_out, blocks)
             scale[:] = int(given)
-        buffers = Buffers(3, self.device)
+        buffers, search = Buffers(3, self.device), self.method == "search"
         errors, powers, bad = [], [], 0
         for area in blocks:
             tile = _padded(uploaded(bits, in_out, area, self.device))
@@ -63,12 +65,14 @@ class TorchFp8(Fp8):
                 if bad:
                     continue
                 bits_of_scale = scale_bits(largest, _E4M3)
+                if search:
+                    bits_of_scale = self._searched(tile, bits_of_scale, inputs)
                 step = 1 if self.granularity == "channel" else fp8.BLOCK
                 rows = slice(area.n0 // step, -(-area.n1 // step))
                 download(bits_of_scale[:, 0, :real:step].to(torch.int16), scale[rows].view(np.int16))
             else:
                 bits_of_scale = given.view(1, 1, 1)
-            made, error, power = _codes(tile, floats(bits_of_scale), *buffers.like(tile))
+            made, error, power = _codes(tile, floats(bits_of_scale), search, *buffers.like(tile))
             download(made.flatten(0, 1)[:inputs, :real], codes[n])
             errors.append(error)
             powers.append(power)
@@ -88,7 +92,23 @@ class TorchFp8(Fp8):
             largest = torch.maximum(largest, of_block)
         if bad:
             raise NotFinite(bad, bits.size)
-        return scale_bits(largest, _E4M3)
+        plain = scale_bits(largest, _E4M3)
+        if self.method == "plain":
+            return plain
+        powers = torch.zeros(128, 1, dtype=torch.int64, device=self.device)
+        for area in blocks:
+            powers += _powers(uploaded(bits, in_out, area, self.device), plain).sum(1, keepdim=True)
+        return _best_scale(powers, plain.view(1), bits.size)[0]
+
+    def _searched(self, tile: Tensor, plain: Tensor, inputs: int) -> Tensor:
+        """The bits of the scales that are searched for, from plain's and in their shape."""
+        if self.granularity == "channel":
+            powers = _powers(tile.flatten(0, 1), plain[0, 0])
+            return _best_scale(powers, plain[0, 0], inputs).view(plain.shape)
+        of_blocks = plain[:, 0, :: fp8.BLOCK]
+        blocks = tile.view(len(tile), fp8.BLOCK, -1, fp8.BLOCK).permute(1, 3, 0, 2).reshape(fp8.BLOCK**2, -1)
+        best = _best_scale(_powers(blocks, of_blocks.flatten()), of_blocks.flatten(), fp8.BLOCK**2)
+        return best.view(len(tile), 1, -1).repeat_interleave(fp8.BLOCK, 2)
 
     def _largest(self, tile: Tensor) -> Tensor:
         """The largest magnitudes by channel [1, 1, outputs] or by block [chunks, 1, outputs]."""
@@ -109,7 +129,38 @@ def _padded(tile: Tensor) -> Tensor:
     return padded
 
 
-def _codes(tile: Tensor, scale: Tensor, q: Tensor, total: Tensor, rounder: Tensor) -> tuple[Tensor, float, float]:
+def _powers(weights: Tensor, plain: Tensor) -> Tensor:
+    """Sums by mantissas, int64 [128, groups], of weights [count, groups]; `plain`: bits of a scale for each group or for all."""
+    powers = torch.zeros(128, weights.shape[1], dtype=torch.int64, device=weights.device)
+    least = (plain >> 7) + kernels.LOWEST
+    rows = max(_COUNTED // max(weights.shape[1], 1), 1)
+    for first in range(0, len(weights), rows):
+        part = weights[first : first + rows]
+        exponent = ((part & MAGNITUDE) >> 7).to(torch.int64) - least
+        shift = exponent.clamp(0, kernels.HIGHEST - kernels.LOWEST) * 2
+        power = torch.where(exponent >= 0, torch.ones_like(shift) << shift, 0)
+        powers.scatter_add_(0, (part & 0x7F).to(torch.int64), power)
+    return powers
+
+
+def _best_scale(powers: Tensor, plain: Tensor, count: int) -> Tensor:
+    """See _best_scale in quant/kernels/fp8.py; `plain` and the result [groups]."""
+    table = torch.from_numpy(kernels.ERRORS.copy()).to(powers.device)
+    errors = torch.zeros(len(plain), 128, dtype=torch.float64, device=powers.device)
+    for of_weights, of_scales in zip(powers.double(), table, strict=True):
+        errors += of_weights[:, None] * of_scales
+    step = torch.arange(128, dtype=plain.dtype, device=plain.device)
+    errors = errors.gather(1, (plain[:, None] + step).to(torch.int64) & 0x7F)
+    least = errors.amin(1, keepdim=True)
+    steps = torch.where(errors == least, step, 128).amin(1)  # the first of equal ones, which argmin does not promise
+    gains = errors[:, 0] - least[:, 0] > count * kernels.SMALL_ERROR
+    searched = (plain >= kernels.SMALLEST_SEARCHED) & (plain <= kernels.LARGEST_SEARCHED)
+    return torch.where(gains & searched, plain + steps, plain)
+
+
+def _codes(
+    tile: Tensor, scale: Tensor, search: bool, q: Tensor, total: Tensor, rounder: Tensor
+) -> tuple[Tensor, float, float]:
     """Codes and the sums of squared errors and weights; `q`, `total` and `rounder` are buffers."""
     factor = torch.where(scale < _TINY, _GROW, torch.ones_like(scale))
     q.copy_(tile.view(torch.bfloat16))
@@ -117,8 +168,11 @@ def _codes(tile: Tensor, scale: Tensor, q: Tensor, total: Tensor, rounder: Tenso
     q *= inverse_of(scale * factor)
     total_bits, rounder_bits = total.view(torch.int32), rounder.view(torch.int32)
 
-    torch.add(q.view(torch.int32), 0x8000, out=total_bits)
-    total_bits &= -0x10000  # the quotient in bf16
+    if search:
+        total.copy_(q)
+    else:
+        torch.add(q.view(torch.int32), 0x8000, out=total_bits)
+        total_bits &= -0x10000  # the quotient in bf16
     signs = (total < 0).to(torch.uint8) << 7  # none on zeros
     total_bits &= 0x7FFFFFFF
     total_bits.clamp_(max=_E4M3_BITS)

@@ -56,7 +56,8 @@ class TorchInt4(Int4):
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         packed, scale = results(out, *zip(self.shapes(outputs, inputs), int4.DTYPES, strict=True))
         clips, steps = (
-            torch.from_numpy(table[self.method].copy()).to(self.device).unbind() for table in (int4.PROPOSALS, int4.STEPS)
+            torch.from_numpy(table[self.method].copy()).to(self.device).unbind()
+            for table in (int4.PROPOSALS, int4.STEPS)
         )
         buffers = Buffers(3, self.device)
         errors, powers, bad = [], [], 0

@@ -23,7 +23,8 @@ def test_the_built_in_recipes() -> None:
         assert covered == ({"routed_experts"} if name == "int4-experts" else set(FAMILIES))
     assert found["int4"].scheme("dense_mlp", 3, 4) == Scheme("int4", 128, "search")
     assert found["int4-signed"].scheme("dense_mlp", 3, 4) == Scheme("int4", 128, "signed")
-    assert found["mixed"].scheme("shared_expert", 0, 4) == Scheme("fp8")
+    assert found["fp8"].scheme("dense_mlp", 3, 4) == Scheme("fp8", method="search", granularity="channel")
+    assert found["mixed"].scheme("shared_expert", 0, 4) == Scheme("fp8", method="search")
 
 
 def test_the_first_rule_that_names_a_matrix_decides() -> None:
@@ -55,6 +56,7 @@ def test_the_first_rule_that_names_a_matrix_decides() -> None:
         (ONE_RULE + "group_size = 48\n", "group_size is 48: choose one of 32, 64, 128"),
         (ONE_RULE + "group_size = true\n", "group_size is True"),
         (ONE_RULE + 'method = "gptq"\n', "plain, search, signed"),
+        (ONE_RULE.replace("int4", "fp8") + 'method = "signed"\n', "method is 'signed': choose one of plain, search$"),
         (ONE_RULE + 'granularity = "channel"\n', "int4 has no granularity"),
         (ONE_RULE + "layers = 3\n", "layers must be a list"),
         (ONE_RULE + "layers = [1.5]\n", "layers must be a list"),
@@ -67,6 +69,12 @@ def test_the_first_rule_that_names_a_matrix_decides() -> None:
 def test_what_cannot_be_followed_is_told_with_what_to_write(text: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse(text, "mine")
+
+
+def test_fp8_has_methods() -> None:
+    fp8 = ONE_RULE.replace("int4", "fp8")
+    for text, method in (("", "search"), ('method = "search"', "search"), ('method = "plain"', "plain")):
+        assert parse(fp8 + text, "mine").scheme("routed_experts", 0, 4, 0) == Scheme("fp8", method=method)  # type: ignore[arg-type]
 
 
 def test_a_name_that_is_none_is_told_the_nearest() -> None:

@@ -24,7 +24,7 @@ from quant.torch_backend import blocks, on_device
 
 DEVICES = ["torch-cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INT4 = [Int4(group, method) for group in (32, 64, 128) for method in ("plain", "search", "signed")]  # type: ignore[arg-type]
-FP8 = [Fp8("channel"), Fp8("tensor"), Fp8("block")]
+FP8 = [Fp8(shared, method) for shared in ("channel", "tensor", "block") for method in ("plain", "search")]  # type: ignore[arg-type]
 NF4 = [Nf4(64), Nf4(64, double_quant=False), Nf4(128), Nf4(512), Nf4(4096)]
 SCHEMES = [*INT4, *FP8, *NF4]
 
@@ -157,7 +157,8 @@ def test_every_bf16_in_fp8_and_nf4(device: str) -> None:
     every = finite(np.arange(1 << 16, dtype=np.uint16)).reshape(64, -1)
     for largest in (0x3F80, 0x3FD3, 0x4455, 0x0A81):
         bits = np.where((every & 0x7FFF) > largest, largest, every).astype(np.uint16)
-        compare(Fp8("tensor"), bits, device)
+        compare(Fp8("tensor", "plain"), bits, device)
+        compare(Fp8("tensor", "search"), bits, device)
         compare(Nf4(64), bits, device)
 
 
