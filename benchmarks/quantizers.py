@@ -47,6 +47,7 @@ TOLERANCE = 1e-5  # of the error; NF4's offset is the last bit of a mean, see qu
 # Formats whose errors are compared: the same codes, the same kind of scale, the same bits.
 POSITIVE = "int4 symmetric g128"
 SIGNED = "int4 symmetric g128, scale of either sign"
+SIGNED_FP16 = "int4 symmetric g128, fp16 scale of either sign"  # AutoRound's own; in a bf16 model runtimes want bf16
 NF4_DQ, NF4_PLAIN = "NF4 64, double quantization", "NF4 64"
 FP8 = {"channel": "FP8 e4m3 per output", "block": "FP8 e4m3 by 128 x 128", "tensor": "FP8 e4m3 per matrix"}
 
@@ -222,7 +223,7 @@ def autoround() -> Iterator[Method]:
             yield Method(
                 "AutoRound",
                 f"{name}, {of} scale",
-                SIGNED,
+                SIGNED if kept == torch.bfloat16 else SIGNED_FP16,
                 4 + 16 / GROUP,
                 lambda x, f=function, k=kept: encode(x, f, k),
                 lambda made: times_scale(*made),
@@ -532,7 +533,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
 
 # Which of ours is held against which peers, by format.
 MINE = {POSITIVE: "search, g128", SIGNED: "signed, g128", NF4_DQ: "NF4", NF4_PLAIN: "NF4"} | dict.fromkeys(
-    FP8.values(), "FP8"
+    FP8.values(), "FP8 search"
 )
 
 
@@ -581,7 +582,7 @@ def tell(told: dict[str, Any]) -> None:
             what = (
                 "NF4 codes"
                 if "NF4" in one["format"]
-                else "bytes of ours"
+                else "bytes of FP8 plain"
                 if "FP8" in one["format"]
                 else "bytes of our plain"
             )
