@@ -1,9 +1,10 @@
 """`convert` against `cp` + sync of the same bytes, in turn, in one run: wall time, CPU time and own memory.
 
-    python benchmarks/convert.py [--layers 2] [--pairs 5] [--recipe NAME] [--folder DIR] [--tokenizer FILE] [--json FILE]
+    python benchmarks/convert.py [--geometry maverick] [--layers 2] [--experts N] [--vocab N] [--pairs 5] [--recipe NAME]
+                                 [--folder DIR] [--tokenizer FILE] [--json FILE]
 
-Synthesizes a Scout of full width with few layers in 8 ranks (some 15 GB for 2 layers, as much again for the output), and
-removes it at the end. "Own memory" is the peak resident set of the converting process less that of an idle interpreter, both
+Synthesizes a model of full width with few layers in 8 ranks (some 15 GB for 2 layers of Scout, as much again for the output),
+and removes it at the end. Maverick's MoE layers are the odd ones, 32 GB each: take 2 layers and fewer experts. "Own memory" is the peak resident set of the converting process less that of an idle interpreter, both
 read from the kernel (Linux).
 """
 
@@ -52,7 +53,10 @@ def copied(source: Path, target: Path) -> tuple[float, float]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--geometry", default="scout")
     options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--experts", type=int, help="fewer than published, as disks go")
+    options.add_argument("--vocab", type=int)
     options.add_argument("--pairs", type=int, default=5)
     options.add_argument("--recipe", default="", help="quantize on the way: the copy is of the source's bytes")
     options.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
@@ -66,7 +70,8 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(dir=args.folder, prefix="bench-"))
     try:
         source, target = work / "meta", work / "out"
-        size = synth(source, geometry="scout", layers=args.layers, ranks=8)["bytes"]
+        cut = {"layers": args.layers, "experts": args.experts, "vocab": args.vocab}
+        size = synth(source, geometry=args.geometry, ranks=8, **cut)["bytes"]
         if args.tokenizer:
             shutil.copy(args.tokenizer, source / "tokenizer.model")
         idle = int(subprocess.check_output([sys.executable, "-c", PEAK]))
