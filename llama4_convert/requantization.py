@@ -29,16 +29,16 @@ class TransformersJob(Job):
     """Quantizes what is in Transformers' layout already, experts fused or linearized."""
 
     def __init__(self, request: Request) -> None:
-        if request.recipe is None:
-            raise UsageError(f"{request.source} is in Transformers' layout already: add --recipe to quantize it")
         for name, option in _META_ONLY.items():
             if getattr(request, name):
                 raise UsageError(f"{option} is for Meta's layout: a Transformers directory keeps what it says")
         self.request = request
-        self.recipe = load_recipe(request.recipe)
         self.source = SafetensorsSource.open(request.source)
         if "quantization_config" in self.source.config:
             raise UsageError(f"{request.source} is quantized already: quantize what it was made from")
+        if request.recipe is None:
+            raise UsageError(f"{request.source} is in Transformers' layout already: add --recipe to quantize it")
+        self.recipe = load_recipe(request.recipe)
         self.plan = plan_quantization(self.source, self.recipe, request.shard_size, request.device)
         check_recipe(self.recipe, self.plan)
         self.variant, self.variant_reason = "as the source", "all files but the weights are the source's"
