@@ -4,8 +4,8 @@
                                  [--folder DIR] [--tokenizer FILE] [--json FILE]
 
 Synthesizes a model of full width with few layers in 8 ranks (some 15 GB for 2 layers of Scout, as much again for the output),
-and removes it at the end. Maverick's MoE layers are the odd ones, 32 GB each: take 2 layers and fewer experts. "Own memory" is the peak resident set of the converting process less that of an idle interpreter, both
-read from the kernel (Linux).
+and removes it at the end. Maverick's MoE layers are the odd ones, 32 GB each: take 2 layers and fewer experts. "Own memory" is
+the peak resident set of the converting process less that of an idle interpreter, both read from the kernel (Linux).
 """
 
 from __future__ import annotations
