@@ -140,9 +140,10 @@ def _rule(body: Mapping[str, Any], kind: str, where: str) -> Rule:
     known = (*_SCHEMES[kind], KEEP)
     if scheme not in known:
         raise RecipeError(f"{where}: {kind} has no scheme {scheme!r:.40}: {_hint(scheme, known)}")
+    made = _scheme(body, scheme, where)  # of `keep` too: it has no options
     return Rule(
         tuple(families),
-        None if scheme == KEEP else _scheme(body, scheme, where),
+        None if scheme == KEEP else made,
         _whole_numbers(body, "layers", where),
         _whole_numbers(body, "experts", where),
     )

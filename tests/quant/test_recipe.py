@@ -58,6 +58,7 @@ def test_the_first_rule_that_names_a_matrix_decides() -> None:
         (ONE_RULE + 'method = "gptq"\n', "plain, search, signed"),
         (ONE_RULE.replace("int4", "fp8") + 'method = "signed"\n', "method is 'signed': choose one of plain, search$"),
         (ONE_RULE + 'granularity = "channel"\n', "int4 has no granularity"),
+        (ONE_RULE.replace('scheme = "int4"', 'scheme = "keep"') + 'method = "plain"\n', "keep has no method"),
         (ONE_RULE + "layers = 3\n", "layers must be a list"),
         (ONE_RULE + "layers = [1.5]\n", "layers must be a list"),
         (ONE_RULE + "experts = []\n", "experts must be a list"),
