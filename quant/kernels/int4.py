@@ -47,10 +47,12 @@ _EPSILON = 0x3C00  # 2**-7, bf16's epsilon: compressed-tensors puts it where the
 _LARGEST_SCALE = 0x7DFF  # an eighth of the largest bf16: times -8 it is still finite
 
 # Where the rows of the per-output float32 buffer begin.
-COLUMN_ROWS = 19
+COLUMN_ROWS = 21
 _FACTOR, _UNFACTOR, _BASE, _BEST, _RATIO, _CLIP, _SCALE = (_U(row * int(BLOCK)) for row in range(7))
 _PLAIN, _LOW, _HIGH, _ERROR, _POWER, _PLAIN_ERROR = (_U(row * int(BLOCK)) for row in range(7, 13))
-_INVERSE, _XQ, _QQ = (_U(row * int(BLOCK)) for row in range(13, COLUMN_ROWS, 2))  # two rows each: a pair of proposals
+_PROPOSED, _INVERSE, _XQ, _QQ = (
+    _U(row * int(BLOCK)) for row in range(13, COLUMN_ROWS, 2)
+)  # two rows each: a pair of clips
 
 
 def scratch(group: int) -> tuple[NDArray[Any], ...]:
@@ -221,44 +223,55 @@ def _correlate_plain(y, group, columns):
 
 
 @part
+def _add_products(columns, at, y0, y1, y2, y3):
+    """To <y,q> and <q,q> of one proposal, of the codes q that its inverse scale gives."""
+    inverse = columns[_INVERSE + at]
+    q0 = _rounded(y0 * inverse, _LOWEST, _HIGHEST)
+    q1 = _rounded(y1 * inverse, _LOWEST, _HIGHEST)
+    q2 = _rounded(y2 * inverse, _LOWEST, _HIGHEST)
+    q3 = _rounded(y3 * inverse, _LOWEST, _HIGHEST)
+    columns[_XQ + at] = (((columns[_XQ + at] + y0 * q0) + y1 * q1) + y2 * q2) + y3 * q3
+    columns[_QQ + at] = (((columns[_QQ + at] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
+
+
+@part
+def _try_pair(y, group, columns):
+    """Takes what is better than the best so far of both rows of _PROPOSED."""
+    for j in range(BLOCK):
+        columns[_INVERSE + j] = columns[_BASE + j] / columns[_PROPOSED + j]
+        columns[_INVERSE + BLOCK + j] = columns[_BASE + j] / columns[_PROPOSED + BLOCK + j]
+    _correlate_pair(y, group, columns)
+    for j in range(BLOCK):
+        _keep_better(columns, _U(0), j)
+        _keep_better(columns, BLOCK, j)
+
+
+@part
 def _correlate_pair(y, group, columns):
-    """<y,q> and <q,q> of the codes that both rows of _INVERSE give: two at a time share the reading of y."""
+    """<y,q> and <q,q> of both rows of _INVERSE: two at a time share the reading of y."""
     for j in range(_TWO * BLOCK):
         columns[_XQ + j] = _F32(0)
         columns[_QQ + j] = _F32(0)
     for four in range(group // _FOUR):
         r0 = four * _FOUR * BLOCK
         for j in range(BLOCK):
-            k = j + BLOCK
             y0 = y[r0 + j]
             y1 = y[r0 + BLOCK + j]
             y2 = y[r0 + _TWO * BLOCK + j]
             y3 = y[r0 + _THREE * BLOCK + j]
-            inverse = columns[_INVERSE + j]
-            q0 = _rounded(y0 * inverse, _LOWEST, _HIGHEST)
-            q1 = _rounded(y1 * inverse, _LOWEST, _HIGHEST)
-            q2 = _rounded(y2 * inverse, _LOWEST, _HIGHEST)
-            q3 = _rounded(y3 * inverse, _LOWEST, _HIGHEST)
-            columns[_XQ + j] = (((columns[_XQ + j] + y0 * q0) + y1 * q1) + y2 * q2) + y3 * q3
-            columns[_QQ + j] = (((columns[_QQ + j] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
-            inverse = columns[_INVERSE + k]
-            q0 = _rounded(y0 * inverse, _LOWEST, _HIGHEST)
-            q1 = _rounded(y1 * inverse, _LOWEST, _HIGHEST)
-            q2 = _rounded(y2 * inverse, _LOWEST, _HIGHEST)
-            q3 = _rounded(y3 * inverse, _LOWEST, _HIGHEST)
-            columns[_XQ + k] = (((columns[_XQ + k] + y0 * q0) + y1 * q1) + y2 * q2) + y3 * q3
-            columns[_QQ + k] = (((columns[_QQ + k] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
+            _add_products(columns, j, y0, y1, y2, y3)
+            _add_products(columns, j + BLOCK, y0, y1, y2, y3)
 
 
 @part
-def _keep_better(columns, row, j, clip):
+def _keep_better(columns, row, j):
     """Least squares: codes q serve x best at scale <x,q>/<q,q>, and the error is then <x,x> - <x,q>^2/<q,q>."""
     ratio = columns[_XQ + row + j] / columns[_QQ + row + j]
     score = ratio * columns[_XQ + row + j]
     better = score > columns[_BEST + j]
     columns[_BEST + j] = score if better else columns[_BEST + j]
     columns[_RATIO + j] = ratio if better else columns[_RATIO + j]
-    columns[_CLIP + j] = clip if better else columns[_CLIP + j]
+    columns[_CLIP + j] = columns[_PROPOSED + row + j] if better else columns[_CLIP + j]
 
 
 @part
@@ -268,28 +281,21 @@ def _search(y, group, clips, steps, signed, columns, scale_bits, plain_bits):
         columns[_BEST + j] = _F32(0)
         columns[_RATIO + j] = _F32(0)
         columns[_CLIP + j] = _F32(1)
+        columns[_PROPOSED + j] = _F32(1)
     _correlate_plain(y, group, columns)
     if not signed:
         for j in range(BLOCK):
-            _keep_better(columns, _U(0), j, _F32(1))
+            _keep_better(columns, _U(0), j)
     for pair in range(_U(len(clips)) // _TWO):
-        a, b = clips[pair * _TWO], clips[pair * _TWO + _U(1)]
         for j in range(BLOCK):
-            columns[_INVERSE + j] = columns[_BASE + j] / a
-            columns[_INVERSE + BLOCK + j] = columns[_BASE + j] / b
-        _correlate_pair(y, group, columns)
-        for j in range(BLOCK):
-            _keep_better(columns, _U(0), j, a)
-            _keep_better(columns, BLOCK, j, b)
+            columns[_PROPOSED + j] = clips[pair * _TWO]
+            columns[_PROPOSED + BLOCK + j] = clips[pair * _TWO + _U(1)]
+        _try_pair(y, group, columns)
     for step in steps:
         for j in range(BLOCK):
-            columns[_INVERSE + j] = columns[_BASE + j] / (columns[_CLIP + j] - step)
-            columns[_INVERSE + BLOCK + j] = columns[_BASE + j] / (columns[_CLIP + j] + step)
-        _correlate_pair(y, group, columns)
-        for j in range(BLOCK):
-            centre = columns[_CLIP + j]
-            _keep_better(columns, _U(0), j, centre - step)
-            _keep_better(columns, BLOCK, j, centre + step)
+            columns[_PROPOSED + j] = columns[_CLIP + j] - step
+            columns[_PROPOSED + BLOCK + j] = columns[_CLIP + j] + step
+        _try_pair(y, group, columns)
     for j in range(BLOCK):
         ratio = columns[_RATIO + j]
         bits = _to_bf16(abs(ratio) * columns[_UNFACTOR + j])
