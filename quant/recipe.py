@@ -140,10 +140,9 @@ def _rule(body: Mapping[str, Any], kind: str, where: str) -> Rule:
     known = (*_SCHEMES[kind], KEEP)
     if scheme not in known:
         raise RecipeError(f"{where}: {kind} has no scheme {scheme!r:.40}: {_hint(scheme, known)}")
-    made = _scheme(body, scheme, where)  # of `keep` too: it has no options
     return Rule(
         tuple(families),
-        None if scheme == KEEP else made,
+        _scheme(body, scheme, where),
         _whole_numbers(body, "layers", where),
         _whole_numbers(body, "experts", where),
     )
@@ -157,7 +156,7 @@ _OPTIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 
 
-def _scheme(body: Mapping[str, Any], kind: str, where: str) -> Scheme:
+def _scheme(body: Mapping[str, Any], kind: str, where: str) -> Scheme | None:
     given = {name: body[name] for options in _OPTIONS.values() for name in options if name in body}
     for name, value in given.items():
         choices = _OPTIONS[kind].get(name)
@@ -165,7 +164,7 @@ def _scheme(body: Mapping[str, Any], kind: str, where: str) -> Scheme:
             raise RecipeError(f"{where}: {kind} has no {name}: leave it out")
         if type(value) is not type(choices[0]) or value not in choices:
             raise RecipeError(f"{where}: {name} is {value!r:.40}: choose one of {', '.join(map(str, choices))}")
-    return Scheme(kind, **given)
+    return None if kind == KEEP else Scheme(kind, **given)
 
 
 def _only(body: Mapping[str, Any], known: Iterable[str], where: str) -> None:
