@@ -1,7 +1,7 @@
 """`convert` against `cp` + sync of the same bytes, in turn, in one run: wall time, CPU time and own memory.
 
     python benchmarks/convert.py [--geometry maverick] [--layers 2] [--experts N] [--vocab N] [--pairs 5] [--recipe NAME]
-                                 [--folder DIR] [--tokenizer FILE] [--json FILE]
+                                 [--device cuda] [--folder DIR] [--tokenizer FILE] [--json FILE]
 
 Synthesizes a model of full width with few layers in 8 ranks (some 15 GB for 2 layers of Scout, as much again for the output),
 and removes it at the end. Maverick's MoE layers are the odd ones, 32 GB each: take 2 layers and fewer experts. "Own memory" is
@@ -25,17 +25,18 @@ PEAK = "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('
 CONVERT = f"""
 import os, sys
 from llama4_convert import convert
-convert(sys.argv[1], sys.argv[2], recipe=sys.argv[3] or None)
-assert 'torch' not in sys.modules
+source, target, recipe, device = sys.argv[1:]
+convert(source, target, recipe=recipe or None, device=device)
+assert device != 'cpu' or 'torch' not in sys.modules
 {PEAK}
 print(sum(os.times()[:2]))
 """
 
 
-def measured(source: Path, target: Path, recipe: str) -> tuple[float, float, int]:
+def measured(source: Path, target: Path, recipe: str, device: str) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds, peak resident KiB) of one conversion in a fresh process."""
     began = time.perf_counter()
-    command = [sys.executable, "-c", CONVERT, str(source), str(target), recipe]
+    command = [sys.executable, "-c", CONVERT, str(source), str(target), recipe, device]
     peak, cpu = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return time.perf_counter() - began, float(cpu), int(peak)
 
@@ -59,6 +60,7 @@ def main() -> None:
     options.add_argument("--vocab", type=int)
     options.add_argument("--pairs", type=int, default=5)
     options.add_argument("--recipe", default="", help="quantize on the way: the copy is of the source's bytes")
+    options.add_argument("--device", default="cpu", help="where to quantize")
     options.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     options.add_argument(
         "--tokenizer", type=Path, help="a tokenizer.model to put into the source: its memory counts too"
@@ -80,7 +82,7 @@ def main() -> None:
             copy_wall, copy_cpu = copied(source, target)
             shutil.rmtree(target)
             os.sync()  # neither side pays for the other's dirty pages
-            wall, cpu, peak = measured(source, target, args.recipe)
+            wall, cpu, peak = measured(source, target, args.recipe, args.device)
             shutil.rmtree(target)
             os.sync()
             rows.append(

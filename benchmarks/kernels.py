@@ -51,11 +51,12 @@ def main() -> None:
     size = bits.nbytes / 1e9
     on = f"{args.threads} threads" if args.device == "cpu" else args.device
     print(f"{'GB/s, ' + on:20} {'[in, out]':>10} {'[out, in]':>10} {'of a copy':>10}")
-    for name, scheme in SCHEMES.items():
-        if args.device != "cpu":
-            from quant.torch_backend import on_device
+    schemes = SCHEMES
+    if args.device != "cpu":
+        from quant.torch_backend import on_device
 
-            scheme = on_device(scheme, args.device)
+        schemes = {name: on_device(scheme, args.device) for name, scheme in SCHEMES.items()}
+    for name, scheme in schemes.items():
         runs: list[tuple[float, float, float]] = []
         for _ in range(args.rounds + 1):
             runs.append(
