@@ -1,11 +1,13 @@
 """`convert` against `cp` + sync of the same bytes, in turn, in one run: wall time, CPU time and own memory.
 
     python benchmarks/convert.py [--geometry maverick] [--layers 2] [--experts N] [--vocab N] [--pairs 5] [--recipe NAME]
-                                 [--device cuda] [--folder DIR] [--tokenizer FILE] [--json FILE]
+                                 [--device cuda] [--folder DIR] [--tokenizer FILE] [--cold] [--portable]
+                                 [--json FILE]
 
 Synthesizes a model of full width with few layers in 8 ranks (some 15 GB for 2 layers of Scout, as much again for the output),
 and removes it at the end. Maverick's MoE layers are the odd ones, 32 GB each: take 2 layers and fewer experts. "Own memory" is
-the peak resident set of the converting process less that of an idle interpreter, both read from the kernel (Linux).
+the peak resident set of the converting process less that of an idle interpreter, both read from the kernel (Linux). With --cold
+the source is dropped from the page cache before each side.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from pathlib import Path
 PEAK = "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0])"
 CONVERT = f"""
 import os, sys
+source, target, recipe, device, refused = sys.argv[1:]
+for name in refused.split():
+    delattr(os, name)
 from llama4_convert import convert
-source, target, recipe, device = sys.argv[1:]
 convert(source, target, recipe=recipe or None, device=device)
 assert device != 'cpu' or 'torch' not in sys.modules
 {PEAK}
@@ -33,10 +37,14 @@ print(sum(os.times()[:2]))
 """
 
 
-def measured(source: Path, target: Path, recipe: str, device: str) -> tuple[float, float, int]:
+# What Linux has and macOS, or a network or overlay file system, may not.
+OPTIONAL = "O_DIRECT posix_fallocate"
+
+
+def measured(source: Path, target: Path, recipe: str, device: str, portable: bool) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds, peak resident KiB) of one conversion in a fresh process."""
     began = time.perf_counter()
-    command = [sys.executable, "-c", CONVERT, str(source), str(target), recipe, device]
+    command = [sys.executable, "-c", CONVERT, str(source), str(target), recipe, device, OPTIONAL if portable else ""]
     peak, cpu = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return time.perf_counter() - began, float(cpu), int(peak)
 
@@ -52,6 +60,14 @@ def copied(source: Path, target: Path) -> tuple[float, float]:
     return wall, cpu
 
 
+def dropped(folder: Path) -> None:
+    """Let the page cache forget the files of a folder."""
+    for path in folder.iterdir():
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--geometry", default="scout")
@@ -65,6 +81,8 @@ def main() -> None:
     options.add_argument(
         "--tokenizer", type=Path, help="a tokenizer.model to put into the source: its memory counts too"
     )
+    options.add_argument("--cold", action="store_true", help="with nothing of the source in the page cache")
+    options.add_argument("--portable", action="store_true", help=f"convert without {OPTIONAL}")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
     from llama4_convert import synth
@@ -74,15 +92,20 @@ def main() -> None:
         source, target = work / "meta", work / "out"
         cut = {"layers": args.layers, "experts": args.experts, "vocab": args.vocab}
         size = synth(source, geometry=args.geometry, ranks=8, **cut)["bytes"]
+        os.sync()
         if args.tokenizer:
             shutil.copy(args.tokenizer, source / "tokenizer.model")
         idle = int(subprocess.check_output([sys.executable, "-c", PEAK]))
         rows = []
         for _ in range(args.pairs):
+            if args.cold:
+                dropped(source)
             copy_wall, copy_cpu = copied(source, target)
             shutil.rmtree(target)
             os.sync()  # neither side pays for the other's dirty pages
-            wall, cpu, peak = measured(source, target, args.recipe, args.device)
+            if args.cold:
+                dropped(source)
+            wall, cpu, peak = measured(source, target, args.recipe, args.device, args.portable)
             shutil.rmtree(target)
             os.sync()
             rows.append(

@@ -1,7 +1,8 @@
 """Writes output files front to back: digest and disk each in a thread of its own, through a few reused page-aligned buffers.
 
 Where the file system allows it the page cache is bypassed (O_DIRECT): a copy pays mostly for allocating cache pages that
-nobody reads again. Elsewhere the same writes go through the cache. Which one it is, is found out by trying.
+nobody reads again. Elsewhere the same writes go through the cache, a part of the file at a time. Which one it is, is found out by
+trying.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 _BLOCK = 4096  # O_DIRECT wants buffer, offset and length in multiples of the device's block; 4 KiB satisfies all in use
+_DROP_EVERY, _DROP_BEHIND = 16 << 20, 256 << 20  # where writes go through the page cache, see `_drop_written`
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -74,6 +76,7 @@ class FileWriter:
         self._buffers, self._workers = buffers, workers
         self._digest = hashlib.sha256()
         self._fd, self._direct = _open(self.temporary)
+        self._dropped = 0  # up to where the page cache was last told to let go
         self._position = 0  # file offset of the current buffer
         self._buffer = buffers.take()
         self._filled = 0
@@ -131,6 +134,21 @@ class FileWriter:
                 # Opened with O_DIRECT, but writes are refused: some network and overlay file systems do that.
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_O_DIRECT)
                 self._direct = False
+        if not self._direct:
+            self._drop_written(position + n)
+
+    def _drop_written(self, end: int) -> None:
+        """Have the kernel write what the page cache holds of the file up to `end`, and give back what is written already.
+
+        The disk works while the next bytes are made, and the next pages are those just given back, not new ones to allocate:
+        that is most of what writing through the cache costs.
+        """
+        advise: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
+        if advise and end - self._dropped >= _DROP_EVERY:
+            self._dropped = end
+            start = max(0, end - _DROP_BEHIND)
+            with contextlib.suppress(OSError):  # an advice: file systems may not know it
+                advise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def commit(self) -> str:
         """Write the rest, fsync, rename to the final name, fsync the folder. Returns the SHA-256 of the file, in hex."""
