@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import Llama4Config
+from llama4.read_ahead import ReadAhead
 from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
 
 DTYPES = {
@@ -31,12 +33,19 @@ class Weights(Protocol):
         """Some rows of a matrix: a slice with start and stop, or those of an index [n]."""
         ...
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Told what will be asked for next, in that order, and may read it ahead."""
+        ...
+
 
 class DictWeights(dict[str, Tensor]):
     """Everything in memory; what a trainer optimizes."""
 
     def rows(self, name: str, index: slice | Tensor) -> Tensor:
         return self[name][index]
+
+    def expect(self, names: Iterable[str]) -> None:
+        """All is here already."""
 
 
 def to_tensor(bits: Bits, dtype: str) -> Tensor:
@@ -60,7 +69,8 @@ class LazyWeights:
 
     `rounded_to` (name -> safetensors dtype) rounds some of them first, as a conversion to that dtype does. `keep_bytes` bounds
     what is kept, in bytes of the cast tensors. What came first stays: layers are walked in a circle, and of a circle that is
-    too long a cache that drops the oldest would keep nothing.
+    too long a cache that drops the oldest would keep nothing. `ahead_bytes` bounds what is read before it is asked for, in raw
+    bytes (`expect`); 0 reads nothing ahead.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class LazyWeights:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         keep_bytes: int = 0,
+        ahead_bytes: int = 0,
         rounded_to: Mapping[str, str] | None = None,
     ) -> None:
         self.tensors = {tensor.name: tensor for tensor in tensors}
@@ -78,6 +89,7 @@ class LazyWeights:
         self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(config)
         self.dtype, self.device, self.keep_bytes = dtype, torch.device(device), keep_bytes
         self._kept: dict[tuple[str, int, int], Tensor] = {}
+        self._ahead = ReadAhead(self._load, self._raw_bytes, ahead_bytes)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._slice(name, 0, self.shapes[name][0])
@@ -92,6 +104,16 @@ class LazyWeights:
         rows = [self._read(name, row, row + 1) for row in unique.tolist()]
         return torch.cat(rows)[inverse] if rows else self._read(name, 0, 0)
 
+    def expect(self, names: Iterable[str]) -> None:
+        self._ahead.expect(name for name in names if (name, 0, self.shapes[name][0]) not in self._kept)
+
+    def _load(self, name: str) -> Bits:
+        return self.tensors[name].load(None)
+
+    def _raw_bytes(self, name: str) -> int:
+        dtype = DTYPES.get(self.tensors[name].dtype, torch.uint8)  # others are refused once they are read
+        return prod(self.shapes[name]) * dtype.itemsize
+
     def _slice(self, name: str, start: int, stop: int) -> Tensor:
         key = (name, start, stop)
         if key not in self._kept:
@@ -105,7 +127,7 @@ class LazyWeights:
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         source, shape = self.tensors[name], self.shapes[name]
         whole = (start, stop) == (0, shape[0])
-        bits = source.load(None if whole else (start, stop))
+        bits = self._ahead.take(name) if whole else source.load((start, stop))
         if bits.shape != (stop - start, *shape[1:]):
             raise ShapeError(
                 f"{source.keys[0]} makes a {name} of {list(bits.shape)}, and the configuration calls for"

@@ -18,7 +18,7 @@ from torch import Tensor
 from llama4.cache import KVCache
 from llama4.config import Llama4TextConfig
 from llama4.loading import Weights
-from llama4.moe import mixture, swiglu
+from llama4.moe import PROJECTIONS, mixture, swiglu
 
 Observer = Callable[[str, Tensor], None]
 
@@ -47,6 +47,7 @@ class Llama4TextModel:
     def layer(self, index: int, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """One decoder layer, [B, T, D] to [B, T, D]."""
         at = f"layers.{index}."
+        self.weights.expect(self._needed(index))
         x = x + self._seen(f"{at}attention", self.attention(index, self.norm(f"{at}attention_norm", x), cache))
         return x + self._seen(f"{at}feed_forward", self.feed_forward(index, self.norm(f"{at}ffn_norm", x)))
 
@@ -84,11 +85,24 @@ class Llama4TextModel:
     def feed_forward(self, index: int, x: Tensor) -> Tensor:
         """The dense or mixture-of-experts block of layer `index` on normed [B, T, D]."""
         c, at = self.config, f"layers.{index}.feed_forward."
+        following = self._needed(index + 1)
         if not c.is_moe(index):
+            self.weights.expect([*(at + name for name in PROJECTIONS), *following])
             return swiglu(x, self.weights, at)
-        out, scores = mixture(x.flatten(0, 1), self.weights, at, c.num_experts_per_tok)
+        out, scores = mixture(x.flatten(0, 1), self.weights, at, c.num_experts_per_tok, following)
         self.observe(f"{at}router", scores)
         return out.view(x.shape)
+
+    def _needed(self, index: int) -> list[str]:
+        """What layer `index` reads whatever its input is, in order: no routed experts."""
+        if index == self.config.num_hidden_layers:
+            return ["norm"]
+        names = ["attention_norm", "attention.q", "attention.k", "attention.v", "attention.o", "ffn_norm"]
+        if self.config.is_moe(index):
+            names += ["feed_forward.router", *(f"feed_forward.shared.{name}" for name in PROJECTIONS)]
+        else:
+            names += [f"feed_forward.{name}" for name in PROJECTIONS]
+        return [f"layers.{index}.{name}" for name in names]
 
     def _seen(self, name: str, tensor: Tensor) -> Tensor:
         self.observe(name, tensor)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _KEEP = 4 << 30  # of weights in memory, unless the caller says otherwise
+_AHEAD = 256 << 20  # of weights read before they are needed: three of Scout's matrices
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,16 @@ def model_of(
         if tensors[0].dtype not in DTYPES:
             raise BindingError(f"{tensors[0].keys[0]} is {tensors[0].dtype}, which the reference cannot compute with")
         dtype = DTYPES[tensors[0].dtype]
-    return build(
-        config, LazyWeights(tensors, config, dtype=dtype, device=device, keep_bytes=keep_bytes, rounded_to=rounded_to)
+    weights = LazyWeights(
+        tensors,
+        config,
+        dtype=dtype,
+        device=device,
+        keep_bytes=keep_bytes,
+        ahead_bytes=_AHEAD,
+        rounded_to=rounded_to,
     )
+    return build(config, weights)
 
 
 def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:

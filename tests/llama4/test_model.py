@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,9 @@ class Recorder:
 
     def rows(self, name: str, index: Any) -> torch.Tensor:
         return self.weights.rows(name, index)
+
+    def expect(self, names: Iterable[str]) -> None:
+        self.weights.expect(names)
 
 
 def recording(tensor: Any, read: list[Any]) -> Any:
