@@ -329,6 +329,7 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
 @click.option("--base", is_flag=True, help="Add the router statistics that base models carry.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--sparse", is_flag=True, help="All zeros, as holes in the files: full size on no disk, to try plan on.")
 @as_json
 def synth(target: Path, as_json: bool, **options: Any) -> None:
     """Write a random checkpoint in Meta's exact original format: true names, true shapes, any rank count.

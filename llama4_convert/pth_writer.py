@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -98,6 +99,13 @@ class PthWriter:
 
     def write_tensor(self, key: str, chunks: Iterable[Chunk]) -> None:
         """Write the next tensor; a chunk is done with, and may be overwritten, once the next one is asked for."""
+        self._tensor(key, chunks)
+
+    def write_zeros(self, key: str) -> None:
+        """Write the next tensor as a hole of zeros, which takes no space on file systems that have holes."""
+        self._tensor(key, None)
+
+    def _tensor(self, key: str, chunks: Iterable[Chunk] | None) -> None:
         tensor = self._tensors[self._written] if self._written < len(self._tensors) else None
         if tensor is None or tensor.key != key:
             raise ValueError(f"{key} is out of turn: expected {tensor.key if tensor else 'no more tensors'}")
@@ -130,8 +138,8 @@ class PthWriter:
         self._file.write(data)
         self._offset += memoryview(data).nbytes
 
-    def _record(self, record: str, chunks: Iterable[Chunk], size: int) -> None:
-        """A local header, padding, the data, and a data descriptor."""
+    def _record(self, record: str, chunks: Iterable[Chunk] | None, size: int) -> None:
+        """A local header, padding, the data (None: a hole), and a data descriptor."""
         name = f"{self.path.stem}/{record}".encode()
         offset = self._offset
         wide = ([size, size] if size >= ZIP64_LIMIT else []) + ([offset] if offset >= ZIP64_LIMIT else [])
@@ -143,7 +151,11 @@ class PthWriter:
         self._put(struct.pack("<4s5H3I2H", b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra)
 
         crc, start = 0, self._offset
-        for chunk in chunks:
+        if chunks is None:
+            self._file.seek(size, os.SEEK_CUR)
+            self._offset += size
+            crc = _crc_of_zeros(size)
+        for chunk in chunks or ():
             self._put(chunk)
             crc = zlib.crc32(chunk, crc)
         if self._offset - start != size:
@@ -167,6 +179,14 @@ class PthWriter:
         self._put(end + struct.pack("<4sIQI", b"PK\6\7", 0, self._offset, 1))
         count, start = min(count, 0xFFFF), min(start, 0xFFFFFFFF)
         self._put(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(directory), start, 0))
+
+
+@lru_cache(maxsize=256)  # layers and ranks have tensors of the same few sizes
+def _crc_of_zeros(size: int) -> int:
+    crc, chunk = 0, bytes(min(size, 1 << 20))
+    for _ in range(size >> 20):
+        crc = zlib.crc32(chunk, crc)
+    return zlib.crc32(chunk[: size & ((1 << 20) - 1)], crc)
 
 
 def state_dict_pickle(entries: Sequence[PthTensor | PthBytes]) -> bytes:

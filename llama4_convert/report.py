@@ -172,7 +172,8 @@ def verify_summary(result: dict[str, Any]) -> str:
 
 
 def synth_summary(target: Path, result: dict[str, Any]) -> str:
-    size = f"{result['parameters'] / 1e9:.3f} B random parameters, {gigabytes(result['bytes'])}"
+    kind = "zeros" if result["sparse"] else "random parameters"
+    size = f"{result['parameters'] / 1e9:.3f} B {kind}, {gigabytes(result['bytes'])}"
     return f"{target}: {size} in {len(result['files'])} files"
 
 

@@ -133,6 +133,7 @@ def synth(
     ranks: int | None = None,
     seed: int = 0,
     dtype: str = "bfloat16",
+    sparse: bool = False,
     start: Start = lambda total, done: None,
     progress: Progress = lambda n: None,
 ) -> dict[str, Any]:
@@ -147,10 +148,12 @@ def synth(
     from its own stream, of (seed, key, rank): cutting layers changes nothing in those that stay. A tensor that ranks
     replicate is the same on all. The dtypes share the streams, so bfloat16 and float16 are the rounded float32.
 
+    `sparse` makes all numbers zeros, as holes in the files: a model of full size that takes no space, for `plan` and `inspect`.
+
     `start(total, 0)` and `progress(n)` count bytes of tensor data.
 
     Files appear whole, `params.json` last. A `dst` that holds anything but an earlier synthetic checkpoint is refused:
-    the marker `synthetic.json` tells. Returns {"files": names, "bytes": on disk, "parameters": of the whole model}.
+    the marker `synthetic.json` tells. Returns {"files": names, "bytes": of the files, "parameters": of the model, "sparse"}.
     Raises UsageError for impossible sizes and for a `dst` not ours, EnvironmentFailed for lack of space and I/O errors.
     """
     params = synth_params(geometry, layers, experts, vocab, vision_layers, tiny)
@@ -170,14 +173,20 @@ def synth(
     names = [f"consolidated.{rank:02d}.pth" for rank in range(ranks)]
     directory = Path(dst)
     try:
-        _prepare(directory, total + ranks * (len(entries) + 16) * _RECORD_OVERHEAD)
+        _prepare(directory, (0 if sparse else total) + ranks * (len(entries) + 16) * _RECORD_OVERHEAD)
         about = {"geometry": geometry, "tiny": tiny, "base": base, "ranks": ranks, "seed": seed, "dtype": dtype}
+        about |= {"sparse": True} if sparse else {}
         _write(directory / MARKER, _json({"what": "random numbers, written by synth", **about}))
         start(total, 0)
         for rank, name in enumerate(names):
             with PthWriter(directory / name, entries) as writer:
                 for tensor, entry in zip(plan, entries, strict=True):
-                    if isinstance(entry, PthTensor):
+                    if not isinstance(entry, PthTensor):
+                        continue
+                    if sparse:
+                        writer.write_zeros(entry.key)
+                        progress(entry.nbytes)
+                    else:
                         writer.write_tensor(entry.key, _watched(tensor.values(dtype, seed, rank), progress))
         last = _small_files(directory, names, params, seed) if tiny else {"params.json": _json(params)}
         for name, content in last.items():
@@ -186,7 +195,8 @@ def synth(
         size = sum((directory / name).stat().st_size for name in names)
     except OSError as error:
         raise from_os_error(error, f"writing a checkpoint into {directory}") from error
-    return {"files": names, "bytes": size, "parameters": sum(t.parameters(ranks) for t in plan)}
+    parameters = sum(t.parameters(ranks) for t in plan)
+    return {"files": names, "bytes": size, "parameters": parameters, "sparse": sparse}
 
 
 def synth_params(

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from llama4.geometry import Geometry
+from llama4_convert import plan
 from llama4_convert.errors import EnvironmentFailed, UsageError
 from llama4_convert.synthesis import MARKER, SPECIAL_TOKENS, synth, synth_params, tokenizer_model
 
@@ -394,3 +396,27 @@ def test_full_width_takes_the_memory_of_a_chunk_and_no_torch(tmp_path: Path) -> 
     # No tokenizer of the full vocabulary can be made up, and MD5 sums of full-size files take too long.
     assert files == [MARKER, "consolidated.00.pth", "params.json"]
     (tmp_path / "m" / "consolidated.00.pth").unlink()  # pytest keeps the directories of three runs
+
+
+def test_a_sparse_model_is_zeros_that_take_no_space(tmp_path: Path) -> None:
+    assert synth(tmp_path / "dense", tiny=True, ranks=2)["sparse"] is False
+    assert synth(tmp_path / "sparse", tiny=True, ranks=2, sparse=True)["sparse"] is True
+    for dense, sparse in zip(load(tmp_path / "dense"), load(tmp_path / "sparse"), strict=True):
+        assert dense.keys() == sparse.keys()
+        tensors = [(dense[key], sparse[key]) for key in dense if isinstance(dense[key], torch.Tensor)]
+        assert len(tensors) > 50
+        assert all(a.shape == b.shape and a.dtype == b.dtype and not b.any() for a, b in tensors)
+    name = "consolidated.01.pth"
+    assert (tmp_path / "dense" / name).stat().st_size == (tmp_path / "sparse" / name).stat().st_size
+
+
+def test_a_sparse_scout_of_full_size_can_be_planned(tmp_path: Path) -> None:
+    synth(tmp_path / "m", sparse=True)
+    files = list((tmp_path / "m").iterdir())
+    assert sum(file.stat().st_size for file in files) > 217e9
+    if all(hasattr(file.stat(), "st_blocks") for file in files):
+        assert sum(file.stat().st_blocks for file in files) * 512 < 64 << 20
+    planned = plan(tmp_path / "m")
+    assert planned["parameters"] == 108_641_793_536
+    assert planned["output_bytes"] > 217_283_587_072
+    shutil.rmtree(tmp_path / "m")  # nobody should back this up
