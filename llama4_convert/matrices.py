@@ -70,7 +70,7 @@ def _matrices(binding: Binding, key: str) -> Iterator[Matrix]:
     module, layer, rest = found[1], int(found[2]), found[3]
     placements = binding.transformers_placements(key)
     if rest in _FUSED:
-        axes = binding.logical[placements[0].tensor].sizes
+        axes = binding.logical_tensor(placements[0].tensor).sizes
         n_experts, k, n = axes.values()
         for expert in range(n_experts):
             for name, placement in zip(_FUSED[rest], placements, strict=True):

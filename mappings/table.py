@@ -167,9 +167,10 @@ class Binding:
     @property
     def logical(self) -> Mapping[str, LogicalTensor]:
         """Every logical tensor by name. Raises MappingError if an axis has no size yet."""
-        return {name: self._logical(name) for name in self._axes}
+        return {name: self.logical_tensor(name) for name in self._axes}
 
-    def _logical(self, name: str) -> LogicalTensor:
+    def logical_tensor(self, name: str) -> LogicalTensor:
+        """One of them."""
         axes, sharded = self._axes[name]
         missing = [axis for axis in axes if axis not in self.shape.sizes]
         if missing:
@@ -230,7 +231,7 @@ class Binding:
 
     def _local(self, tensor: str, ranks: int) -> dict[str, int]:
         """Axis sizes of a rank's part. Raises MappingError if the ranks cannot share the sharded axis evenly."""
-        logical = self._logical(tensor)
+        logical = self.logical_tensor(tensor)
         sizes = dict(logical.sizes)
         if logical.shard and ranks > 1:
             units = self.shape.units.get(logical.shard, sizes[logical.shard])
@@ -245,7 +246,7 @@ class Binding:
         placed = stored.layout.place(sizes, strides)
         placements = []
         for tensor, (offset, tensor_strides) in placed.items():
-            shard = self._logical(stored.tensors[tensor]).shard
+            shard = self.logical_tensor(stored.tensors[tensor]).shard
             start = tuple(rank * n if axis == shard else 0 for axis, n in sizes[tensor].items())
             box = Box(start, tuple(sizes[tensor].values()))
             placements.append(Placement(stored.tensors[tensor], box, offset, tensor_strides))
@@ -262,11 +263,11 @@ class Binding:
 
     def is_replicated(self, key: str) -> bool:
         """Whether every rank holds the same values under this Meta key."""
-        return all(self._logical(name).shard is None for name in self.meta[key].tensors.values())
+        return all(self.logical_tensor(name).shard is None for name in self.meta[key].tensors.values())
 
     def transformers_shape(self, key: str) -> tuple[int, ...]:
         stored = self.transformers[key]
-        return stored.layout.shape({t: dict(self._logical(name).sizes) for t, name in stored.tensors.items()})
+        return stored.layout.shape({t: dict(self.logical_tensor(name).sizes) for t, name in stored.tensors.items()})
 
     def transformers_placements(self, key: str, strides: Sequence[int] | None = None) -> list[Placement]:
         return self._place(self.transformers[key], 1, 0, strides)
