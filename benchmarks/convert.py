@@ -1,71 +1,118 @@
 """`convert` against `cp` + sync of the same bytes, in turn, in one run: wall time, CPU time and own memory.
 
     python benchmarks/convert.py [--geometry maverick] [--layers 2] [--experts N] [--vocab N] [--pairs 5] [--recipe NAME]
-                                 [--device cuda] [--folder DIR] [--tokenizer FILE] [--cold] [--portable]
-                                 [--json FILE]
+                                 [--device cuda] [--folder DIR] [--tokenizer FILE] [--cold] [--portable] [--json FILE]
 
 Synthesizes a model of full width with few layers in 8 ranks (some 15 GB for 2 layers of Scout, as much again for the output),
 and removes it at the end. Maverick's MoE layers are the odd ones, 32 GB each: take 2 layers and fewer experts. "Own memory" is
-the peak resident set of the converting process less that of an idle interpreter, both read from the kernel (Linux). With --cold
-the source is dropped from the page cache before each side.
+the peak resident set of the converting process less that of an idle interpreter, both read from the kernel (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-PEAK = "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0])"
+from isal.isal_zlib import crc32
+from measuring import copied, dropped, measured, spread, told
+
+PEAK = "[l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0]"
 CONVERT = f"""
 import os, sys
-source, target, recipe, device, refused = sys.argv[1:]
+source, target, recipe, device, refused, said = sys.argv[1:]
 for name in refused.split():
     delattr(os, name)
 from llama4_convert import convert
 convert(source, target, recipe=recipe or None, device=device)
 assert device != 'cpu' or 'torch' not in sys.modules
-{PEAK}
-print(sum(os.times()[:2]))
+open(said, 'w').write({PEAK})
 """
-
-
 # What Linux has and macOS, or a network or overlay file system, may not.
 OPTIONAL = "O_DIRECT posix_fallocate"
 
 
-def measured(source: Path, target: Path, recipe: str, device: str, portable: bool) -> tuple[float, float, int]:
-    """(wall seconds, CPU seconds, peak resident KiB) of one conversion in a fresh process."""
-    began = time.perf_counter()
-    command = [sys.executable, "-c", CONVERT, str(source), str(target), recipe, device, OPTIONAL if portable else ""]
-    peak, cpu = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return time.perf_counter() - began, float(cpu), int(peak)
+@dataclass(frozen=True)
+class Case:
+    """How to convert; the copy beside it is always of the source's bytes."""
+
+    recipe: str = ""  # a built-in one or a file
+    cold: bool = False  # the source is dropped from the page cache before each side
+    portable: bool = False  # without OPTIONAL
+    device: str = "cpu"
 
 
-def copied(source: Path, target: Path) -> tuple[float, float]:
-    """(wall seconds, CPU seconds) of cp and sync."""
-    target.mkdir()
-    before, began = os.times(), time.perf_counter()
-    subprocess.run(["cp", "-r", f"{source}/.", str(target)], check=True)
-    subprocess.run(["sync", *map(str, target.iterdir())], check=True)
-    wall, after = time.perf_counter() - began, os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return wall, cpu
+def compare(source: Path, work: Path, case: Case, pairs: int) -> dict[str, Any]:
+    """Copy and convert `source` in turn; the output is removed each time."""
+    target, said = work / "out", work / "said"
+    idle = int(subprocess.check_output([sys.executable, "-c", f"print({PEAK})"]))
+    rows = []
+    for _ in range(pairs):
+        if case.cold:
+            dropped(source)
+        copy = copied(source, target)
+        _removed(target)
+        if case.cold:
+            dropped(source)
+        refused = OPTIONAL if case.portable else ""
+        ours = measured([sys.executable, "-c", CONVERT, source, target, case.recipe, case.device, refused, said])
+        size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+        _removed(target)
+        rows.append(
+            {
+                "cp_s": copy.wall_s,
+                "cp_cpu_s": copy.cpu_s,
+                "convert_s": ours.wall_s,
+                "convert_cpu_s": ours.cpu_s,
+                "own_kib": int(said.read_text()) - idle,
+                "output_bytes": size,
+            }
+        )
+        print(f"  cp {copy.wall_s:6.2f} s   convert {ours.wall_s:6.2f} s   {ours.wall_s / copy.wall_s:.2f}", flush=True)
+    size = sum(path.stat().st_size for path in source.iterdir())
+    return {
+        "bytes": size,
+        "output_bytes": rows[0]["output_bytes"],
+        "ratio": spread([row["convert_s"] / row["cp_s"] for row in rows]),
+        "convert_s": spread([row["convert_s"] for row in rows]),
+        "cp_s": spread([row["cp_s"] for row in rows]),
+        "convert_cpu_s": spread([row["convert_cpu_s"] for row in rows]),
+        "cp_cpu_s": spread([row["cp_cpu_s"] for row in rows]),
+        "digests_cpu_s": digest_seconds(size),
+        "own_mib": max(row["own_kib"] for row in rows) / 1024,
+    }
 
 
-def dropped(folder: Path) -> None:
-    """Let the page cache forget the files of a folder."""
-    for path in folder.iterdir():
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+def _removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+    os.sync()  # neither side pays for the other's dirty pages
+
+
+def digest_seconds(size: int) -> float:
+    """CPU seconds of one CRC-32 and one SHA-256 of so many bytes, from a buffer in the cache."""
+    chunk, began = os.urandom(1 << 20), time.process_time()
+    digest, crc = hashlib.sha256(), 0
+    for _ in range(512):
+        digest.update(chunk)
+        crc = crc32(chunk, crc)
+    return (time.process_time() - began) / (512 << 20) * size
+
+
+def line(result: dict[str, Any]) -> str:
+    limit = result["cp_cpu_s"]["median"] + result["digests_cpu_s"]
+    return (
+        f"{result['bytes'] / 1e9:.1f} GB: {told(result['ratio'])}x cp + sync; CPU {result['convert_cpu_s']['median']:.1f} s,"
+        f" a copy, a CRC and a SHA-256 {limit:.1f} s; {result['own_mib']:.0f} MiB of its own"
+    )
 
 
 def main() -> None:
@@ -87,54 +134,16 @@ def main() -> None:
     args = options.parse_args()
     from llama4_convert import synth
 
-    work = Path(tempfile.mkdtemp(dir=args.folder, prefix="bench-"))
-    try:
-        source, target = work / "meta", work / "out"
-        cut = {"layers": args.layers, "experts": args.experts, "vocab": args.vocab}
-        size = synth(source, geometry=args.geometry, ranks=8, **cut)["bytes"]
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-") as folder:
+        work = Path(folder)
+        source = work / "meta"
+        synth(source, geometry=args.geometry, layers=args.layers, experts=args.experts, vocab=args.vocab, ranks=8)
         os.sync()
         if args.tokenizer:
             shutil.copy(args.tokenizer, source / "tokenizer.model")
-        idle = int(subprocess.check_output([sys.executable, "-c", PEAK]))
-        rows = []
-        for _ in range(args.pairs):
-            if args.cold:
-                dropped(source)
-            copy_wall, copy_cpu = copied(source, target)
-            shutil.rmtree(target)
-            os.sync()  # neither side pays for the other's dirty pages
-            if args.cold:
-                dropped(source)
-            wall, cpu, peak = measured(source, target, args.recipe, args.device, args.portable)
-            shutil.rmtree(target)
-            os.sync()
-            rows.append(
-                {
-                    "cp_s": copy_wall,
-                    "cp_cpu_s": copy_cpu,
-                    "convert_s": wall,
-                    "convert_cpu_s": cpu,
-                    "own_kib": peak - idle,
-                }
-            )
-            print(f"cp {copy_wall:6.2f} s   convert {wall:6.2f} s   ratio {wall / copy_wall:.2f}", flush=True)
-    finally:
-        shutil.rmtree(work)
-    ratios = [row["convert_s"] / row["cp_s"] for row in rows]
-    result = {
-        "bytes": size,
-        "pairs": rows,
-        "median_ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "median_convert_s": statistics.median(row["convert_s"] for row in rows),
-        "median_cp_s": statistics.median(row["cp_s"] for row in rows),
-        "median_convert_cpu_s": statistics.median(row["convert_cpu_s"] for row in rows),
-        "own_memory_mib": max(row["own_kib"] for row in rows) / 1024,
-    }
-    print(
-        f"{size / 1e9:.1f} GB: {result['median_ratio']:.2f}x cp + sync (from {min(ratios):.2f} to {max(ratios):.2f}),"
-        f" {result['own_memory_mib']:.0f} MiB of its own"
-    )
+        case = Case(args.recipe, args.cold, args.portable, args.device)
+        result = compare(source, work, case, args.pairs)
+    print(line(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -10,7 +10,9 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -162,28 +164,30 @@ def write_file(
     plan: Plan, file: PlannedFile, source: Source, writer: FileWriter, result: RunResult, progress: Progress
 ) -> None:
     """Stream one planned file into `writer`."""
+    with ThreadPoolExecutor(1, "gather") as thread:
+        encoder = _Encoder(plan, file, source, result, progress, thread)
+        _write_header(file.header, writer)
+        for tensor in file.tensors:
+            fill = encoder.part(tensor.part) if tensor.part else _filler(tensor, plan, source, result)
+            position = 0
+            while position < tensor.nbytes:
+                space = writer.space()
+                n = min(len(space), tensor.nbytes - position)
+                fill(position, space[:n])
+                writer.advance(n)
+                position += n
+                if not tensor.part:
+                    progress(n)
+
+
+def _write_header(header: bytes, writer: FileWriter) -> None:
     position = 0
-    while position < len(file.header):
+    while position < len(header):
         space = writer.space()
-        n = min(len(space), len(file.header) - position)
-        space[:n] = file.header[position : position + n]
+        n = min(len(space), len(header) - position)
+        space[:n] = header[position : position + n]
         writer.advance(n)
         position += n
-    encoder = _Encoder(plan, source, result, progress)
-    for tensor in file.tensors:
-        if tensor.part:
-            fill = encoder.part(tensor.part)
-        else:
-            fill = _filler(tensor, plan, source, result)
-        position = 0
-        while position < tensor.nbytes:
-            space = writer.space()
-            n = min(len(space), tensor.nbytes - position)
-            fill(position, space[:n])
-            writer.advance(n)
-            position += n
-            if not tensor.part:
-                progress(n)
 
 
 def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> Callable[[int, memoryview], None]:
@@ -193,13 +197,21 @@ def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult
 
 
 class _Encoder:
-    """Gathers matrices whole, encodes them, and holds their parts until each is written."""
+    """Gathers matrices whole, encodes them, and holds their parts until each is written.
 
-    def __init__(self, plan: Plan, source: Source, result: RunResult, progress: Progress) -> None:
-        self.plan, self.source, self.result, self.progress = plan, source, result, progress
+    While one matrix is encoded the next one is gathered, on another thread: encoding waits for no disk. Only where no other
+    tensor lies between the two: all reading stays in the order of the plan, and nothing else reads meanwhile.
+    """
+
+    def __init__(
+        self, plan: Plan, file: PlannedFile, source: Source, result: RunResult, progress: Progress, thread: Executor
+    ) -> None:
+        self.plan, self.source, self.result, self.progress, self.thread = plan, source, result, progress, thread
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._following = _following(file)
         self._held: dict[str, list[memoryview | None]] = {}
-        self._gathered = bytearray()  # reused: matrices of a layer are of a size
+        self._ahead: bytearray | None = None  # the following matrix, gathered
+        self._spare = bytearray()  # reused: matrices of a layer are of a size
 
     def part(self, part: Part) -> Callable[[int, memoryview], None]:
         """What fills byte ranges of one part. Raises BadInput for a matrix with numbers that are not finite."""
@@ -222,22 +234,47 @@ class _Encoder:
         return taken
 
     def _encode(self, planned: PlannedMatrix) -> list[memoryview | None]:
-        tensor = planned.gathered
-        if len(self._gathered) != tensor.nbytes:
-            self._gathered = bytearray(tensor.nbytes)
-        fill = _filler(tensor, self.plan, self.source, self.result)
-        for start in range(0, tensor.nbytes, _GATHER):
-            n = min(_GATHER, tensor.nbytes - start)
-            fill(start, memoryview(self._gathered)[start : start + n])
-            self.progress(n)
-        bits = np.frombuffer(self._gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
+        gathered, self._ahead = self._ahead or self._gather(planned), None
+        following = self._following.get(planned.matrix.module)
+        ahead = self.thread.submit(self._gather, following) if following else None
+        bits = np.frombuffer(gathered, f"u{ITEM_SIZES[planned.gathered.dtype]}").reshape(planned.gathered.shape)
         try:
             encoded = planned.encoder.encode(bits, planned.matrix.in_out, self.threads)
         except ValueError as error:
             raise BadInput(f"{planned.matrix.module}: {error}") from error
+        finally:
+            if ahead:
+                wait([ahead])
+        self._spare = gathered
+        self._ahead = ahead.result() if ahead else None
         if planned.scheme:
             self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
         return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
+
+    def _gather(self, planned: PlannedMatrix) -> bytearray:
+        tensor = planned.gathered
+        into, self._spare = self._spare, bytearray()
+        if len(into) != tensor.nbytes:
+            into = bytearray(tensor.nbytes)
+        fill = _filler(tensor, self.plan, self.source, self.result)
+        for start in range(0, tensor.nbytes, _GATHER):
+            n = min(_GATHER, tensor.nbytes - start)
+            fill(start, memoryview(into)[start : start + n])
+            self.progress(n)
+        return into
+
+
+def _following(file: PlannedFile) -> dict[str, PlannedMatrix]:
+    """By module: the matrix that is read next, where the next that is read is a matrix."""
+    reads: list[PlannedMatrix | None] = []  # None: another tensor
+    seen: set[str] = set()
+    for tensor in file.tensors:
+        if tensor.part is None:
+            reads.append(None)
+        elif tensor.part.constant is None and tensor.part.matrix.matrix.module not in seen:
+            reads.append(tensor.part.matrix)  # whole, when its first part is asked for
+            seen.add(tensor.part.matrix.matrix.module)
+    return {one.matrix.module: other for one, other in pairwise(reads) if one and other}
 
 
 class _Gather:
