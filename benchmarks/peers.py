@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,19 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
     "bitsandbytes NF4": way_bitsandbytes,
     "Transformers NF4": way_transformers,
     **{f"ours, {recipe or 'bf16'}": way_ours(recipe) for recipe in (None, "int4", "fp8", "nf4")},
+    "ours, int4 plain": way_ours(str(Path(__file__).with_name("int4-plain.toml"))),
 }
 COMPARED = {
     "ours, bf16": ["whole model"],
     "ours, int4": ["llm-compressor W4A16"],
+    "ours, int4 plain": ["llm-compressor W4A16"],
     "ours, fp8": ["llm-compressor FP8"],
     "ours, nf4": ["bitsandbytes NF4", "Transformers NF4"],
 }
 
 
-def compare(source: Path, work: Path, rounds: int) -> dict[str, Any]:
-    """Every way in turn; the output is removed each time."""
+def compare(source: Path, work: Path, rounds: int, names: Sequence[str]) -> dict[str, Any]:
+    """Those ways in turn; the output is removed each time."""
     from llama4_convert import convert
 
     bf16, nothing = work / "bf16", idle()
@@ -147,7 +149,7 @@ def compare(source: Path, work: Path, rounds: int) -> dict[str, Any]:
     rows: dict[str, list[Any]] = {}
     skipped: dict[str, str] = {}
     for _ in range(rounds):
-        for name in WAYS:
+        for name in names:
             if name in skipped:
                 continue
             target = work / "out"
@@ -216,7 +218,7 @@ def main() -> None:
         else:
             synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8)
         os.sync()
-        result = compare(source, Path(folder), args.rounds)
+        result = compare(source, Path(folder), args.rounds, list(WAYS))
     tell(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -433,9 +433,7 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
     matrices = plan.matrices
     if matrices:
-        # Gathered whole, and encoded beside it: in half its bytes at most, or as many where it only becomes linear.
-        largest = max(
-            m.gathered.nbytes * (2 if m.scheme is None else 3) // (1 if m.scheme is None else 2) for m in matrices
-        )
+        # One gathered while another is encoded, to half its bytes at most, or as many where it only becomes linear.
+        largest = max(m.gathered.nbytes * (6 if m.scheme is None else 5) // 2 for m in matrices)
         run += largest + COMPILER_MEMORY
     return max(run, (80 << 20) + 10 * tokenizer_bytes)
