@@ -3,7 +3,7 @@
     python benchmarks/peers.py [--experts 16] [--vocab 20000] [--rounds 1] [--folder DIR] [--json FILE]
 
 One layer of Scout at full width in 8 ranks. Each way is a process of its own, and all read the same source, warm. What does not
-import is left out, and said so; docs/quantizers.md tells how to install the peers. The ways, named by what they take:
+import is left out, and said so; `make bench` installs the peers. The ways, named by what they take:
 
   whole model     torch.load of all ranks, torch.cat, one safetensors file: what converters do
   llm-compressor  the same with experts as linear layers, which is all that it quantizes, then its model-free W4A16 or FP8_DYNAMIC
