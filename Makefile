@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/$(INSTALL)
 
-.PHONY: demo test bench bench-quick clean
+.PHONY: demo test torture bench bench-quick clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/llama4-convert demo demo-out
@@ -15,6 +15,10 @@ test: $(VENV)/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# All of tests/torture, of which `make test` runs a share: a kill at every change of the disk, 100,000 damaged files.
+torture: $(VENV)/ready-test
+	TORTURE=1 $(BIN)/python -m pytest tests/torture
 
 # Everything that README's figures come from, beside the peers: 40 GB of disk, some 35 minutes on 2 cores.
 bench: $(VENV)-bench/ready

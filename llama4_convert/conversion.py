@@ -409,6 +409,7 @@ class _Conversion:
         if self.lost_small_files:
             kept &= weights
         self.manifest.files = {name: old.files[name] for name in kept}
+        self.manifest.records = old.records
         self.manifest.errors = old.errors  # of files that are made again they are made again too
         return len(self._weights_done())
 
@@ -456,27 +457,44 @@ class _Conversion:
         self.manifest.add(name, write_small(path, data), len(data))
 
     def _write_weights(self) -> dict[str, int]:
-        from llama4_convert.run import RunResult, Source, check_unread, planned_buffers, write_file
+        from llama4_convert.resuming import resumed
+        from llama4_convert.run import DamagedRecord, RunResult, Source, check_unread, planned_buffers, write_file
         from llama4_convert.writer import FileWriter, Workers
 
-        plan = self.job.plan
         done = self._weights_done()
-        left = [f for f in plan.files if f.name not in done]
+        left = [f for f in self.job.plan.files if f.name not in done]
+        plan, running = resumed(self.job.plan, left, self.manifest.records)
         checks = sum(record.size for _, record in plan.unread)
         total = sum(f.work for f in plan.files) + checks
         self.start(total, total - sum(f.work for f in left) - checks)
         result = RunResult()
         buffers = planned_buffers(self.max_memory)
-        with Source(self.job.source.ranks) as source, Workers() as workers:
-            check_unread(plan, source, self.progress)
-            for file in left:
-                with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
-                    write_file(plan, file, source, writer, result, self.progress)
-                    self._take_errors(result)
-                    digest = writer.commit()
-                self.manifest.add(file.name, digest, file.size)
-                self.manifest.write(self.target)
+        try:
+            with Source(self.job.source.ranks, running) as source, Workers() as workers:
+                check_unread(plan, source, self.progress)
+                for file in left:
+                    with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
+                        write_file(plan, file, source, writer, result, self.progress)
+                        self._take_errors(result)
+                        digest = writer.commit()
+                    self.manifest.add(file.name, digest, file.size)
+                    self.manifest.records = dict(source.running)
+                    self.manifest.write(self.target)
+        except DamagedRecord as damage:
+            self._disown(damage.key)
+            raise
         return result.overflows
+
+    def _disown(self, key: tuple[int, str]) -> None:
+        """Files that are finished and made of a record that turned out to be damaged: they are made again."""
+        from llama4_convert.resuming import first_reads
+
+        used = [f.name for f in self.job.plan.files if f.name in self.manifest.files and key in first_reads(f)]
+        for name in used:
+            del self.manifest.files[name]
+        self.manifest.records.pop(key, None)
+        if used:
+            self.manifest.write(self.target)
 
     def _take_errors(self, result: RunResult) -> None:
         """Into the manifest, with the file that they belong to. Raises CheckFailed beyond what was allowed."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama4_convert.checkpoints.meta import is_file_name, read_small
 from llama4_convert.errors import BadInput
 from llama4_convert.writer import write_small
 
@@ -31,12 +32,15 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"sha256", "size"}
     # module -> sums of squares, of the quantization's error and of the weights; relative MSE is their ratio
     errors: dict[str, list[float]] = field(default_factory=dict)
+    # (rank, record name) -> bytes read and their CRC-32: source records that the files so far have read in part
+    records: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
 
     def add(self, name: str, sha256: str, size: int) -> None:
         self.files[name] = {"sha256": sha256, "size": size}
 
     def write(self, folder: Path) -> None:
-        body = {"version": _VERSION, **self.__dict__}
+        records = [[*key, *state] for key, state in sorted(self.records.items())]
+        body = {"version": _VERSION, **self.__dict__, "records": records}
         write_small(folder / NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
 
     @staticmethod
@@ -46,18 +50,22 @@ class Manifest:
         if not path.exists():
             return None
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(read_small(path))
             if body.pop("version") != _VERSION:
                 raise ValueError("another version")
-            manifest = Manifest(**body)
+            records = {(rank, name): (position, crc) for rank, name, position, crc in body.pop("records", ())}
+            manifest = Manifest(**body, records=records)
             parts = (manifest.source, manifest.options, manifest.files, manifest.errors)
             if not all(isinstance(part, dict) for part in parts):
                 raise ValueError("a part is no object")
+            for (rank, record), state in records.items():
+                if not isinstance(record, str) or not all(type(n) is int and n >= 0 for n in (rank, *state)):
+                    raise ValueError("no CRC of a record")
             for module, sums in manifest.errors.items():
                 if not (isinstance(sums, list) and len(sums) == 2 and all(isinstance(x, float) for x in sums)):
                     raise ValueError(f"no two sums for {module!r:.60}")
             for name, entry in manifest.files.items():
-                if name != Path(name).as_posix() or ".." in Path(name).parts or Path(name).is_absolute():
+                if not all(map(is_file_name, name.split("/"))):
                     raise ValueError(f"a file outside the directory: {name!r:.60}")
                 if not isinstance(entry["sha256"], str) or not isinstance(entry["size"], int):
                     raise ValueError(f"no digest for {name!r:.60}")

@@ -481,12 +481,13 @@ def _unread_records(
 
 
 def _groups(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str]]) -> list[list[PlannedTensor]]:
-    """Neighbours that read the same record stay in one file, so that a finished file has checked what it used."""
+    """What stays in one file: the parts of a matrix, and neighbours that read the same record."""
     groups: list[list[PlannedTensor]] = []
     seen: set[tuple[int, str]] = set()
     for tensor in tensors:
         records = {(p.rank, p.source.record.name) for p in tensor.pieces} & streamed
-        if groups and records & seen:
+        last = groups[-1][-1].part if groups else None
+        if groups and (records & seen or (tensor.part and last and tensor.part.matrix is last.matrix)):
             groups[-1].append(tensor)
         else:
             groups.append([tensor])

@@ -22,6 +22,7 @@ from llama4_convert.cast import cast
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
 from llama4_convert.planning import Part, Piece, Plan, PlannedFile, PlannedMatrix, PlannedTensor, mismatch
+from llama4_convert.resuming import Key, Running
 from llama4_convert.writer import Buffers, FileWriter
 
 try:  # the same CRC-32 at several times the speed, where its wheel is installed
@@ -41,13 +42,22 @@ BASE_MEMORY = 64 << 20
 COMPILER_MEMORY = 96 << 20  # numba, and what it compiles
 
 
+class DamagedRecord(BadInput):
+    """Bytes that do not match the archive's CRC; `key` is the record's rank and name."""
+
+    def __init__(self, message: str, key: Key) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class Source:
     """The opened rank files, and the CRC of each record that is read front to back, up to where it has been read."""
 
-    def __init__(self, ranks: Sequence[PthIndex]) -> None:
+    def __init__(self, ranks: Sequence[PthIndex], running: Running | None = None) -> None:
+        """`running`: records that an earlier run has read in part, see `resuming`; it is kept up to date."""
         self.ranks = ranks
         self._fds: list[int] = []
-        self._running: dict[tuple[int, str], tuple[int, int]] = {}  # record -> (bytes read, CRC of them)
+        self.running: Running = {} if running is None else running
         self._advised: dict[tuple[int, str], int] = {}  # record -> up to where the disk has been asked for it
         self._scratch = memoryview(bytearray(_SCRATCH))
 
@@ -97,22 +107,23 @@ class Source:
 
     def check(self, rank: int, record: Record, start: int, data: memoryview) -> None:
         """Take the next bytes of a streamed record into its CRC; at its end compare. Raises BadInput."""
-        position, crc = self._running.pop((rank, record.name), (0, 0))
+        position, crc = self.running.pop((rank, record.name), (0, 0))
         if position != start:
             raise AssertionError(f"{record.name} read at {start}, expected {position}")
         crc, position = crc32(data, crc), position + len(data)
         if position < record.size:
-            self._running[rank, record.name] = position, crc
+            self.running[rank, record.name] = position, crc
         elif crc != record.crc:
-            raise BadInput(self.damaged(rank, record))
+            raise self.damaged(rank, record)
 
-    def damaged(self, rank: int, record: Record) -> str:
+    def damaged(self, rank: int, record: Record) -> DamagedRecord:
         index = self.ranks[rank]
         keys = [key for key, tensor in index.tensors.items() if tensor.record.name == record.name]
         what = keys[0] if keys else record.name
-        return (
+        message = (
             f"{index.path.name}: {what} is damaged (its bytes do not match the archive's CRC): download the file again"
         )
+        return DamagedRecord(message, (rank, record.name))
 
     def check_whole(self, rank: int, record: Record, progress: Progress) -> None:
         """Read a record just to check it."""
@@ -123,7 +134,7 @@ class Source:
             crc, position = crc32(view, crc), position + len(view)
             progress(len(view))
         if record.crc is not None and crc != record.crc:
-            raise BadInput(self.damaged(rank, record))
+            raise self.damaged(rank, record)
 
     def same(self, key: str, rank: int) -> bool:
         """Whether `rank` holds the same bits as rank 0 under `key`, whatever the strides of either."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.meta import rank_files, read_small
+from llama4_convert.checkpoints.meta import is_file_name, rank_files, read_small
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.manifest import INDEX, NAME, Manifest
@@ -99,7 +99,7 @@ def _checklist(path: Path) -> dict[str, str]:
     found = {}
     for number, line in enumerate(read_small(file).decode(errors="replace").splitlines(), 1):
         match = _CHECKLIST_LINE.fullmatch(line.strip())
-        if line.strip() and (not match or Path(match[2]).name != match[2]):
+        if line.strip() and (not match or not is_file_name(match[2])):
             raise BadInput(f"checklist.chk line {number} is not an MD5 and a file name: download it again")
         if match:
             found[match[2]] = match[1]

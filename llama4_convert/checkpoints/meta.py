@@ -100,6 +100,12 @@ def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return params, {"params.json": data}
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name that a file gives us is one of a file beside it: no path, nothing that a terminal would obey."""
+    alone = Path(name).name == name and name not in ("", "..")
+    return alone and name.isprintable() and len(name.encode(errors="replace")) <= 255
+
+
 def read_small(file: Path) -> bytes:
     """The bytes of a file that is read whole (JSON, tokenizer, licence)."""
     if not file.is_file():

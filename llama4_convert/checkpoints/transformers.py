@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.meta import read_small
+from llama4_convert.checkpoints.meta import is_file_name, read_small
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 
 INDEX = "model.safetensors.index.json"
@@ -53,8 +53,8 @@ class TransformersCheckpoint:
         else:
             raise BadInput(f"{path} has no {INDEX}: the conversion is unfinished, run it again")
         for name in names:
-            if Path(name).name != name:
-                raise BadInput(f"{INDEX} points outside the directory: {name!r:.80}")
+            if not is_file_name(name):
+                raise BadInput(f"{INDEX} names a file that is not in the directory: {name!r:.80}")
         tensors: dict[str, SafeTensor] = {}
         for name in names:
             for key, tensor in read_header(path / name).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama4_convert import convert, inspect, load_reference, plan, validate
-from llama4_convert.errors import BadInput, CheckFailed, UsageError
+from llama4_convert.checkpoints.pth import PthIndex
+from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError
 from llama4_convert.transformers_runner import load_transformers
 from quant.schemes.int4 import Int4
 
@@ -398,6 +400,54 @@ def test_tensors_that_share_a_storage_are_read_in_any_order(source: Callable[[st
     one, apart = (tensors(tmp_path / name) for name in ("one", "apart"))
     assert one.keys() == apart.keys()
     assert all(torch.equal(one[key], apart[key]) for key in apart)
+
+
+def test_a_record_that_feeds_several_files_is_checked_over_all_of_them(
+    source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after each file: the CRCs go on where they were. Damaged behind the first files: these are made again, too."""
+    from llama4_convert import writer
+
+    sound, damaged, target = source("mixed"), tmp_path / "damaged", tmp_path / "out"
+    options: dict[str, Any] = {"recipe": "int4", "shard_size": 100_000}
+    convert(sound, tmp_path / "straight", **options)
+    straight = commands.digests(tmp_path / "straight")
+    commit, begun = writer.FileWriter.commit, []
+
+    def once(self: writer.FileWriter) -> str:
+        if begun:
+            raise OSError(28, "full")
+        begun.append(self.path.name)
+        return commit(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.FileWriter, "commit", once)
+        carried = 0
+        for _ in range(len(straight)):
+            begun.clear()
+            with contextlib.suppress(EnvironmentFailed):
+                convert(sound, target, **options)
+                break
+            carried += bool(json.loads((target / "llama4-convert.json").read_text())["records"])
+    assert carried > 2
+    assert commands.digests(target) == straight
+    assert json.loads((target / "llama4-convert.json").read_text())["records"] == []
+
+    shutil.rmtree(target)
+    shutil.copytree(sound, damaged)
+    rank = sorted(damaged.glob("*.pth"))[0]
+    key = next(key for key in PthIndex.read(rank).tensors if "layers.1." in key and "experts" in key)
+    record = PthIndex.read(rank).tensors[key].record
+    commands.flip(rank, record.offset + record.size - 1)
+    with pytest.raises(BadInput, match="damaged"):
+        convert(damaged, target, **options)
+    kept = json.loads((target / "llama4-convert.json").read_text())["files"]
+    weights = sorted(name for name in straight if name.endswith(".safetensors"))
+    assert kept.keys() & set(weights)
+    made = {name for name in weights if (target / name).exists()}
+    assert made - kept.keys()  # finished before the damage was met, and made of what it was met in
+    convert(sound, target, **options)
+    assert commands.digests(target) == straight
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

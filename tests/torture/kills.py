@@ -1,0 +1,201 @@
+"""Kills conversions: at each call that changes the disk, or at random moments; then lets the same command go on.
+
+    python tests/torture/kills.py '{"source": ..., "folder": ..., "options": {...}, "every": 1, "random": 0}'
+
+Run as a process of its own, which imports once and forks for each conversion. It prints what it did as JSON, and ends with an
+AssertionError if a promise was broken:
+
+- what is there after a kill is no model, or it is a whole one: the new, or the one that was there before (`before`);
+- the same command completes it, with the same bytes as a run that nothing disturbed;
+- no file that was finished is written again, but for the one whose entry in the manifest the kill came before.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llama4_convert import convert, writer
+from llama4_convert.lock import NAME as LOCK
+from llama4_convert.manifest import INDEX, Manifest
+
+# What changes the disk; file objects are wrapped apart.
+CHANGES = ("pwrite", "fsync", "replace", "ftruncate", "posix_fallocate", "unlink", "mkdir", "rmdir", "open")
+
+
+class Killer:
+    """Ends this very process, as kill -9 does, before or after its n-th change of the disk."""
+
+    def __init__(self, n: int, after: bool) -> None:
+        self.left, self.after, self.lock = n, after, threading.Lock()
+        for name in CHANGES:
+            setattr(os, name, self._counting(getattr(os, name), changes=name != "open"))
+        writer.open = self._open  # type: ignore[attr-defined]
+
+    def _counting(self, function: Callable[..., Any], changes: bool = True) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not changes and not (len(arguments) > 1 and arguments[1] & os.O_CREAT):
+                return function(*arguments, **options)
+            with self.lock:
+                self.left -= 1
+                is_the_one = self.left == 0
+            if is_the_one and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return function(*arguments, **options)
+            finally:  # a file that was not there to be removed is a call as well
+                if is_the_one:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    def _open(self, path: Any, mode: str) -> Any:
+        """A small file: creating it and writing it are changes."""
+        file = self._counting(builtins.open)(path, mode)
+        file_write = file.write
+
+        class Counted:
+            def __enter__(inner) -> Any:  # noqa: N805
+                return inner
+
+            def __exit__(inner, *exc: object) -> None:  # noqa: N805
+                file.close()
+
+            write = staticmethod(self._counting(file_write))
+            flush = staticmethod(file.flush)
+            fileno = staticmethod(file.fileno)
+
+        return Counted()
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run `work` in a child; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+    except BaseException as error:
+        print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def ended(pid: int) -> int:
+    """Its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != LOCK
+    }
+
+
+class Torture:
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.folder, self.options = Path(order["folder"]), order["options"]
+        self.source, self.before = order["source"], order.get("before")
+        self.straight = self._straight("straight", self.options)
+        self.earlier = self._straight("earlier", self.before) if self.before else None
+        self.redone = 0
+
+    def _straight(self, name: str, options: dict[str, Any]) -> dict[str, str]:
+        assert ended(forked(lambda: self._convert(self.folder / name, options))) == 0
+        return digests(self.folder / name)
+
+    def _convert(self, target: Path, options: dict[str, Any]) -> None:
+        convert(self.source, target, **options)
+
+    def target(self) -> Path:
+        target = self.folder / "target"
+        if self.earlier:
+            shutil.copytree(self.folder / "earlier", target)
+        return target
+
+    def check(self, target: Path) -> None:
+        """What the kill has left, and what becomes of it."""
+        left = digests(target) if target.exists() else {}
+        if INDEX in left:
+            whole = [model for model in (self.straight, self.earlier) if model and model[INDEX] == left[INDEX]]
+            assert whole, "an index that belongs to neither model"
+            wrong = [name for name in whole[0] if left.get(name) != whole[0][name]]
+            assert not wrong, f"the index is there, and {wrong} not as it says"
+        finished = set()
+        if manifest := Manifest.read(target):
+            finished = {n for n in manifest.files if n.endswith(".safetensors") and n in left}
+        stamps = {name: (target / name).stat().st_mtime_ns for name in finished}
+        lying = {n for n in left if n.endswith(".safetensors")}
+        assert ended(forked(lambda: self._convert(target, self.options))) == 0
+        assert digests(target) == self.straight
+        if not self.earlier:
+            written = {n for n, stamp in stamps.items() if (target / n).stat().st_mtime_ns != stamp}
+            assert not written, f"finished and written again: {written}"
+            self.redone = max(self.redone, len(lying - finished))
+            assert self.redone <= 1
+        shutil.rmtree(target)
+
+    def at_every_change(self, every: int, first: int) -> int:
+        """The number of kills."""
+        kills, n = 0, first
+        while True:
+            for after in (False, True):
+                target = self.target()
+
+                def work(n: int = n, after: bool = after, target: Path = target) -> None:
+                    Killer(n, after)
+                    self._convert(target, self.options)
+
+                code = ended(forked(work))
+                if code == 0:  # fewer changes than that
+                    shutil.rmtree(target)
+                    return kills
+                assert code == -signal.SIGKILL, code
+                kills += 1
+                self.check(target)
+            n += every
+
+    def at_random_moments(self, count: int, seed: int) -> int:
+        chance = random.Random(seed)
+        began = time.monotonic()
+        self._straight("timed", self.options)
+        length = time.monotonic() - began
+        kills = 0
+        for _ in range(count):
+            target = self.target()
+            pid = forked(lambda target=target: self._convert(target, self.options))  # type: ignore[misc]
+            time.sleep(chance.uniform(0, length))
+            os.kill(pid, signal.SIGKILL)
+            kills += ended(pid) == -signal.SIGKILL
+            self.check(target)
+        return kills
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    torture = Torture(order)
+    told = {}
+    if order.get("every"):
+        told["at_changes"] = torture.at_every_change(order["every"], order.get("first", 1))
+    if order.get("random"):
+        told["at_random"] = torture.at_random_moments(order["random"], order.get("seed", 0))
+    print(json.dumps({**told, "redone": torture.redone}))
+
+
+if __name__ == "__main__":
+    main()
