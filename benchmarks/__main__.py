@@ -1,4 +1,4 @@
-"""All of it: what README's figures come from. `make bench`, or `python benchmarks [--quick] [--only NAME ...] [--folder DIR]`
+"""All of it: what README's figures come from. `make bench`, or `python benchmarks [--quick] [--only NAME ...] [--tables]`
 
 Writes benchmarks/results.json and the plots of docs/plots, and prints the tables of docs/benchmarks.md. Works within 40 GB of
 disk and removes what it made. About 35 minutes on 2 cores; `--quick` is a smoke run of everything at sizes that mean nothing, and
@@ -161,11 +161,12 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="does it run? Writes nothing")
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    options.add_argument("--tables", action="store_true", help="run nothing: the tables and plots of the last results")
     options.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     args = options.parse_args()
     # Of a part that is not run the last results stay, each with its own date.
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.quick else {}
-    for name in args.only:
+    for name in () if args.tables else args.only:
         print(f"== {name}", flush=True)
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-") as folder:
             results[name] = PARTS[name](Bench(Path(folder), args.quick))
