@@ -1,0 +1,110 @@
+"""The n-th read or write fails, or does less than it was asked for: one line, exit 4, and the next run completes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama4_convert import convert
+from llama4_convert.errors import EnvironmentFailed
+from llama4_convert.manifest import INDEX, sha256_of
+
+ALL = bool(os.environ.get("TORTURE"))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "convert": {"shard_size": 200_000},
+    "recipe": {"shard_size": 200_000, "recipe": "nf4"},
+}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
+
+
+class Failing:
+    """A function of `os` whose n-th call fails, once or from then on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, code: int, *, for_ever: bool) -> None:
+        self.left, self.failed = 0, 0
+        function = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if name == "open" and not str(arguments[0]).endswith((".pth", ".partial")):
+                return function(*arguments, **options)
+            self.left -= 1
+            if self.left == 0 or (for_ever and self.left < 0):
+                self.failed += 1
+                raise OSError(code, os.strerror(code), str(arguments[0]) if name == "open" else None)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "persistently"])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("preadv", errno.EIO), ("open", errno.EACCES), ("pwrite", errno.ENOSPC), ("fsync", errno.EIO)],
+    ids=["preadv", "open", "pwrite", "fsync"],
+)
+def test_the_nth_call_fails(
+    meta_checkpoint: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    for_ever: bool,
+    name: str,
+    code: int,
+) -> None:
+    source, options = meta_checkpoint("maverick", 2).src, OPTIONS[case]
+    convert(source, tmp_path / "straight", **options)
+    straight, n, failures = digests(tmp_path / "straight"), 1, 0
+    while True:
+        with monkeypatch.context() as patch:
+            failing = Failing(patch, name, code, for_ever=for_ever)
+            failing.left = n
+            target = tmp_path / "out"
+            try:
+                convert(source, target, **options)
+            except EnvironmentFailed as error:
+                assert "\n" not in str(error)
+                assert os.strerror(code) in str(error)
+                assert not (target / INDEX).exists()
+                assert not list(target.rglob("*.partial"))
+                failures += 1
+        if not failing.failed:
+            break
+        convert(source, target, **options)
+        assert digests(target) == straight
+        for path in sorted(target.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        n += 1 if ALL else max(7, n // 2)
+    assert failures > 2
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_reads_and_writes_do_less_than_they_were_asked_for(
+    meta_checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    source, options = meta_checkpoint("maverick", 2).src, OPTIONS[case]
+    convert(source, tmp_path / "straight", **options)
+    preadv, pwrite, calls = os.preadv, os.pwrite, {"preadv": 0, "pwrite": 0}
+
+    def short_read(fd: int, buffers: list[Any], offset: int) -> int:
+        calls["preadv"] += 1
+        view = memoryview(buffers[0])
+        return preadv(fd, [view[: max(1, len(view) // 3)]], offset)
+
+    def short_write(fd: int, data: Any, offset: int) -> int:
+        calls["pwrite"] += 1
+        return pwrite(fd, memoryview(data)[: max(1, len(data) // 3)], offset)
+
+    monkeypatch.setattr(os, "preadv", short_read)
+    monkeypatch.setattr(os, "pwrite", short_write)
+    convert(source, tmp_path / "out", **options)
+    assert min(calls.values()) > 20
+    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
