@@ -10,11 +10,14 @@ from llama4.weights import Bits
 
 
 class ReadAhead:
-    """Loads what is expected, in that order, up to `budget` bytes of it before it is taken."""
+    """Loads what is expected, in that order, up to `budget` bytes of it before it is taken; what is larger is never loaded ahead.
+
+    One tensor more may be in memory for as long as it takes to read it, if it was expected and is not any longer.
+    """
 
     def __init__(self, load: Callable[[str], Bits], size: Callable[[str], int], budget: int) -> None:
         """`load(name)` reads a tensor, and must be safe to call from another thread; `size(name)` tells its bytes."""
-        self._load, self._size, self._budget = load, size, budget
+        self._load, self._size, self._largest, self._budget = load, size, budget, budget
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._begun: dict[str, Future[Bits]] = {}
         self._queue: deque[str] = deque()
@@ -24,7 +27,7 @@ class ReadAhead:
         wanted = list(dict.fromkeys(names))
         for name in self._begun.keys() - set(wanted):
             self._forget(name)
-        self._queue = deque(name for name in wanted if name not in self._begun)
+        self._queue = deque(name for name in wanted if name not in self._begun and self._size(name) <= self._largest)
         self._begin()
 
     def take(self, name: str) -> Bits:
@@ -35,10 +38,11 @@ class ReadAhead:
                 self._queue.remove(name)
             self._begin()
             return self._load(name)
-        bits = future.result()
-        self._budget += self._size(name)
-        self._begin()
-        return bits
+        try:
+            return future.result()
+        finally:
+            self._budget += self._size(name)
+            self._begin()
 
     def _begin(self) -> None:
         while self._queue and self._size(self._queue[0]) <= self._budget:

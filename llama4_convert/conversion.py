@@ -317,8 +317,9 @@ def convert(
     """Convert Meta's checkpoint at `source` to a Transformers directory at `target`.
 
     `options` are the fields of `Request`. `max_memory` (bytes) bounds the process's own memory above an idle interpreter.
-    `start(total, done)` and `progress(n)` count bytes of tensor data. An interrupted conversion goes on when called again; a
-    finished one is left alone. `max_error` bounds the relative squared error of every quantized matrix (CheckFailed beyond).
+    `start(total, done)` and `progress(n)` count bytes of tensor data; `progress` may be called from another thread.
+    An interrupted conversion goes on when called again; a finished one is left alone.
+    `max_error` bounds the relative squared error of every quantized matrix (CheckFailed beyond).
     Raises a ConvertError; the target then holds nothing that loads as a model.
     """
     request, target = Request(Path(source), **options), Path(target)
@@ -461,16 +462,17 @@ class _Conversion:
         from llama4_convert.run import DamagedRecord, RunResult, Source, check_unread, planned_buffers, write_file
         from llama4_convert.writer import FileWriter, Workers
 
-        done = self._weights_done()
-        left = [f for f in self.job.plan.files if f.name not in done]
-        plan, running = resumed(self.job.plan, left, self.manifest.records)
+        going_on = resumed(self.job.plan, self._weights_done(), self.manifest.records)
+        plan, left = going_on.plan, going_on.left
+        for file in left:
+            self.manifest.files.pop(file.name, None)
         checks = sum(record.size for _, record in plan.unread)
         total = sum(f.work for f in plan.files) + checks
         self.start(total, total - sum(f.work for f in left) - checks)
         result = RunResult()
         buffers = planned_buffers(self.max_memory)
         try:
-            with Source(self.job.source.ranks, running) as source, Workers() as workers:
+            with Source(self.job.source.ranks, going_on.running) as source, Workers() as workers:
                 check_unread(plan, source, self.progress)
                 for file in left:
                     with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
@@ -486,13 +488,19 @@ class _Conversion:
         return result.overflows
 
     def _disown(self, key: tuple[int, str]) -> None:
-        """Files that are finished and made of a record that turned out to be damaged: they are made again."""
+        """Finished files that the damaged record went into are made again.
+
+        So are those of other records of the same rank that were read in part: of a new download they must not be continued.
+        """
         from llama4_convert.resuming import first_reads
 
-        used = [f.name for f in self.job.plan.files if f.name in self.manifest.files and key in first_reads(f)]
+        suspect = {key, *(other for other in self.manifest.records if other[0] == key[0])}
+        used = [
+            f.name for f in self.job.plan.files if f.name in self.manifest.files and suspect & first_reads(f).keys()
+        ]
         for name in used:
             del self.manifest.files[name]
-        self.manifest.records.pop(key, None)
+        self.manifest.records = {k: state for k, state in self.manifest.records.items() if k not in suspect}
         if used:
             self.manifest.write(self.target)
 
@@ -567,12 +575,12 @@ def _clear(target: Path) -> None:
 
 def _notices(source: Path) -> dict[str, bytes]:
     """Licence texts beside the weights: Meta's licence asks that they go with every copy."""
-    from llama4_convert.checkpoints.meta import read_small
+    from llama4_convert.checkpoints.meta import is_file_name, read_small
 
     return {
         path.name: read_small(path)
         for path in sorted(source.iterdir())
-        if path.name.split(".")[0].upper() in SOURCE_NOTICES and path.is_file()
+        if path.name.split(".")[0].upper() in SOURCE_NOTICES and is_file_name(path.name) and path.is_file()
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -191,9 +191,10 @@ def make_plan(
         tensors = _output_tensors(binding, of_meta(binding, source, claims.spelling), dtype, recipe, device)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
-    streamed = _streamed_records(tensors, source)
+    streamed = _streamed_records([tensor.pieces for tensor in tensors], source)
     skipped = {key for key, rule in claims.dropped.items() if rule.when == "text_only"}
     files = _files(_groups(tensors, streamed), shard_size)
+    streamed = _streamed_records(_in_reading_order(files), source)
     return Plan(
         geometry=geometry,
         text_only=text_only,
@@ -439,14 +440,25 @@ def _check_conserved(tensor: PlannedTensor) -> None:
         raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")
 
 
-def _streamed_records(tensors: Sequence[PlannedTensor], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:
-    """The records that the run reads once, whole and front to back, so that their CRC can be checked on the way."""
+def _in_reading_order(files: Iterable[PlannedFile]) -> Iterator[tuple[Piece, ...]]:
+    """What a run reads, tensor by tensor: of an encoded matrix all pieces when its first part is written."""
+    seen: set[str] = set()
+    for tensor in (tensor for file in files for tensor in file.tensors):
+        if tensor.part is None:
+            yield tensor.pieces
+        elif tensor.part.constant is None and tensor.part.matrix.matrix.module not in seen:
+            seen.add(tensor.part.matrix.matrix.module)
+            yield tensor.part.matrix.gathered.pieces
+
+
+def _streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:
+    """The records that are read once, whole and front to back, in this order, so that their CRC can be checked on the way."""
     users: Counter[tuple[int, str]] = Counter()
     for rank, index in enumerate(source.ranks):
         users.update((rank, tensor.record.name) for tensor in index.tensors.values())
     reads: dict[tuple[int, str], list[Piece]] = defaultdict(list)
-    for tensor in tensors:
-        for piece in tensor.pieces:
+    for pieces in order:
+        for piece in pieces:
             reads[piece.rank, piece.source.record.name].append(piece)
 
     def in_order(pieces: list[Piece]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llama4_convert import config
-from llama4_convert.checkpoints.meta import read_small
+from llama4_convert.checkpoints.meta import is_file_name, read_small
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe, load_recipe
 from llama4_convert.errors import UsageError
@@ -55,7 +55,8 @@ class TransformersJob(Job):
         made = {"config.json": config.to_json(body)}
         for path in sorted(self.request.source.iterdir()):
             is_notice = path.name.split(".")[0].upper() in SOURCE_NOTICES
-            if path.name not in {*made, INDEX, NAME} and (is_notice or path.suffix in _KEPT) and path.is_file():
+            wanted = path.name not in {*made, INDEX, NAME} and (is_notice or path.suffix in _KEPT)
+            if wanted and is_file_name(path.name) and path.is_file():
                 made[path.name] = read_small(path)
         params = self.request.source / "original" / "params.json"
         if params.is_file():

@@ -7,8 +7,8 @@ there of every record that it has read in part. The next run continues them, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from llama4_convert.planning import Plan, PlannedFile
 
@@ -27,36 +27,47 @@ def first_reads(file: PlannedFile) -> dict[Key, int]:
     return found
 
 
-def resumed(plan: Plan, left: Sequence[PlannedFile], running: Mapping[Key, tuple[int, int]]) -> tuple[Plan, Running]:
-    """The plan for the files that are `left`, and the CRCs to continue.
+@dataclass(frozen=True)
+class Resumed:
+    plan: Plan
+    left: list[PlannedFile]  # to be made
+    running: Running  # to be continued
 
-    A record can go on being checked as it is read if `running` ends where the first file that is left begins, and all files
-    behind it are left too. Otherwise (a finished file was lost) it is checked beforehand, as what is not read in order is.
+
+def resumed(plan: Plan, done: Collection[str], running: Mapping[Key, tuple[int, int]]) -> Resumed:
+    """How to go on when the files `done` are finished and `running` says how far records have been read for them.
+
+    A record goes on being checked as it is read if `running` ends where the first file that is left begins, and all files
+    behind it are left too. If it does not (a finished file was lost), all files of that record are made again: what they were
+    made of was never checked to the end. A record that is not in `running` was; should a file of it have been lost, it is
+    checked beforehand, as what is not read in order is.
     """
     reads = {file.name: first_reads(file) for file in plan.files}
-    names = {file.name for file in left}
     users: dict[Key, list[str]] = {}
     for file in plan.files:
         for key in reads[file.name].keys() & plan.streamed:
             users.setdefault(key, []).append(file.name)
-    continued: Running = {}
-    beforehand: set[Key] = set()
-    for key, files in users.items():
-        open_ = [name for name in files if name in names]
-        if not open_:
-            continue
-        start = reads[open_[0]][key]
-        if open_ != files[-len(open_) :] or (start and running.get(key, (0, 0))[0] != start):
-            beforehand.add(key)
-        elif start:
-            continued[key] = running[key]
+    left = reads.keys() - set(done)
+
+    def is_broken(key: Key) -> bool:
+        to_come = [name for name in users[key] if name in left]
+        goes_on = bool(to_come) and to_come == users[key][-len(to_come) :]
+        return not (goes_on and reads[to_come[0]][key] == running[key][0]) and not left.issuperset(users[key])
+
+    while broken := [key for key in users.keys() & running.keys() if is_broken(key)]:
+        left |= {name for key in broken for name in users[key]}  # which may break others
+    halfway = {key for key, files in users.items() if left.intersection(files) and not left.issuperset(files)}
+    continued = {key: running[key] for key in halfway & running.keys()}
+    beforehand = halfway - running.keys()
+    files = [file for file in plan.files if file.name in left]
     if not beforehand:
-        return plan, continued
+        return Resumed(plan, files, continued)
     records = {
         (piece.rank, piece.source.record.name): piece.source.record
-        for file in left
+        for file in files
         for tensor in file.tensors
         for piece in tensor.pieces
     }
     unread = tuple((key[0], records[key]) for key in sorted(beforehand))
-    return replace(plan, streamed=plan.streamed - beforehand, unread=plan.unread + unread), continued
+    plan = replace(plan, streamed=plan.streamed - beforehand, unread=plan.unread + unread)
+    return Resumed(plan, files, continued)

@@ -34,6 +34,7 @@ Progress = Callable[[int], None]
 
 # Read granularity: small enough to stay in the processor's cache between reading, checking and scattering.
 _SCRATCH = 1 << 20
+_GATHER_AHEAD = 96 << 20  # the largest matrix that is gathered while another is encoded: Scout's experts have 80 MiB
 _GATHER = 16 << 20  # of a matrix, between two reports of progress
 # What the disk is asked for before it is read, of each record: a rank's part of a tensor is read in turn with the others'.
 _AHEAD = 16 << 20
@@ -133,6 +134,7 @@ class Source:
             self.read(rank, record, position, view)
             crc, position = crc32(view, crc), position + len(view)
             progress(len(view))
+        self._advised.pop((rank, record.name), None)  # it will be read again
         if record.crc is not None and crc != record.crc:
             raise self.damaged(rank, record)
 
@@ -266,6 +268,7 @@ class _Encoder:
         tensor = planned.gathered
         into, self._spare = self._spare, bytearray()
         if len(into) != tensor.nbytes:
+            into = bytearray()  # never both
             into = bytearray(tensor.nbytes)
         fill = _filler(tensor, self.plan, self.source, self.result)
         for start in range(0, tensor.nbytes, _GATHER):
@@ -276,7 +279,7 @@ class _Encoder:
 
 
 def _following(file: PlannedFile) -> dict[str, PlannedMatrix]:
-    """By module: the matrix that is read next, where the next that is read is a matrix."""
+    """By module: the matrix to be read next, where a matrix is what is read next, and two of them may be in memory."""
     reads: list[PlannedMatrix | None] = []  # None: another tensor
     seen: set[str] = set()
     for tensor in file.tensors:
@@ -285,7 +288,11 @@ def _following(file: PlannedFile) -> dict[str, PlannedMatrix]:
         elif tensor.part.constant is None and tensor.part.matrix.matrix.module not in seen:
             reads.append(tensor.part.matrix)  # whole, when its first part is asked for
             seen.add(tensor.part.matrix.matrix.module)
-    return {one.matrix.module: other for one, other in pairwise(reads) if one and other}
+    return {
+        one.matrix.module: other
+        for one, other in pairwise(reads)
+        if one and other and max(one.gathered.nbytes, other.gathered.nbytes) <= _GATHER_AHEAD
+    }
 
 
 class _Gather:
@@ -444,7 +451,11 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
     matrices = plan.matrices
     if matrices:
-        # One gathered while another is encoded, to half its bytes at most, or as many where it only becomes linear.
-        largest = max(m.gathered.nbytes * (6 if m.scheme is None else 5) // 2 for m in matrices)
+        # Gathered, and encoded to half its bytes at most, or as many where it only becomes linear; the next one gathered.
+        largest = max(
+            m.gathered.nbytes * (4 if m.scheme is None else 3) // 2
+            + (m.gathered.nbytes if m.gathered.nbytes <= _GATHER_AHEAD else 0)
+            for m in matrices
+        )
         run += largest + COMPILER_MEMORY
     return max(run, (80 << 20) + 10 * tokenizer_bytes)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +102,9 @@ def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name that a file gives us is one of a file beside it: no path, nothing that a terminal would obey."""
+    """Whether a name is one of a file beside another: no path, no control character, no longer than file systems take."""
     alone = Path(name).name == name and name not in ("", "..")
-    return alone and name.isprintable() and len(name.encode(errors="replace")) <= 255
+    return alone and not any(unicodedata.category(c) in ("Cc", "Cs") for c in name) and len(name.encode()) <= 255
 
 
 def read_small(file: Path) -> bytes:

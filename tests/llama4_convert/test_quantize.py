@@ -450,6 +450,66 @@ def test_a_record_that_feeds_several_files_is_checked_over_all_of_them(
     assert commands.digests(target) == straight
 
 
+def _interrupted_after(files: int) -> Callable[[Any], str]:
+    """A `FileWriter.commit` that works so many times."""
+    from llama4_convert import writer
+
+    commit, left = writer.FileWriter.commit, [files]
+
+    def committing(self: writer.FileWriter) -> str:
+        if not left[0]:
+            raise OSError(28, "full")
+        left[0] -= 1
+        return commit(self)
+
+    return committing
+
+
+def test_what_was_made_of_a_record_that_was_never_checked_to_its_end_is_made_again(
+    source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage at its beginning, an interruption before its end, a file lost, and the source repaired: nothing of it stays."""
+    from llama4_convert import writer
+
+    sound, target, options = source("mixed"), tmp_path / "out", {"recipe": "int4", "shard_size": 100_000}
+    convert(sound, tmp_path / "straight", **options)  # type: ignore[arg-type]
+    straight = commands.digests(tmp_path / "straight")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(sound, damaged)
+    rank = sorted(damaged.glob("*.pth"))[0]
+    for name in ("moe_w_in", "moe_w_swiglu", "w1", "w3"):  # gate and up, by turns: both are read in part
+        for key, tensor in PthIndex.read(rank).tensors.items():
+            if "layers.1." in key and "experts" in key and name in key:
+                commands.flip(rank, tensor.record.offset + 1)
+    for files in range(len(straight)):
+        shutil.rmtree(target, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.FileWriter, "commit", _interrupted_after(files))
+            with contextlib.suppress(EnvironmentFailed, BadInput):
+                convert(damaged, target, **options)  # type: ignore[arg-type]
+        body = json.loads((target / "llama4-convert.json").read_text())
+        if len(body["records"]) >= 2:
+            break
+    else:
+        pytest.fail("no two records were ever read in part")
+    last = sorted(name for name in body["files"] if name.endswith(".safetensors"))[-1]
+    (target / last).unlink()
+    convert(sound, target, **options)  # type: ignore[arg-type]
+    assert commands.digests(target) == straight
+
+
+def test_names_that_a_terminal_would_not_print_are_names(
+    source: Callable[[str], Path], plain: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(plain("text"), tmp_path / "src")
+    (tmp_path / "src" / "notes\u202f1.md").write_text("a space as macOS makes it")
+    (tmp_path / "src" / "bell\a.md").write_text("left out")
+    convert(tmp_path / "src", tmp_path / "out", recipe="int4")
+    assert (tmp_path / "out" / "notes\u202f1.md").exists()
+    assert not (tmp_path / "out" / "bell\a.md").exists()
+    assert convert(tmp_path / "src", tmp_path / "out", recipe="int4")["status"] == "already complete"
+
+
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = commands.run(capsys, "recipes", "--json")
     assert {r["name"] for r in json.loads(outcome.out)["recipes"]} == set(RECIPES)

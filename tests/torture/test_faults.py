@@ -67,23 +67,26 @@ def test_the_nth_call_fails(
         with monkeypatch.context() as patch:
             failing = Failing(patch, name, code, for_ever=for_ever)
             failing.left = n
-            target = tmp_path / "out"
+            target, message = tmp_path / "out", ""
             try:
                 convert(source, target, **options)
             except EnvironmentFailed as error:
-                assert "\n" not in str(error)
-                assert os.strerror(code) in str(error)
-                assert not (target / INDEX).exists()
-                assert not list(target.rglob("*.partial"))
-                failures += 1
+                message = str(error)
         if not failing.failed:
             break
+        if message:  # some failures are no reason to fail: of syncing a folder, of an O_DIRECT that is refused
+            assert "\n" not in message
+            assert os.strerror(code) in message
+            assert not (target / INDEX).exists()
+            failures += 1
+        if not for_ever:
+            assert not list(target.rglob("*.partial"))
         convert(source, target, **options)
         assert digests(target) == straight
         for path in sorted(target.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-        n += 1 if ALL else max(7, n // 2)
-    assert failures > 2
+        n += 1 if ALL else 5
+    assert failures >= (5 if ALL else 1)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
