@@ -22,7 +22,7 @@ import peers
 import plots
 import reference
 import startup
-from convert import Case, compare, line
+from convert import Case, compare, cpu_limit, line
 from measuring import machine, told
 
 from llama4_convert import synth
@@ -127,11 +127,10 @@ def tables(results: dict[str, Any]) -> None:
         print(f"\n| {' | '.join(columns)} |")
         print("|---" * 9 + "|")
         for case, one in results.get(name, {}).items():
-            limit = one["cp_cpu_s"]["median"] + one["digests_cpu_s"]
             print(
                 f"| {case} | {one['bytes'] / 1e9:.1f} | {one['output_bytes'] / 1e9:.1f} | {one['cp_s']['median']:.1f} |"
                 f" {one['convert_s']['median']:.1f} | {told(one['ratio'])} | {one['convert_cpu_s']['median']:.1f} |"
-                f" {limit:.1f} | {one['own_mib']:.0f} |"
+                f" {cpu_limit(one):.1f} | {one['own_mib']:.0f} |"
             )
     if found := results.get("peers"):
         print("\n| way | wall, s | peak MiB |\n|---|---|---|")

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,18 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from isal.isal_zlib import crc32
-from measuring import copied, dropped, measured, spread, told
+from measuring import copied, dropped, idle, measured, spread, told
 
-PEAK = "[l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0]"
-CONVERT = f"""
+CONVERT = """
 import os, sys
-source, target, recipe, device, refused, said = sys.argv[1:]
+source, target, recipe, device, refused = sys.argv[1:]
 for name in refused.split():
     delattr(os, name)
 from llama4_convert import convert
 convert(source, target, recipe=recipe or None, device=device)
 assert device != 'cpu' or 'torch' not in sys.modules
-open(said, 'w').write({PEAK})
 """
 # What Linux has and macOS, or a network or overlay file system, may not.
 OPTIONAL = "O_DIRECT posix_fallocate"
@@ -53,8 +50,7 @@ class Case:
 
 def compare(source: Path, work: Path, case: Case, pairs: int) -> dict[str, Any]:
     """Copy and convert `source` in turn; the output is removed each time."""
-    target, said = work / "out", work / "said"
-    idle = int(subprocess.check_output([sys.executable, "-c", f"print({PEAK})"]))
+    target, nothing = work / "out", idle()
     rows = []
     for _ in range(pairs):
         if case.cold:
@@ -64,7 +60,7 @@ def compare(source: Path, work: Path, case: Case, pairs: int) -> dict[str, Any]:
         if case.cold:
             dropped(source)
         refused = OPTIONAL if case.portable else ""
-        ours = measured([sys.executable, "-c", CONVERT, source, target, case.recipe, case.device, refused, said])
+        ours = measured([sys.executable, "-c", CONVERT, source, target, case.recipe, case.device, refused])
         size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
         _removed(target)
         rows.append(
@@ -73,7 +69,7 @@ def compare(source: Path, work: Path, case: Case, pairs: int) -> dict[str, Any]:
                 "cp_cpu_s": copy.cpu_s,
                 "convert_s": ours.wall_s,
                 "convert_cpu_s": ours.cpu_s,
-                "own_kib": int(said.read_text()) - idle,
+                "own_bytes": ours.peak_bytes - nothing,
                 "output_bytes": size,
             }
         )
@@ -88,7 +84,7 @@ def compare(source: Path, work: Path, case: Case, pairs: int) -> dict[str, Any]:
         "convert_cpu_s": spread([row["convert_cpu_s"] for row in rows]),
         "cp_cpu_s": spread([row["cp_cpu_s"] for row in rows]),
         "digests_cpu_s": digest_seconds(size),
-        "own_mib": max(row["own_kib"] for row in rows) / 1024,
+        "own_mib": max(row["own_bytes"] for row in rows) / (1 << 20),
     }
 
 
@@ -107,11 +103,15 @@ def digest_seconds(size: int) -> float:
     return (time.process_time() - began) / (512 << 20) * size
 
 
+def cpu_limit(result: dict[str, Any]) -> float:
+    """CPU seconds of a copy, a CRC and a SHA-256 of the same bytes."""
+    return float(result["cp_cpu_s"]["median"] + result["digests_cpu_s"])
+
+
 def line(result: dict[str, Any]) -> str:
-    limit = result["cp_cpu_s"]["median"] + result["digests_cpu_s"]
     return (
         f"{result['bytes'] / 1e9:.1f} GB: {told(result['ratio'])}x cp + sync; CPU {result['convert_cpu_s']['median']:.1f} s,"
-        f" a copy, a CRC and a SHA-256 {limit:.1f} s; {result['own_mib']:.0f} MiB of its own"
+        f" a copy, a CRC and a SHA-256 {cpu_limit(result):.1f} s; {result['own_mib']:.0f} MiB of its own"
     )
 
 

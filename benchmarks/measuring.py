@@ -23,11 +23,11 @@ class Measured:
     """The peak of its resident set, as the kernel counts it (Linux): with the pages of files that it maps."""
 
 
-def measured(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Measured:
+def measured(command: Sequence[str | Path]) -> Measured:
     """Run a command to its end. Raises RuntimeError with the end of what it said if it fails."""
     with tempfile.TemporaryFile() as said:
         began, peak = time.perf_counter(), 0
-        process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said, env=env)
+        process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said)
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:

@@ -110,8 +110,22 @@ class PlannedFile:
     @property
     def work(self) -> int:
         """Bytes that are read for it, which is what progress counts: of an encoded matrix all of it, whatever it becomes."""
-        plain = sum(t.nbytes for t in self.tensors if t.part is None)
-        return plain + sum(t.part.matrix.gathered.nbytes for t in self.tensors if t.part and t.pieces)
+        return sum(gathered(read).nbytes for read in self.reads())
+
+    def reads(self) -> Iterator[PlannedTensor | PlannedMatrix]:
+        """What a run reads for it, in this order: an encoded matrix whole, when its first part is written."""
+        seen: set[str] = set()
+        for tensor in self.tensors:
+            if tensor.part is None:
+                yield tensor
+            elif tensor.part.constant is None and tensor.part.matrix.matrix.module not in seen:
+                seen.add(tensor.part.matrix.matrix.module)
+                yield tensor.part.matrix
+
+
+def gathered(read: PlannedTensor | PlannedMatrix) -> PlannedTensor:
+    """What is read, as a tensor with all its pieces."""
+    return read.gathered if isinstance(read, PlannedMatrix) else read
 
 
 @dataclass(frozen=True)
@@ -194,7 +208,7 @@ def make_plan(
     streamed = _streamed_records([tensor.pieces for tensor in tensors], source)
     skipped = {key for key, rule in claims.dropped.items() if rule.when == "text_only"}
     files = _files(_groups(tensors, streamed), shard_size)
-    streamed = _streamed_records(_in_reading_order(files), source)
+    streamed = _streamed_records([gathered(read).pieces for file in files for read in file.reads()], source)
     return Plan(
         geometry=geometry,
         text_only=text_only,
@@ -438,17 +452,6 @@ def _check_conserved(tensor: PlannedTensor) -> None:
     moved = sum(piece.numel for piece in tensor.pieces)
     if moved != tensor.numel:
         raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")
-
-
-def _in_reading_order(files: Iterable[PlannedFile]) -> Iterator[tuple[Piece, ...]]:
-    """What a run reads, tensor by tensor: of an encoded matrix all pieces when its first part is written."""
-    seen: set[str] = set()
-    for tensor in (tensor for file in files for tensor in file.tensors):
-        if tensor.part is None:
-            yield tensor.pieces
-        elif tensor.part.constant is None and tensor.part.matrix.matrix.module not in seen:
-            seen.add(tensor.part.matrix.matrix.module)
-            yield tensor.part.matrix.gathered.pieces
 
 
 def _streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:

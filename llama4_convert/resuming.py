@@ -7,10 +7,10 @@ there of every record that it has read in part. The next run continues them, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llama4_convert.planning import Plan, PlannedFile
+from llama4_convert.planning import Piece, Plan, PlannedFile, gathered
 
 Key = tuple[int, str]  # rank, record name
 Running = dict[Key, tuple[int, int]]  # bytes read so far, their CRC-32
@@ -19,12 +19,19 @@ Running = dict[Key, tuple[int, int]]  # bytes read so far, their CRC-32
 def first_reads(file: PlannedFile) -> dict[Key, int]:
     """The records that a file is made of, each with the first byte that it takes."""
     found: dict[Key, int] = {}
-    for tensor in file.tensors:
-        for piece in tensor.pieces:
-            key = piece.rank, piece.source.record.name
-            start = piece.copy.source_offset * piece.source.itemsize
-            found[key] = min(start, found.get(key, start))
+    for piece in _pieces(file):
+        start = piece.copy.source_offset * piece.source.itemsize
+        found[_key(piece)] = min(start, found.get(_key(piece), start))
     return found
+
+
+def _pieces(file: PlannedFile) -> Iterator[Piece]:
+    for read in file.reads():
+        yield from gathered(read).pieces
+
+
+def _key(piece: Piece) -> Key:
+    return piece.rank, piece.source.record.name
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,7 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[Key, tuple[int, 
     files = [file for file in plan.files if file.name in left]
     if not beforehand:
         return Resumed(plan, files, continued)
-    records = {
-        (piece.rank, piece.source.record.name): piece.source.record
-        for file in files
-        for tensor in file.tensors
-        for piece in tensor.pieces
-    }
+    records = {_key(piece): piece.source.record for file in files for piece in _pieces(file)}
     unread = tuple((key[0], records[key]) for key in sorted(beforehand))
     plan = replace(plan, streamed=plan.streamed - beforehand, unread=plan.unread + unread)
     return Resumed(plan, files, continued)

@@ -31,6 +31,7 @@ except ImportError:
     from zlib import crc32
 
 Progress = Callable[[int], None]
+Fill = Callable[[int, memoryview], None]  # makes a byte range: where it begins, and where to put it
 
 # Read granularity: small enough to stay in the processor's cache between reading, checking and scattering.
 _SCRATCH = 1 << 20
@@ -179,31 +180,34 @@ def write_file(
     """Stream one planned file into `writer`."""
     with ThreadPoolExecutor(1, "gather") as thread:
         encoder = _Encoder(plan, file, source, result, progress, thread)
-        _write_header(file.header, writer)
+        _stream(len(file.header), _copying(file.header), writer)
         for tensor in file.tensors:
-            fill = encoder.part(tensor.part) if tensor.part else _filler(tensor, plan, source, result)
-            position = 0
-            while position < tensor.nbytes:
-                space = writer.space()
-                n = min(len(space), tensor.nbytes - position)
-                fill(position, space[:n])
-                writer.advance(n)
-                position += n
-                if not tensor.part:
-                    progress(n)
+            if tensor.part:  # its matrix is counted as it is gathered
+                _stream(tensor.nbytes, _copying(encoder.take(tensor.part)), writer)
+            else:
+                _stream(tensor.nbytes, _filler(tensor, plan, source, result), writer, progress)
 
 
-def _write_header(header: bytes, writer: FileWriter) -> None:
+def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lambda n: None) -> None:
+    """Have `fill` make the next `size` bytes of the file."""
     position = 0
-    while position < len(header):
+    while position < size:
         space = writer.space()
-        n = min(len(space), len(header) - position)
-        space[:n] = header[position : position + n]
+        n = min(len(space), size - position)
+        fill(position, space[:n])
         writer.advance(n)
         position += n
+        progress(n)
 
 
-def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> Callable[[int, memoryview], None]:
+def _copying(data: bytes | memoryview) -> Fill:
+    def fill(start: int, into: memoryview) -> None:
+        into[:] = data[start : start + len(into)]
+
+    return fill
+
+
+def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> Fill:
     if tensor.dtype != tensor.source_dtype:
         return _Cast(tensor, plan, source, result)
     return _Gather(tensor, plan, source)
@@ -226,16 +230,10 @@ class _Encoder:
         self._ahead: bytearray | None = None  # the following matrix, gathered
         self._spare = bytearray()  # reused: matrices of a layer are of a size
 
-    def part(self, part: Part) -> Callable[[int, memoryview], None]:
-        """What fills byte ranges of one part. Raises BadInput for a matrix with numbers that are not finite."""
-        data = memoryview(part.constant) if part.constant is not None else self._take(part)
-
-        def fill(start: int, into: memoryview) -> None:
-            into[:] = data[start : start + len(into)]
-
-        return fill
-
-    def _take(self, part: Part) -> memoryview:
+    def take(self, part: Part) -> bytes | memoryview:
+        """The bytes of one part, once. Raises BadInput for a matrix with numbers that are not finite."""
+        if part.constant is not None:
+            return part.constant
         module = part.matrix.matrix.module
         if module not in self._held:
             self._held[module] = self._encode(part.matrix)
@@ -280,18 +278,12 @@ class _Encoder:
 
 def _following(file: PlannedFile) -> dict[str, PlannedMatrix]:
     """By module: the matrix to be read next, where a matrix is what is read next, and two of them may be in memory."""
-    reads: list[PlannedMatrix | None] = []  # None: another tensor
-    seen: set[str] = set()
-    for tensor in file.tensors:
-        if tensor.part is None:
-            reads.append(None)
-        elif tensor.part.constant is None and tensor.part.matrix.matrix.module not in seen:
-            reads.append(tensor.part.matrix)  # whole, when its first part is asked for
-            seen.add(tensor.part.matrix.matrix.module)
     return {
         one.matrix.module: other
-        for one, other in pairwise(reads)
-        if one and other and max(one.gathered.nbytes, other.gathered.nbytes) <= _GATHER_AHEAD
+        for one, other in pairwise(file.reads())
+        if isinstance(one, PlannedMatrix)
+        and isinstance(other, PlannedMatrix)
+        and max(one.gathered.nbytes, other.gathered.nbytes) <= _GATHER_AHEAD
     }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from llama4_convert import cli
 
+SHARD = 200_000
 INDEX = "model.safetensors.index.json"
 
 
@@ -48,6 +51,36 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
     captured = capsys.readouterr()
     assert isinstance(stopped.value.code, int)
     return Outcome(stopped.value.code, captured.out, captured.err)
+
+
+class Faults:
+    """Lets the `left`-th call of some functions of `os` that `when` is true of fail, and with `for_ever` all that follow."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        names: tuple[str, ...],
+        code: int,
+        *,
+        left: int = -1,
+        for_ever: bool = False,
+        when: Callable[..., bool] = lambda *_: True,
+    ) -> None:
+        self.left, self.code, self.for_ever, self.when = left, code, for_ever, when
+        self.raised = 0
+        for name in names:
+            monkeypatch.setattr(os, name, self._failing(getattr(os, name)))
+
+    def _failing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.when(*arguments):
+                self.left -= 1
+                if self.left == 0 or (self.for_ever and self.left < 0):
+                    self.raised += 1
+                    raise OSError(self.code, os.strerror(self.code))
+            return function(*arguments, **options)
+
+        return call
 
 
 def digests(folder: Path) -> dict[str, str]:

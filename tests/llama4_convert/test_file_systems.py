@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +13,15 @@ import pytest
 
 from llama4_convert import convert, run, writer
 
-SHARD = 200_000
-
-
-@pytest.fixture
-def source(meta_checkpoint: Callable[..., Any]) -> Path:
-    path: Path = meta_checkpoint("maverick", 2).src
-    return path
-
-
-@pytest.fixture(scope="module")
-def expected(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    target = tmp_path_factory.mktemp("expected") / "out"
-    convert(meta_checkpoint("maverick", 2).src, target, shard_size=SHARD)
-    return commands.digests(target)
-
-
-class Refusing:
-    """Functions of `os` as a file system may refuse them; counts what it refused and what it saw."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.patch, self.refused, self.buffered = monkeypatch, 0, 0
-
-    def __call__(self, name: str, code: int, when: Callable[..., bool] = lambda *_: True) -> None:
-        function = getattr(os, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if when(*arguments):
-                self.refused += 1
-                raise OSError(code, os.strerror(code))
-            return function(*arguments, **options)
-
-        self.patch.setattr(os, name, call)
-
-
-@pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Refusing:
-    return Refusing(monkeypatch)
-
-
 needs_o_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="O_DIRECT is Linux's")
+
+
+def wants_o_direct(path: Any, flags: int, *_: Any) -> bool:
+    return bool(flags & os.O_DIRECT)
+
+
+def is_folder(fd: int) -> bool:
+    return os.path.isdir(f"/proc/self/fd/{fd}")
 
 
 def is_direct(fd: int) -> bool:
@@ -63,21 +31,20 @@ def is_direct(fd: int) -> bool:
 @needs_o_direct
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
 def test_opening_with_o_direct_is_refused(
-    source: Path, expected: dict[str, str], tmp_path: Path, refuse: Refusing, code: int
+    source: Path, straight: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    refuse("open", code, lambda path, flags, *_: bool(flags & os.O_DIRECT))
-    convert(source, tmp_path / "out", shard_size=SHARD)
-    assert refuse.refused
-    assert commands.digests(tmp_path / "out") == expected
+    refused = commands.Faults(monkeypatch, ("open",), code, left=1, for_ever=True, when=wants_o_direct)
+    convert(source, tmp_path / "out", shard_size=commands.SHARD)
+    assert refused.raised
+    assert commands.digests(tmp_path / "out") == straight
 
 
 @needs_o_direct
 @pytest.mark.parametrize("after", [0, 1])
 def test_writing_with_o_direct_is_refused(
     source: Path,
-    expected: dict[str, str],
+    straight: dict[str, str],
     tmp_path: Path,
-    refuse: Refusing,
     monkeypatch: pytest.MonkeyPatch,
     after: int,
 ) -> None:
@@ -88,43 +55,43 @@ def test_writing_with_o_direct_is_refused(
         seen[fd] = seen.get(fd, 0) + 1
         return is_direct(fd) and seen[fd] > after
 
-    refuse("pwrite", errno.EINVAL, direct)
+    refused = commands.Faults(monkeypatch, ("pwrite",), errno.EINVAL, left=1, for_ever=True, when=direct)
     monkeypatch.setattr(run, "planned_buffers", lambda _: writer.Buffers(3, 64 << 10))
-    convert(source, tmp_path / "out", shard_size=SHARD)
-    assert refuse.refused
-    assert commands.digests(tmp_path / "out") == expected
+    convert(source, tmp_path / "out", shard_size=commands.SHARD)
+    assert refused.raised
+    assert commands.digests(tmp_path / "out") == straight
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV])
 def test_allocating_is_refused(
-    source: Path, expected: dict[str, str], tmp_path: Path, refuse: Refusing, code: int
+    source: Path, straight: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    refuse("posix_fallocate", code)
-    convert(source, tmp_path / "out", shard_size=SHARD)
-    assert refuse.refused
-    assert commands.digests(tmp_path / "out") == expected
+    refused = commands.Faults(monkeypatch, ("posix_fallocate",), code, left=1, for_ever=True)
+    convert(source, tmp_path / "out", shard_size=commands.SHARD)
+    assert refused.raised
+    assert commands.digests(tmp_path / "out") == straight
 
 
 def test_advice_and_syncing_folders_are_refused(
-    source: Path, expected: dict[str, str], tmp_path: Path, refuse: Refusing, monkeypatch: pytest.MonkeyPatch
+    source: Path, straight: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_O_DIRECT", 0)
     monkeypatch.setattr(writer, "_DROP_EVERY", 1)
-    refuse("posix_fadvise", errno.ENOSYS)
-    refuse("fsync", errno.EINVAL, lambda fd: os.path.isdir(f"/proc/self/fd/{fd}"))
-    convert(source, tmp_path / "out", shard_size=SHARD)
-    assert refuse.refused
-    assert commands.digests(tmp_path / "out") == expected
+    refused = commands.Faults(monkeypatch, ("posix_fadvise",), errno.ENOSYS, left=1, for_ever=True)
+    commands.Faults(monkeypatch, ("fsync",), errno.EINVAL, left=1, for_ever=True, when=is_folder)
+    convert(source, tmp_path / "out", shard_size=commands.SHARD)
+    assert refused.raised
+    assert commands.digests(tmp_path / "out") == straight
 
 
 def test_a_system_without_any_of_it(
-    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, straight: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_O_DIRECT", 0)
     for name in ("posix_fallocate", "posix_fadvise", "sched_getaffinity"):
         monkeypatch.delattr(os, name, raising=False)
-    convert(source, tmp_path / "out", shard_size=SHARD)
-    assert commands.digests(tmp_path / "out") == expected
+    convert(source, tmp_path / "out", shard_size=commands.SHARD)
+    assert commands.digests(tmp_path / "out") == straight
 
 
 @pytest.mark.parametrize("direct", [True, False])

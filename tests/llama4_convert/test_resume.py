@@ -23,24 +23,7 @@ from llama4_convert import conversion, convert, lock, verify, writer
 from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHARD = 200_000
 MANIFEST = "llama4-convert.json"
-
-
-@pytest.fixture
-def source(meta_checkpoint: Callable[..., Any]) -> Path:
-    path: Path = meta_checkpoint("maverick", 2).src
-    return path
-
-
-@pytest.fixture(scope="module")
-def straight(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The files of a conversion that nothing interrupts."""
-    target = tmp_path_factory.mktemp("straight") / "out"
-    convert(meta_checkpoint("maverick", 2).src, target, shard_size=SHARD)
-    found = commands.digests(target)
-    assert len(found) > 12
-    return found
 
 
 def partials(folder: Path) -> list[Path]:
@@ -52,24 +35,6 @@ def no_data_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -------------------- faults
-
-
-class _Faults:
-    """Lets the n-th call of some functions of `os` fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], code: int) -> None:
-        self.left, self.code = -1, code
-        for name in names:
-            monkeypatch.setattr(os, name, self._failing(getattr(os, name)))
-
-    def _failing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.left -= 1
-            if self.left == 0:
-                raise OSError(self.code, os.strerror(self.code))
-            return function(*arguments, **options)
-
-        return call
 
 
 @pytest.mark.parametrize(
@@ -93,13 +58,13 @@ def test_a_fault_at_any_call_ends_in_exit_4_and_the_next_run_completes(
     names: tuple[str, ...],
     code: int,
 ) -> None:
-    faults = _Faults(monkeypatch, names, code)
+    faults = commands.Faults(monkeypatch, names, code)
     messages = []
     for n in [*range(1, 8), *range(9, 2000, 23)]:
         target = tmp_path / f"{n}"
         faults.left = n
         try:
-            convert(source, target, shard_size=SHARD)
+            convert(source, target, shard_size=commands.SHARD)
         except EnvironmentFailed as error:
             messages.append(str(error))
         if faults.left > 0:  # fewer calls than that: all have had their turn
@@ -107,7 +72,7 @@ def test_a_fault_at_any_call_ends_in_exit_4_and_the_next_run_completes(
         faults.left = -1
         # A folder that cannot be synced is no reason to fail: the rename has happened.
         assert not partials(target)
-        convert(source, target, shard_size=SHARD)
+        convert(source, target, shard_size=commands.SHARD)
         assert commands.digests(target) == straight
     assert len(messages) > 3
     assert all(os.strerror(code) in text and "run the same command again" in text for text in messages)
@@ -131,7 +96,7 @@ def test_repeated_faults_make_progress(
     for _ in range(100):
         stop: list[bool] = []
         try:
-            convert(source, target, shard_size=SHARD)
+            convert(source, target, shard_size=commands.SHARD)
         except EnvironmentFailed:
             assert not commands.loads_as_a_model(target)
             continue
@@ -178,7 +143,7 @@ def test_a_killed_run_goes_on(source: Path, straight: dict[str, str], tmp_path: 
     target = tmp_path / "out"
     chance = random.Random(0)
     for _ in range(6):
-        process = subprocess.Popen(command("convert", source, target, "--shard-size", SHARD), cwd=REPOSITORY)
+        process = subprocess.Popen(command("convert", source, target, "--shard-size", commands.SHARD), cwd=REPOSITORY)
         deadline = time.monotonic() + 20
         files = chance.randrange(1, 12)
         while process.poll() is None and len(list(target.glob("model*"))) < files and time.monotonic() < deadline:
@@ -188,7 +153,10 @@ def test_a_killed_run_goes_on(source: Path, straight: dict[str, str], tmp_path: 
         if (target / commands.INDEX).exists():  # it was quicker than the signal: then it is complete
             assert commands.digests(target) == straight
     last = subprocess.run(
-        command("convert", source, target, "--shard-size", SHARD), cwd=REPOSITORY, capture_output=True, check=True
+        command("convert", source, target, "--shard-size", commands.SHARD),
+        cwd=REPOSITORY,
+        capture_output=True,
+        check=True,
     )
     assert b"warning" not in last.stderr
     assert commands.digests(target).keys() - {lock.NAME} == straight.keys()
@@ -204,7 +172,7 @@ def test_ctrl_c_exits_130_with_a_hint(source: Path, straight: dict[str, str], tm
         "def slowly(*a): print('begun', flush=True); time.sleep(0.2); check(*a)\n"
         "run.Source.check = slowly; cli.main()"
     )
-    arguments = ["convert", str(source), str(tmp_path / "out"), "--shard-size", str(SHARD)]
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--shard-size", str(commands.SHARD)]
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -217,7 +185,7 @@ def test_ctrl_c_exits_130_with_a_hint(source: Path, straight: dict[str, str], tm
     assert b"Traceback" not in err
     assert not commands.loads_as_a_model(tmp_path / "out")
     assert not partials(tmp_path / "out")
-    convert(source, tmp_path / "out", shard_size=SHARD)
+    convert(source, tmp_path / "out", shard_size=commands.SHARD)
     assert commands.digests(tmp_path / "out") == straight
 
 
@@ -225,15 +193,17 @@ def test_leftovers_do_not_count_as_used_space(source: Path, tmp_path: Path, monk
     """A killed run leaves its preallocated file: the resumed one must not call the disk full for that."""
     target = tmp_path / "out"
     with monkeypatch.context() as patch:
-        _Faults(patch, ("posix_fallocate",), errno.ENOSPC).left = 1
+        commands.Faults(patch, ("posix_fallocate",), errno.ENOSPC).left = 1
         with pytest.raises(EnvironmentFailed):
-            convert(source, target, shard_size=SHARD)
-    leftover = next(iter(conversion.Job(conversion.Request(source, shard_size=SHARD)).plan.files)).name + ".partial"
+            convert(source, target, shard_size=commands.SHARD)
+    leftover = (
+        next(iter(conversion.Job(conversion.Request(source, shard_size=commands.SHARD)).plan.files)).name + ".partial"
+    )
     (target / leftover).write_bytes(b"x")
     seen = []
     statvfs = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda p: (seen.append((target / leftover).exists()), statvfs(p))[1])
-    convert(source, target, shard_size=SHARD)
+    convert(source, target, shard_size=commands.SHARD)
     assert seen == [False]
 
 
@@ -280,9 +250,9 @@ def test_where_the_source_lies_makes_no_difference(source: Path, tmp_path: Path)
 )
 def test_a_file_that_is_gone_is_made_again(source: Path, straight: dict[str, str], tmp_path: Path, name: str) -> None:
     target = tmp_path / "out"
-    convert(source, target, shard_size=SHARD)
+    convert(source, target, shard_size=commands.SHARD)
     next(target.glob(name)).unlink()
-    assert convert(source, target, shard_size=SHARD)["status"] == "converted"
+    assert convert(source, target, shard_size=commands.SHARD)["status"] == "converted"
     assert commands.digests(target) == straight
 
 
@@ -353,22 +323,22 @@ def test_overwrite_goes_on_too_when_it_was_interrupted(
     target = tmp_path / "out"
     convert(source, target)
     with monkeypatch.context() as patch:
-        _Faults(patch, ("replace",), errno.EIO).left = 25
+        commands.Faults(patch, ("replace",), errno.EIO).left = 25
         with pytest.raises(EnvironmentFailed):
-            convert(source, target, shard_size=SHARD, overwrite=True)
+            convert(source, target, shard_size=commands.SHARD, overwrite=True)
     assert not commands.loads_as_a_model(target)
-    result = convert(source, target, shard_size=SHARD, overwrite=True)
+    result = convert(source, target, shard_size=commands.SHARD, overwrite=True)
     assert result["files_kept_from_earlier_run"] > 0
     assert commands.digests(target) == straight
 
 
 def test_overwrite_of_a_finished_one_writes_it_anew(source: Path, straight: dict[str, str], tmp_path: Path) -> None:
     target = tmp_path / "out"
-    convert(source, target, shard_size=SHARD)
+    convert(source, target, shard_size=commands.SHARD)
     file = sorted(target.glob("*.safetensors"))[1]
     commands.flip(file, file.stat().st_size - 1)
     assert not verify(target)["ok"]
-    assert convert(source, target, shard_size=SHARD, overwrite=True)["files_kept_from_earlier_run"] == 0
+    assert convert(source, target, shard_size=commands.SHARD, overwrite=True)["files_kept_from_earlier_run"] == 0
     assert commands.digests(target) == straight
 
 
@@ -417,7 +387,9 @@ def test_one_owner_at_a_time(source: Path, straight: dict[str, str], tmp_path: P
     with lock.owned(target):
         others = [
             subprocess.Popen(
-                command("convert", source, target, "--shard-size", SHARD), cwd=REPOSITORY, stderr=subprocess.PIPE
+                command("convert", source, target, "--shard-size", commands.SHARD),
+                cwd=REPOSITORY,
+                stderr=subprocess.PIPE,
             )
             for _ in range(7)
         ]
@@ -427,7 +399,7 @@ def test_one_owner_at_a_time(source: Path, straight: dict[str, str], tmp_path: P
             assert f"is being written by process {os.getpid()} on " in err.decode()
             assert err.count(b"\n") == 1
         assert list(target.iterdir()) == [target / lock.NAME]
-    convert(source, target, shard_size=SHARD)
+    convert(source, target, shard_size=commands.SHARD)
     assert commands.digests(target) == straight
 
 

@@ -13,7 +13,6 @@ AssertionError if a promise was broken:
 from __future__ import annotations
 
 import builtins
-import hashlib
 import json
 import os
 import random
@@ -26,10 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llama4_convert"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from commands import digests
+
 from llama4_convert import convert, writer
-from llama4_convert.lock import NAME as LOCK
 from llama4_convert.manifest import INDEX, Manifest
 
 # What changes the disk; file objects are wrapped apart.
@@ -97,14 +98,6 @@ def forked(work: Callable[[], None]) -> int:
 def ended(pid: int) -> int:
     """Its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != LOCK
-    }
 
 
 class Torture:

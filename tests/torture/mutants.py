@@ -62,8 +62,9 @@ FORBIDDEN_EXACT = (
 class Watch:
     """While `on`, every forbidden action is noted."""
 
-    def __init__(self, folder: Path) -> None:
-        self.on, self.seen, self.folder = False, [], str(folder)
+    def __init__(self) -> None:
+        self.on = False
+        self.seen: list[str] = []
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -72,9 +73,9 @@ class Watch:
         if event == "exec" and "/encodings/" in getattr(arguments[0], "co_filename", ""):
             return  # a codec of Python's own, imported when it is first met
         if event.startswith(FORBIDDEN) or event in FORBIDDEN_EXACT:
-            self.seen.append(event)  # type: ignore[attr-defined]
+            self.seen.append(event)
         elif event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
-            self.seen.append(f"open for writing: {arguments[0]}")  # type: ignore[attr-defined]
+            self.seen.append(f"open for writing: {arguments[0]}")
 
 
 def mutated(data: bytes, chance: random.Random, is_text: bool) -> bytes:
@@ -121,7 +122,7 @@ def mutated(data: bytes, chance: random.Random, is_text: bool) -> bytes:
 
 class Mutants:
     def __init__(self, source: Path, folder: Path) -> None:
-        self.source, self.folder = source, folder
+        self.folder = folder
         self.meta, self.out = folder / "meta", folder / "out"
         shutil.copytree(source, self.meta)
         convert(source, self.out)
@@ -138,7 +139,6 @@ class Mutants:
         self.config = (self.out / "config.json").read_bytes()
         self.manifest = (self.out / NAME).read_bytes()
         self.safetensors = self.weights.read_bytes()
-
         self.read_all()
 
     def read_all(self) -> None:
@@ -246,7 +246,7 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     folder = Path(tempfile.mkdtemp(dir=order["folder"]))
     mutants = Mutants(Path(order["source"]), folder)
-    WATCH = Watch(folder)
+    WATCH = Watch()
     signal.signal(signal.SIGALRM, _too_long)
     # Everything is imported by now; what is read is small: a GiB of address space more than this is a bomb that went off.
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

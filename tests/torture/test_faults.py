@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from llama4_convert import convert
 from llama4_convert.errors import EnvironmentFailed
-from llama4_convert.manifest import INDEX, sha256_of
+from llama4_convert.manifest import INDEX
 
 ALL = bool(os.environ.get("TORTURE"))
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -21,27 +22,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
-
-
-class Failing:
-    """A function of `os` whose n-th call fails, once or from then on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, code: int, *, for_ever: bool) -> None:
-        self.left, self.failed = 0, 0
-        function = getattr(os, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if name == "open" and not str(arguments[0]).endswith((".pth", ".partial")):
-                return function(*arguments, **options)
-            self.left -= 1
-            if self.left == 0 or (for_ever and self.left < 0):
-                self.failed += 1
-                raise OSError(code, os.strerror(code), str(arguments[0]) if name == "open" else None)
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(os, name, call)
+def is_ours(path: Any, *_: Any) -> bool:
+    """Of opening: a source or an output, not what Python opens for itself."""
+    return str(path).endswith((".pth", ".partial"))
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -62,17 +45,17 @@ def test_the_nth_call_fails(
 ) -> None:
     source, options = meta_checkpoint("maverick", 2).src, OPTIONS[case]
     convert(source, tmp_path / "straight", **options)
-    straight, n, failures = digests(tmp_path / "straight"), 1 if ALL else 2, 0
+    straight, n, failures = commands.digests(tmp_path / "straight"), 1 if ALL else 2, 0
     while True:
         with monkeypatch.context() as patch:
-            failing = Failing(patch, name, code, for_ever=for_ever)
-            failing.left = n
+            when = is_ours if name == "open" else lambda *_: True
+            faults = commands.Faults(patch, (name,), code, left=n, for_ever=for_ever, when=when)
             target, message = tmp_path / "out", ""
             try:
                 convert(source, target, **options)
             except EnvironmentFailed as error:
                 message = str(error)
-        if not failing.failed:
+        if not faults.raised:
             break
         if message:  # some failures are no reason to fail: of syncing a folder, of an O_DIRECT that is refused
             assert "\n" not in message
@@ -82,7 +65,7 @@ def test_the_nth_call_fails(
         if not for_ever:
             assert not list(target.rglob("*.partial"))
         convert(source, target, **options)
-        assert digests(target) == straight
+        assert commands.digests(target) == straight
         for path in sorted(target.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         n += 1 if ALL else 13
@@ -110,4 +93,4 @@ def test_reads_and_writes_do_less_than_they_were_asked_for(
     monkeypatch.setattr(os, "pwrite", short_write)
     convert(source, tmp_path / "out", **options)
     assert min(calls.values()) > 20
-    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
+    assert commands.digests(tmp_path / "out") == commands.digests(tmp_path / "straight")
