@@ -1,14 +1,15 @@
 """The ways of today, end to end, beside ours: wall time and peak memory from Meta's files to a directory on disk.
 
-    python benchmarks/peers.py [--experts 16] [--vocab 20000] [--rounds 1] [--folder DIR] [--json FILE]
+    python benchmarks/peers.py [--experts 16] [--vocab 20000] [--rounds 1] [--ways NAME ...] [--folder DIR] [--json FILE]
 
 One layer of Scout at full width in 8 ranks. Each way is a process of its own, and all read the same source, warm. What does not
 import is left out, and said so; `make bench` installs the peers. The ways, named by what they take:
 
   whole model     torch.load of all ranks, torch.cat, one safetensors file: what converters do
-  llm-compressor  the same with experts as linear layers, which is all that it quantizes, then its model-free W4A16 or FP8_DYNAMIC
+  llm-compressor  the same with experts as linear layers, which is all that it quantizes, then its model-free W4A16 or
+                  FP8_DYNAMIC; "MSE": with its observer that searches the scale, as our defaults do, where min-max is our `plain`
   bitsandbytes    the same in memory, quantize_4bit of each feed-forward matrix, one safetensors file
-  Transformers    from our bf16 directory, which is not counted: load with bitsandbytes NF4 and save; fused experts stay bf16
+  Transformers    after "whole model", whose time it needs first: load with bitsandbytes NF4 and save; fused experts stay bf16
 
 In the peers' favour: names are not translated, nothing is checked, and no digest is made.
 """
@@ -76,8 +77,9 @@ def way_whole(source: Path, target: Path) -> None:
     save_file(whole_model(source, linear=False), target / "model.safetensors")
 
 
-def way_llm_compressor(scheme: str) -> Callable[[Path, Path], None]:
+def way_llm_compressor(preset: str, observer: str | None = None) -> Callable[[Path, Path], None]:
     def way(source: Path, target: Path) -> None:
+        from compressed_tensors.quantization import preset_name_to_scheme
         from safetensors.torch import save_file
 
         between = target / "between"
@@ -86,6 +88,9 @@ def way_llm_compressor(scheme: str) -> Callable[[Path, Path], None]:
         (between / "config.json").write_text('{"model_type": "llama4"}')
         from llmcompressor import model_free_ptq
 
+        scheme = preset_name_to_scheme(preset, [])
+        if observer:
+            scheme.weights.observer = observer
         ignore = ["re:.*attention.*", "re:.*router.*", "tok_embeddings", "output", "re:vision.*", "re:.*rope.*"]
         model_free_ptq(between, target / "quantized", scheme=scheme, ignore=ignore)
 
@@ -122,35 +127,60 @@ def way_ours(recipe: str | None) -> Callable[[Path, Path], None]:
     return way
 
 
+def plain(scheme: str) -> str:
+    """A recipe by min-max scales, as the peers' defaults: the path of the file."""
+    return str(Path(__file__).with_name(f"{scheme}-plain.toml"))
+
+
 WAYS: dict[str, Callable[[Path, Path], None]] = {
     "whole model": way_whole,
     "llm-compressor W4A16": way_llm_compressor("W4A16"),
     "llm-compressor FP8": way_llm_compressor("FP8_DYNAMIC"),
     "bitsandbytes NF4": way_bitsandbytes,
     "Transformers NF4": way_transformers,
-    **{f"ours, {recipe or 'bf16'}": way_ours(recipe) for recipe in (None, "int4", "fp8", "nf4")},
-    "ours, int4 plain": way_ours(str(Path(__file__).with_name("int4-plain.toml"))),
+    "ours, bf16": way_ours(None),
+    "ours, int4 plain": way_ours(plain("int4")),
+    "ours, int4": way_ours("int4"),
+    "ours, fp8 plain": way_ours(plain("fp8")),
+    "ours, fp8": way_ours("fp8"),
+    "ours, nf4": way_ours("nf4"),
+    "llm-compressor W4A16, MSE": way_llm_compressor("W4A16", "memoryless_mse"),
+    "llm-compressor FP8, MSE": way_llm_compressor("FP8_DYNAMIC", "memoryless_mse"),
 }
-COMPARED = {
-    "ours, bf16": ["whole model"],
-    "ours, int4": ["llm-compressor W4A16"],
-    "ours, int4 plain": ["llm-compressor W4A16"],
-    "ours, fp8": ["llm-compressor FP8"],
-    "ours, nf4": ["bitsandbytes NF4", "Transformers NF4"],
-}
+# Ours, and the steps of a peer, each a process.
+COMPARED: list[tuple[str, tuple[str, ...]]] = [
+    ("ours, bf16", ("whole model",)),
+    ("ours, int4 plain", ("llm-compressor W4A16",)),
+    ("ours, int4", ("llm-compressor W4A16, MSE",)),
+    ("ours, int4", ("llm-compressor W4A16",)),
+    ("ours, fp8 plain", ("llm-compressor FP8",)),
+    ("ours, fp8", ("llm-compressor FP8, MSE",)),
+    ("ours, fp8", ("llm-compressor FP8",)),
+    ("ours, nf4", ("bitsandbytes NF4",)),
+    ("ours, nf4", ("whole model", "Transformers NF4")),
+]
+# Minutes each: once, whatever the rounds.
+SLOW = {"llm-compressor W4A16, MSE", "llm-compressor FP8, MSE"}
 
 
 def compare(source: Path, work: Path, rounds: int, names: Sequence[str]) -> dict[str, Any]:
     """Those ways in turn; the output is removed each time."""
-    from llama4_convert import convert
+    from llama4_convert import convert, synth
 
     bf16, nothing = work / "bf16", idle()
     convert(source, bf16)
+    # numba compiles once an installation: before the first round, on a tiny model.
+    synth(work / "tiny", tiny=True)
+    for name in names:
+        if name.startswith("ours"):
+            WAYS[name](work / "tiny", work / "compiled")
+            shutil.rmtree(work / "compiled")
+    shutil.rmtree(work / "tiny")
     rows: dict[str, list[Any]] = {}
     skipped: dict[str, str] = {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name in names:
-            if name in skipped:
+            if name in skipped or (number and name in SLOW):
                 continue
             target = work / "out"
             target.mkdir()
@@ -175,13 +205,12 @@ def compare(source: Path, work: Path, rounds: int, names: Sequence[str]) -> dict
     found = [
         {
             "ours": ours,
-            "peer": peer,
-            "times_as_fast": ways[peer]["wall_s"]["median"] / ways[ours]["wall_s"]["median"],
-            "of_its_memory": ways[ours]["peak_mib"] / ways[peer]["peak_mib"],
+            "peer": ", then ".join(steps),
+            "times_as_fast": sum(ways[step]["wall_s"]["median"] for step in steps) / ways[ours]["wall_s"]["median"],
+            "of_its_memory": ways[ours]["peak_mib"] / max(ways[step]["peak_mib"] for step in steps),
         }
-        for ours, peers in COMPARED.items()
-        for peer in peers
-        if peer in ways and ours in ways
+        for ours, steps in COMPARED
+        if {ours, *steps} <= ways.keys()
     ]
     size = sum(path.stat().st_size for path in source.iterdir())
     return {"bytes": size, "ways": ways, "comparisons": found, "skipped": skipped}
@@ -200,6 +229,7 @@ def main() -> None:
     options.add_argument("--experts", type=int, default=16)
     options.add_argument("--vocab", type=int, default=20_000)
     options.add_argument("--rounds", type=int, default=1)
+    options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
     options.add_argument("--tiny", action="store_true", help="does it run? The figures mean nothing")
     options.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     options.add_argument("--json", type=Path)
@@ -218,7 +248,7 @@ def main() -> None:
         else:
             synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8)
         os.sync()
-        result = compare(source, Path(folder), args.rounds, list(WAYS))
+        result = compare(source, Path(folder), args.rounds, args.ways)
     tell(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
