@@ -58,6 +58,11 @@ request_options = _options(
         help="Quantize on the way: a built-in recipe (`llama4-convert recipes` lists them) or a TOML file.",
     ),
     click.option(
+        "--allow-nonfinite",
+        is_flag=True,
+        help="Quantize matrices with NaN or infinities, too: as 0 and as the largest magnitude. Default: refused.",
+    ),
+    click.option(
         "--variant",
         type=click.Choice(["base", "instruct", "guard"]),
         help="Kind of model: decides chat template, stop tokens and context. Default: concluded from the checkpoint.",
@@ -195,17 +200,24 @@ def recipes(as_json: bool) -> None:
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option(
+    "--stats", is_flag=True, help="Read every number: range, mean, spread, zeros, NaN, a histogram by tensor."
+)
 @as_json
-def inspect(path: Path, tensors: bool, as_json: bool) -> None:
-    """Show what a checkpoint in either layout holds: geometry, sizes, tensors. Reads no tensor data.
+def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
+    """Show what a checkpoint in either layout holds: geometry, sizes, tensors. Without --stats it reads no tensor data.
+
+    Tensors with NaN or infinities are named, where a conversion has counted them, and with --stats.
 
     \b
-    Example:
+    Examples:
       llama4-convert inspect scout-hf --tensors
+      llama4-convert inspect scout-hf --stats
     """
     from llama4_convert import inspect as run
 
-    result = run(path)
+    with report.ProgressBar("inspect", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(path, stats=stats, start=bar.start, progress=bar.advance)
     _show(result, as_json, lambda r: report.inspect_summary(r, tensors))
 
 

@@ -30,6 +30,7 @@ DEFAULT_MEMORY = 1 << 30
 # Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
 LEAST_MEMORY = 64 << 20
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_SHOWN = 3  # tensors that a warning names
 SOURCE_NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
 
 
@@ -49,6 +50,7 @@ class Request:
     max_position_embeddings: int | None = None
     allow_rank_mismatch: bool = False
     recipe: str | None = None  # a built-in one's name, or the path of a TOML file
+    allow_nonfinite: bool = False  # quantize matrices with NaN and infinities, too: as 0 and as the largest magnitude
     device: str = "cpu"  # where a recipe computes: decides no byte
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class Request:
             raise UsageError(f"variant {self.variant!r} is not one of {', '.join(variant.VARIANTS)}")
         if self.shard_size < 1:
             raise UsageError("the shard size must be at least 1 byte")
+        if self.allow_nonfinite and self.recipe is None:
+            raise UsageError("--allow-nonfinite is for --recipe: without one, NaN and infinities are kept as they are")
         if self.device != "cpu":
             _check_device(self)
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
@@ -197,10 +201,15 @@ class Job:
             "text_only": self.request.text_only,
             "variant": self.variant,
         }
-        if self.recipe:
-            options["recipe"] = self.recipe.to_json()
+        options |= self._recipe_options()
         source = {"layout": "meta", "ranks": len(self.source.ranks), "sha256": self.source.fingerprint()}
         return Manifest(TOOL, source, options, list(self.plan.meta_keys), dict(self.plan.dropped))
+
+    def _recipe_options(self) -> dict[str, Any]:
+        if self.recipe is None:
+            return {}
+        allowed = {"allow_nonfinite": True} if self.request.allow_nonfinite else {}
+        return {"recipe": self.recipe.to_json(), **allowed}
 
     def describe(self) -> dict[str, Any]:
         """The JSON of `plan`."""
@@ -382,6 +391,7 @@ class _Conversion:
         overflows = self._write_weights()
         for name, n in overflows.items():
             self.warn(f"{name}: {n} numbers were too large for {self.job.request.dtype} and became infinite")
+        self._warn_of_nonfinite()
         self.manifest.add(INDEX, _sha256(self.index), len(self.index))
         self.manifest.write(self.target)
         self._write_small(INDEX, self.index)
@@ -411,7 +421,8 @@ class _Conversion:
             kept &= weights
         self.manifest.files = {name: old.files[name] for name in kept}
         self.manifest.records = old.records
-        self.manifest.errors = old.errors  # of files that are made again they are made again too
+        # Of files that are made again these are made again, too.
+        self.manifest.errors, self.manifest.nonfinite = old.errors, old.nonfinite
         return len(self._weights_done())
 
     def _is_interrupted(self) -> bool:
@@ -458,6 +469,7 @@ class _Conversion:
         self.manifest.add(name, write_small(path, data), len(data))
 
     def _write_weights(self) -> dict[str, int]:
+        from llama4_convert.planning import gathered
         from llama4_convert.resuming import resumed
         from llama4_convert.run import DamagedRecord, RunResult, Source, check_unread, planned_buffers, write_file
         from llama4_convert.writer import FileWriter, Workers
@@ -476,8 +488,12 @@ class _Conversion:
                 check_unread(plan, source, self.progress)
                 for file in left:
                     with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
-                        write_file(plan, file, source, writer, result, self.progress)
+                        for read in file.reads():
+                            self.manifest.nonfinite.pop(gathered(read).name, None)
+                        allowed = self.job.request.allow_nonfinite
+                        write_file(plan, file, source, writer, result, self.progress, allowed)
                         self._take_errors(result)
+                        self._take_nonfinite(result)
                         digest = writer.commit()
                     self.manifest.add(file.name, digest, file.size)
                     self.manifest.records = dict(source.running)
@@ -517,6 +533,30 @@ class _Conversion:
             self.manifest.errors[module] = [error, power]
         result.errors.clear()
 
+    def _take_nonfinite(self, result: RunResult) -> None:
+        self.manifest.nonfinite |= {name: list(found) for name, found in result.nonfinite.items()}
+        result.nonfinite.clear()
+
+    def _nonfinite(self) -> list[dict[str, Any]]:
+        """Where NaN and infinities are, how many, and whether they were replaced because they were quantized."""
+        replaced = {planned.gathered.name for planned in self.job.plan.matrices if planned.scheme}
+        return [
+            {"tensor": name, "nan": nan, "inf": inf, "replaced": name in replaced}
+            for name, (nan, inf) in sorted(self.manifest.nonfinite.items())
+        ]
+
+    def _warn_of_nonfinite(self) -> None:
+        from llama4_convert.nonfinite import NonFinite
+
+        found = self._nonfinite()
+        for replaced, what in ((False, "kept as they are"), (True, "quantized as 0 and as the largest magnitude")):
+            named = [
+                f"{one['tensor']} ({NonFinite(one['nan'], one['inf'])})" for one in found if one["replaced"] == replaced
+            ]
+            if named:
+                more = f" and {len(named) - _SHOWN} more tensors, which inspect lists" if len(named) > _SHOWN else ""
+                self.warn(f"numbers that are not finite, {what}: {', '.join(named[:_SHOWN])}{more}")
+
     def _result(self, status: str, resumed: int) -> dict[str, Any]:
         plan = self.job.plan
         return {
@@ -530,6 +570,7 @@ class _Conversion:
             "files_kept_from_earlier_run": resumed,
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
             "warnings": self.job.warnings,
+            "nonfinite": self._nonfinite(),
             **self._quantization(),
         }
 

@@ -1,34 +1,109 @@
-"""`inspect`: what a checkpoint in either layout holds, from its index alone."""
+"""`inspect`: what a checkpoint in either layout holds, from its index alone; with `stats` from every number in it."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersCheckpoint
 from llama4_convert.errors import BadInput
-from llama4_convert.planning import make_plan
+from llama4_convert.manifest import Manifest
+from llama4_convert.planning import Plan, make_plan
+
+if TYPE_CHECKING:
+    from llama4_convert.checkpoints.readers import DirectoryReader
+
+Progress = Callable[[int], None]
+Start = Callable[[int, int], None]
+_PIECE = 64 << 20  # bytes that are read at once, where a row of a tensor has not more
 
 
-def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    stats: bool = False,
+    start: Start = lambda total, done: None,
+    progress: Progress = lambda n: None,
+) -> dict[str, Any]:
     """Layout, geometry, parameter count, bytes and tensors of `path`. Raises UsageError, BadInput or EnvironmentFailed.
 
     Geometry fields have the names of config.json. In Meta's layout a tensor's shape is one rank's, and `parameters` counts
-    what a conversion keeps.
+    what a conversion keeps. `nonfinite` lists the tensors with NaN or infinities; None where nobody has counted.
+
+    `stats` reads everything and tells of each tensor `min`, `max`, `mean`, `std`, `zeros`, `nan`, `inf` and a `histogram`
+    (see `tensor_statistics`), in Meta's layout over all ranks; a quantized matrix is told of as the weight that it stands for.
+    `start(total, done)` and `progress(n)` count the bytes.
     """
     path = Path(path)
+    readers: dict[str, list[TensorReader]]
     if is_meta(path):
-        return _meta(MetaCheckpoint.open(path))
-    return _transformers(TransformersCheckpoint.open(path))
+        checkpoint = MetaCheckpoint.open(path)
+        plan = make_plan(checkpoint, allow_rank_mismatch=True)
+        told = _meta(checkpoint, plan)
+        readers = _meta_readers(checkpoint, plan)
+    else:
+        directory = TransformersCheckpoint.open(path)
+        reader = _directory_reader(directory)
+        told = _transformers(directory, reader)
+        readers = {key: [reader] for key in reader.keys()}  # noqa: SIM118
+        if manifest := Manifest.read(path):
+            told["nonfinite"] = [{"tensor": k, "nan": v[0], "inf": v[1]} for k, v in sorted(manifest.nonfinite.items())]
+    if stats:
+        told["stats"] = found = _stats(readers, start, progress)
+        told["nonfinite"] = [
+            {"tensor": one["tensor"], "nan": one["nan"], "inf": one["inf"]} for one in found if one["nan"] or one["inf"]
+        ]
+    return told
 
 
-def _meta(checkpoint: MetaCheckpoint) -> dict[str, Any]:
-    plan = make_plan(checkpoint, allow_rank_mismatch=True)
+def _meta_readers(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, list[TensorReader]]:
+    """For each key the ranks that hold a part of it; of a replicated tensor, or a dropped one, the first."""
+    from llama4_convert.checkpoints.readers import RankReader
+
+    ranks: defaultdict[str, set[int]] = defaultdict(set)
+    for tensor in plan.tensors:
+        for piece in tensor.pieces:
+            ranks[piece.key].add(piece.rank)
+    readers: list[TensorReader] = [RankReader(index) for index in checkpoint.ranks]
+    return {key: [readers[rank] for rank in sorted(ranks[key] or {0})] for key in checkpoint.ranks[0].tensors}
+
+
+def _directory_reader(directory: TransformersCheckpoint) -> DirectoryReader:
+    from llama4_convert.checkpoints.quantized import QuantizedReader
+    from llama4_convert.checkpoints.readers import DirectoryReader
+
+    return QuantizedReader(directory) if "quantization_config" in directory.config else DirectoryReader(directory)
+
+
+def _stats(readers: dict[str, list[TensorReader]], start: Start, progress: Progress) -> list[dict[str, Any]]:
+    from llama4_convert.tensor_statistics import DTYPES, statistics
+
+    def pieces(key: str, several: Iterable[TensorReader]) -> Iterator[Bits]:
+        for reader in several:
+            shape = reader.shape(key)
+            height, row = (shape[0], prod(shape[1:])) if shape else (1, 1)
+            step = max(1, _PIECE // max(1, row * ITEM_SIZES[reader.dtype(key)]))
+            for first in range(0, height, step):
+                bits = reader.read(key, (first, first + step))
+                yield bits
+                progress(bits.nbytes)
+
+    told = {key: several for key, several in readers.items() if several[0].dtype(key) in DTYPES}
+    start(sum(prod(r.shape(key)) * ITEM_SIZES[r.dtype(key)] for key, several in told.items() for r in several), 0)
+    return [
+        {"tensor": key, **statistics(pieces(key, several), several[0].dtype(key)).to_json()}
+        for key, several in told.items()
+    ]
+
+
+def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
     g = plan.geometry
     first = checkpoint.ranks[0]
     return {
@@ -55,10 +130,11 @@ def _meta(checkpoint: MetaCheckpoint) -> dict[str, Any]:
         "bytes": sum(t.numel * t.itemsize for index in checkpoint.ranks for t in index.tensors.values()),
         "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in first.tensors.items()],
         "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
+        "nonfinite": None,
     }
 
 
-def _transformers(checkpoint: TransformersCheckpoint) -> dict[str, Any]:
+def _transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader) -> dict[str, Any]:
     config = checkpoint.config
     text = config.get("text_config") or config
     if not isinstance(text, dict):
@@ -74,22 +150,17 @@ def _transformers(checkpoint: TransformersCheckpoint) -> dict[str, Any]:
         geometry["moe_layers"] = len(geometry["moe_layers"])
     geometry["vision_layers"] = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
     tensors = checkpoint.tensors
-    parameters = sum(prod(t.shape) for t in tensors.values())
-    quantized: Counter[str] = Counter()
-    if "quantization_config" in config:
-        # Packed words are no parameters: count what they stand for.
-        from llama4_convert.checkpoints.quantized import QuantizedReader
-
-        reader = QuantizedReader(checkpoint)
-        parameters = sum(prod(reader.shape(key)) for key in reader.keys())  # noqa: SIM118
-        quantized.update(matrix.kind for matrix in reader.quantized.values())
+    matrices: dict[str, Any] = getattr(reader, "quantized", {})
+    quantized = Counter(matrix.kind for matrix in matrices.values())
     return {
         "path": str(checkpoint.path),
         "layout": "transformers",
         "files": len(checkpoint.files),
         "geometry": geometry,
-        "parameters": parameters,
+        # Packed words are no parameters: what they stand for is.
+        "parameters": sum(prod(reader.shape(key)) for key in reader.keys()),  # noqa: SIM118
         "quantized": dict(sorted(quantized.items())),
         "bytes": sum(t.nbytes for t in tensors.values()),
         "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in tensors.items()],
+        "nonfinite": None,
     }

@@ -32,6 +32,8 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"sha256", "size"}
     # module -> sums of squares, of the quantization's error and of the weights; relative MSE is their ratio
     errors: dict[str, list[float]] = field(default_factory=dict)
+    # output tensor, or matrix before it was quantized -> how many NaN and infinities; those without any are not listed
+    nonfinite: dict[str, list[int]] = field(default_factory=dict)
     # (rank, record name) -> bytes read and their CRC-32: source records that the files so far have read in part
     records: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ class Manifest:
                 raise ValueError("another version")
             records = {(rank, name): (position, crc) for rank, name, position, crc in body.pop("records", ())}
             manifest = Manifest(**body, records=records)
-            parts = (manifest.source, manifest.options, manifest.files, manifest.errors)
+            parts = (manifest.source, manifest.options, manifest.files, manifest.errors, manifest.nonfinite)
             if not all(isinstance(part, dict) for part in parts):
                 raise ValueError("a part is no object")
             for (rank, record), state in records.items():
@@ -64,6 +66,9 @@ class Manifest:
             for module, sums in manifest.errors.items():
                 if not (isinstance(sums, list) and len(sums) == 2 and all(isinstance(x, float) for x in sums)):
                     raise ValueError(f"no two sums for {module!r:.60}")
+            for name, counts in manifest.nonfinite.items():
+                if not (isinstance(counts, list) and len(counts) == 2 and all(type(n) is int for n in counts)):
+                    raise ValueError(f"no two counts for {name!r:.60}")
             for name, entry in manifest.files.items():
                 if not all(map(is_file_name, name.split("/"))):
                     raise ValueError(f"a file outside the directory: {name!r:.60}")

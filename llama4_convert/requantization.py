@@ -69,7 +69,6 @@ class TransformersJob(Job):
         return peak_memory(max_memory, 0, self.plan)
 
     def manifest(self) -> Manifest:
-        assert self.recipe is not None
-        options: dict[str, Any] = {"recipe": self.recipe.to_json(), "shard_size": self.request.shard_size}
+        options: dict[str, Any] = {"shard_size": self.request.shard_size, **self._recipe_options()}
         source = {"layout": "transformers", "sha256": self.source.fingerprint()}
         return Manifest(TOOL, json.loads(json.dumps(source)), options, [], {})

@@ -18,12 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama4_convert import nonfinite
 from llama4_convert.cast import cast
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
+from llama4_convert.nonfinite import NonFinite
 from llama4_convert.planning import Part, Piece, Plan, PlannedFile, PlannedMatrix, PlannedTensor, mismatch
 from llama4_convert.resuming import Key, Running
 from llama4_convert.writer import Buffers, FileWriter
+from quant.encoding import Encoded
+from quant.schemes import NotFinite
 
 try:  # the same CRC-32 at several times the speed, where its wheel is installed
     from isal.isal_zlib import crc32
@@ -163,6 +167,13 @@ class RunResult:
 
     overflows: dict[str, int] = field(default_factory=dict)  # finite numbers that a cast made infinite, by tensor
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # by module: sums of squares, error and weight
+    nonfinite: dict[str, NonFinite] = field(default_factory=dict)  # by tensor, where there are any
+
+    def count(self, name: str, found: NonFinite) -> None:
+        """Add to what a tensor has of NaN and infinities."""
+        if any(found):
+            before = self.nonfinite.get(name, NonFinite())
+            self.nonfinite[name] = NonFinite(before.nan + found.nan, before.inf + found.inf)
 
 
 def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
@@ -175,17 +186,25 @@ def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
 
 
 def write_file(
-    plan: Plan, file: PlannedFile, source: Source, writer: FileWriter, result: RunResult, progress: Progress
+    plan: Plan,
+    file: PlannedFile,
+    source: Source,
+    writer: FileWriter,
+    result: RunResult,
+    progress: Progress,
+    allow_nonfinite: bool = False,
 ) -> None:
-    """Stream one planned file into `writer`."""
+    """Stream one planned file into `writer`. `allow_nonfinite`: matrices with NaN or infinities are quantized, too."""
     with ThreadPoolExecutor(1, "gather") as thread:
-        encoder = _Encoder(plan, file, source, result, progress, thread)
+        encoder = _Encoder(plan, file, source, result, progress, thread, allow_nonfinite)
         _stream(len(file.header), _copying(file.header), writer)
         for tensor in file.tensors:
             if tensor.part:  # its matrix is counted as it is gathered
                 _stream(tensor.nbytes, _copying(encoder.take(tensor.part)), writer)
             else:
-                _stream(tensor.nbytes, _filler(tensor, plan, source, result), writer, progress)
+                _stream(
+                    tensor.nbytes, _counting(_filler(tensor, plan, source, result), tensor, result), writer, progress
+                )
 
 
 def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lambda n: None) -> None:
@@ -207,6 +226,16 @@ def _copying(data: bytes | memoryview) -> Fill:
     return fill
 
 
+def _counting(fill: Fill, tensor: PlannedTensor, result: RunResult) -> Fill:
+    """The same, with what is not finite counted. Tensors lie at multiples of their item size, so no number is cut."""
+
+    def counted(start: int, into: memoryview) -> None:
+        fill(start, into)
+        result.count(tensor.name, nonfinite.count(into, tensor.dtype))
+
+    return counted
+
+
 def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> Fill:
     if tensor.dtype != tensor.source_dtype:
         return _Cast(tensor, plan, source, result)
@@ -221,9 +250,17 @@ class _Encoder:
     """
 
     def __init__(
-        self, plan: Plan, file: PlannedFile, source: Source, result: RunResult, progress: Progress, thread: Executor
+        self,
+        plan: Plan,
+        file: PlannedFile,
+        source: Source,
+        result: RunResult,
+        progress: Progress,
+        thread: Executor,
+        allow_nonfinite: bool,
     ) -> None:
         self.plan, self.source, self.result, self.progress, self.thread = plan, source, result, progress, thread
+        self.allow_nonfinite = allow_nonfinite
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._following = _following(file)
         self._held: dict[str, list[memoryview | None]] = {}
@@ -248,11 +285,8 @@ class _Encoder:
         gathered, self._ahead = self._ahead or self._gather(planned), None
         following = self._following.get(planned.matrix.module)
         ahead = self.thread.submit(self._gather, following) if following else None
-        bits = np.frombuffer(gathered, f"u{ITEM_SIZES[planned.gathered.dtype]}").reshape(planned.gathered.shape)
         try:
-            encoded = planned.encoder.encode(bits, planned.matrix.in_out, self.threads)
-        except ValueError as error:
-            raise BadInput(f"{planned.matrix.module}: {error}") from error
+            encoded = self._encoded(planned, gathered)
         finally:
             if ahead:
                 wait([ahead])
@@ -261,6 +295,24 @@ class _Encoder:
         if planned.scheme:
             self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
         return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
+
+    def _encoded(self, planned: PlannedMatrix, gathered: bytearray) -> Encoded:
+        tensor, matrix = planned.gathered, planned.matrix
+        bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
+        if planned.scheme is None:
+            self.result.count(tensor.name, nonfinite.count(gathered, tensor.dtype))
+            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+        try:
+            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+        except NotFinite as error:
+            if not self.allow_nonfinite:
+                found = nonfinite.count(gathered, tensor.dtype)
+                raise BadInput(
+                    f"{tensor.name} has {found} of {tensor.numel:,} numbers, which {planned.scheme.kind} cannot hold:"
+                    " leave it out of the recipe, or take them as 0 and the largest magnitude with --allow-nonfinite"
+                ) from error
+            self.result.count(tensor.name, nonfinite.make_finite(gathered, tensor.dtype))
+            return planned.encoder.encode(bits, matrix.in_out, self.threads)
 
     def _gather(self, planned: PlannedMatrix) -> bytearray:
         tensor = planned.gathered

@@ -385,7 +385,7 @@ def rank_state_dicts(
     dims = split_dims(model)
     for name, parameter in model.named_parameters():
         values = parameter.detach().to(dtype)
-        if not torch.equal(values.float(), parameter):
+        if not torch.allclose(values.float(), parameter, rtol=0, atol=0, equal_nan=True):
             raise ValueError(f"{name} does not survive {dtype}: build the model with this dtype")
         dim = dims[name]
         if dim is None:
