@@ -223,21 +223,29 @@ def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--ids",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What the files should be: JSON from the Hub's API, or lines of a digest (SHA-256, git id, MD5) and a path.",
+)
 @as_json
-def verify(path: Path, as_json: bool) -> None:
+def verify(path: Path, as_json: bool, ids: Path | None) -> None:
     """Read every byte of PATH again and compare it with what was promised.
 
     An output directory is held against the SHA-256 of its manifest; Meta's directory against the CRCs inside its archives,
-    and against checklist.chk where there is one.
+    and against checklist.chk where there is one; any download from the Hub against the ids that the downloader has left there.
 
     \b
-    Example:
+    Examples:
       llama4-convert verify scout-hf
+      llama4-convert verify Llama-4-Scout-17B-16E-Instruct/original
+      llama4-convert verify scout-fp8 --ids tree.json
     """
     from llama4_convert import verify as run
 
     with report.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
-        result = run(path, start=bar.start, progress=bar.advance)
+        result = run(path, ids=ids, start=bar.start, progress=bar.advance)
     _show(result, as_json, report.verify_summary)
     if not result["ok"]:
         bad = [f["file"] for f in result["files"] if not f["ok"]]
