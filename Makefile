@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/$(INSTALL)
 
-.PHONY: demo test torture bench bench-quick clean
+.PHONY: demo test torture fuzz audit bench bench-quick clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/llama4-convert demo demo-out
@@ -19,6 +19,14 @@ test: $(VENV)/ready-test
 # All of tests/torture, of which `make test` runs a share: a kill at every change of the disk, 100,000 damaged files.
 torture: $(VENV)/ready-test
 	TORTURE=1 $(BIN)/python -m pytest tests/torture
+
+# The readers under a coverage-guided fuzzer, ten minutes; what it finds is left as crash-*.
+fuzz: $(VENV)/ready-test
+	$(BIN)/python tests/torture/fuzz.py -max_total_time=600 $(VENV)/fuzz-corpus
+
+# Are there known vulnerabilities in what is installed? Says so where the database cannot be reached.
+audit: $(VENV)/ready-test
+	$(BIN)/python .ci/audit.py
 
 # Everything that README's figures come from, beside the peers: 40 GB of disk, some 35 minutes on 2 cores.
 bench: $(VENV)-bench/ready
