@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 from llama4.config import ConfigError, Llama4Config
 from llama4.geometry import Geometry
@@ -95,6 +96,40 @@ class PlannedTensor:
         return self.pieces[0].source.dtype
 
 
+class Envelope(Protocol):
+    """What a file format puts around the tensors, front to back: `begin` and `finish` stand before and behind each."""
+
+    has_checksums: bool  # whether `finish` wants the CRC-32 of the tensor's bytes; else it is given 0
+
+    def head(self) -> bytes: ...
+
+    def begin(self) -> bytes: ...
+
+    def finish(self, crc: int) -> bytes: ...
+
+    def tail(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Header:
+    """The envelope of safetensors: everything stands before the tensors."""
+
+    header: bytes
+    has_checksums = False
+
+    def head(self) -> bytes:
+        return self.header
+
+    def begin(self) -> bytes:
+        return b""
+
+    def finish(self, crc: int) -> bytes:
+        return b""
+
+    def tail(self) -> bytes:
+        return b""
+
+
 @dataclass(frozen=True)
 class PlannedFile:
     """One safetensors file: its header (length prefix included), then the tensors in order."""
@@ -106,6 +141,9 @@ class PlannedFile:
     @property
     def size(self) -> int:
         return len(self.header) + sum(t.nbytes for t in self.tensors)
+
+    def envelope(self) -> Envelope:
+        return Header(self.header)
 
     @property
     def work(self) -> int:
@@ -198,17 +236,17 @@ def make_plan(
     """
     geometry = replace(source.geometry, vision=None) if text_only else source.geometry
     try:
-        binding, geometry = _bind(geometry, source)
+        binding, geometry = bind_source(geometry, source)
         claims = binding.claim(source.keys, text_only=text_only)
-        _check_tensors(binding, source)
-        warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
+        check_tensors(binding, source)
+        warnings, compare = check_replicas(binding, source, allow_rank_mismatch)
         tensors = _output_tensors(binding, of_meta(binding, source, claims.spelling), dtype, recipe, device)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
-    streamed = _streamed_records([tensor.pieces for tensor in tensors], source)
+    streamed = streamed_records([tensor.pieces for tensor in tensors], source)
     skipped = {key for key, rule in claims.dropped.items() if rule.when == "text_only"}
     files = _files(_groups(tensors, streamed), shard_size)
-    streamed = _streamed_records([gathered(read).pieces for file in files for read in file.reads()], source)
+    streamed = streamed_records([gathered(read).pieces for file in files for read in file.reads()], source)
     return Plan(
         geometry=geometry,
         text_only=text_only,
@@ -217,7 +255,7 @@ def make_plan(
         dropped={key: rule.why for key, rule in claims.dropped.items()},
         base_evidence=tuple(key for key, rule in claims.dropped.items() if rule.only_in == "base"),
         streamed=streamed,
-        unread=_unread_records(source, streamed, skipped),
+        unread=unread_records(source, streamed, skipped),
         compare=tuple(compare),
         warnings=tuple(warnings),
         linear_layers=tuple(_linear_layers(binding, recipe)) if recipe else (),
@@ -262,7 +300,7 @@ def _linear_layers(binding: Binding, recipe: Recipe) -> Iterator[tuple[Matrix, S
             yield matrix, recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
 
 
-def _bind(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
+def bind_source(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
     """The table bound to the source; sizes that params.json leaves open are read off the tensors."""
     ranks = len(source.ranks)
     shapes = source.shapes()
@@ -310,7 +348,7 @@ def model_shape(g: Geometry) -> ModelShape:
     return ModelShape(sizes, units, g.n_layers, frozenset(g.moe_layers), v.n_layers if v else None)
 
 
-def _check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
+def check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
     """Every rank's shapes and dtypes against the geometry."""
     ranks = len(source.ranks)
     for rank, index in enumerate(source.ranks):
@@ -348,7 +386,7 @@ def _shape_message(
     return text
 
 
-def _check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tuple[list[str], list[tuple[str, int]]]:
+def check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tuple[list[str], list[tuple[str, int]]]:
     """Replicated tensors must be equal on all ranks; where each fills a record, the zip CRCs tell without reading.
 
     Returns warnings, and the (key, rank) that remain to be compared by value with rank 0's.
@@ -378,38 +416,46 @@ def mismatch(key: str, first: str, other: str) -> str:
     )
 
 
+def planned_tensor(
+    name: str, shape: tuple[int, ...], targets: Sequence[Placement], holdings: Holdings, dtype: str | None = None
+) -> PlannedTensor:
+    """An output tensor with all pieces of it that the source holds. Raises MappingError where these do not make it up.
+
+    `dtype` casts; None keeps the source's.
+    """
+    pieces: list[Piece] = []
+    for target in targets:
+        for held in holdings[target.tensor]:
+            copy = copies(target, held.placement)
+            if copy is not None:
+                shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
+                pieces.append(Piece(held.file, held.key, held.stored, shifted))
+    dtypes = {piece.source.dtype for piece in pieces}
+    if len(dtypes) > 1:
+        raise MappingError(
+            f"{name} is made of {' and '.join(sorted({p.key for p in pieces}))}, which differ in dtype"
+            f" ({', '.join(sorted(dtypes))})"
+        )
+    tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces))
+    _check_conserved(tensor)
+    return tensor
+
+
 def _output_tensors(
     binding: Binding, holdings: Holdings, dtype: str | None, recipe: Recipe | None, device: str
 ) -> list[PlannedTensor]:
-    def planned(name: str, shape: tuple[int, ...], targets: Sequence[Placement], dtype: str | None) -> PlannedTensor:
-        pieces: list[Piece] = []
-        for target in targets:
-            for held in holdings[target.tensor]:
-                copy = copies(target, held.placement)
-                if copy is not None:
-                    shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
-                    pieces.append(Piece(held.file, held.key, held.stored, shifted))
-        dtypes = {piece.source.dtype for piece in pieces}
-        if len(dtypes) > 1:
-            raise MappingError(
-                f"{name} is made of {' and '.join(sorted({p.key for p in pieces}))}, which differ in dtype"
-                f" ({', '.join(sorted(dtypes))})"
-            )
-        tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces))
-        _check_conserved(tensor)
-        return tensor
-
     linear = {held.key for several in holdings.values() for held in several}
     tensors: list[PlannedTensor] = []
     for name in binding.transformers:
         to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
         for matrix, scheme in to_encode:
             # Schemes quantize bf16, which is what checkpoints are published in.
-            gathered = planned(matrix.key, matrix.shape, [matrix.target], "BF16" if scheme else dtype)
+            gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, "BF16" if scheme else dtype)
             tensors += _encoded(matrix, scheme, device, gathered)
         if not to_encode:
             shape = binding.transformers_shape(name)
-            tensors.append(planned(name, shape, binding.transformers_placements(name), dtype))
+            targets = binding.transformers_placements(name)
+            tensors.append(planned_tensor(name, shape, targets, holdings, dtype))
     return tensors
 
 
@@ -454,7 +500,7 @@ def _check_conserved(tensor: PlannedTensor) -> None:
         raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")
 
 
-def _streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:
+def streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:
     """The records that are read once, whole and front to back, in this order, so that their CRC can be checked on the way."""
     users: Counter[tuple[int, str]] = Counter()
     for rank, index in enumerate(source.ranks):
@@ -479,7 +525,7 @@ def _streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint
     )
 
 
-def _unread_records(
+def unread_records(
     source: MetaCheckpoint, streamed: frozenset[tuple[int, str]], skipped: set[str]
 ) -> tuple[tuple[int, Record], ...]:
     left_out = {

@@ -195,16 +195,47 @@ def write_file(
     allow_nonfinite: bool = False,
 ) -> None:
     """Stream one planned file into `writer`. `allow_nonfinite`: matrices with NaN or infinities are quantized, too."""
+    envelope, checksum = file.envelope(), _Checksum()
     with ThreadPoolExecutor(1, "gather") as thread:
         encoder = _Encoder(plan, file, source, result, progress, thread, allow_nonfinite)
-        _stream(len(file.header), _copying(file.header), writer)
+        _put(envelope.head(), writer)
         for tensor in file.tensors:
+            _put(envelope.begin(), writer)
             if tensor.part:  # its matrix is counted as it is gathered
-                _stream(tensor.nbytes, _copying(encoder.take(tensor.part)), writer)
+                _put(encoder.take(tensor.part), writer)
             else:
-                _stream(
-                    tensor.nbytes, _counting(_filler(tensor, plan, source, result), tensor, result), writer, progress
-                )
+                fill = _counting(_filler(tensor, plan, source, result), tensor, result)
+                if envelope.has_checksums:
+                    fill = checksum.of(fill)
+                _stream(tensor.nbytes, fill, writer, progress)
+            _put(envelope.finish(checksum.taken()), writer)
+        _put(envelope.tail(), writer)
+
+
+class _Checksum:
+    """The CRC-32 of what a filler makes."""
+
+    def __init__(self) -> None:
+        self._crc = 0
+
+    def of(self, fill: Fill) -> Fill:
+        def checked(start: int, into: memoryview) -> None:
+            fill(start, into)
+            self._crc = crc32(into, self._crc)
+
+        return checked
+
+    def taken(self) -> int:
+        """The sum so far; the next one begins anew."""
+        crc, self._crc = self._crc, 0
+        return crc
+
+
+def _put(data: bytes | memoryview, writer: FileWriter) -> None:
+    def fill(start: int, into: memoryview) -> None:
+        into[:] = data[start : start + len(into)]
+
+    _stream(len(data), fill, writer)
 
 
 def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lambda n: None) -> None:
@@ -217,13 +248,6 @@ def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lamb
         writer.advance(n)
         position += n
         progress(n)
-
-
-def _copying(data: bytes | memoryview) -> Fill:
-    def fill(start: int, into: memoryview) -> None:
-        into[:] = data[start : start + len(into)]
-
-    return fill
 
 
 def _counting(fill: Fill, tensor: PlannedTensor, result: RunResult) -> Fill:

@@ -246,8 +246,8 @@ def test_zip64_fields_take_what_does_not_fit(tmp_path: Path, monkeypatch: pytest
     ("fault", "message"),
     [
         (lambda w: w.write_tensor("b", [bytes(4)]), "b is out of turn: expected a"),
-        (lambda w: w.write_tensor("a", [bytes(3)]), "data/0: 3 bytes came, 4 were announced"),
-        (lambda w: w.write_tensor("a", [bytes(4), bytes(1)]), "data/0: 5 bytes came, 4 were announced"),
+        (lambda w: w.write_tensor("a", [bytes(3)]), "a: 3 bytes came, 4 were announced"),
+        (lambda w: w.write_tensor("a", [bytes(4), bytes(1)]), "a: 5 bytes came, 4 were announced"),
         (lambda w: None, "a was never written"),
         (lambda w: [w.write_tensor(key, [bytes(4)]) for key in "aa"], "a is out of turn: expected no more tensors"),
     ],
