@@ -15,6 +15,7 @@ from llama4_convert.version import VERSION
 if TYPE_CHECKING:
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
+    from llama4_convert.exporting import export as export
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
     from llama4_convert.reference import load_reference as load_reference
@@ -27,6 +28,7 @@ __version__ = VERSION
 _HOME = {
     "convert": "conversion",
     "plan": "conversion",
+    "export": "exporting",
     "generate": "generation",
     "inspect": "inspection",
     "load_reference": "reference",
@@ -38,6 +40,7 @@ _HOME = {
 __all__ = [
     "__version__",
     "convert",
+    "export",
     "generate",
     "inspect",
     "load_reference",

@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,30 +155,73 @@ def convert(
       llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-hf
       llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-int4 --recipe int4
     """
-    from llama4_convert.conversion import NeedsOverwrite
     from llama4_convert.conversion import convert as run
 
     if dry_run:
         click.get_current_context().invoke(plan_command, source=source, as_json=as_json, **request)
         return
-    with report.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar:
-        try:
-            result = run(
-                source,
-                target,
-                max_memory=max_memory,
-                max_error=max_error,
-                device=device,
-                overwrite=overwrite,
-                warn=report.warn,
-                start=bar.start,
-                progress=bar.advance,
-                **request,
-            )
-        except NeedsOverwrite as error:
-            command = shlex.join(["llama4-convert", *sys.argv[1:], "--overwrite"])
-            raise UsageError(f"{error}; to replace it: {command}") from error
+    with report.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+        result = run(
+            source,
+            target,
+            max_memory=max_memory,
+            max_error=max_error,
+            device=device,
+            overwrite=overwrite,
+            warn=report.warn,
+            start=bar.start,
+            progress=bar.advance,
+            **request,
+        )
     _show(result, as_json, report.convert_summary)
+
+
+@cli.command()
+@source_argument
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--ranks",
+    type=click.IntRange(1, 128),
+    help="Number of rank files. Default: as many as SRC was made from, or has; else 8.",
+)
+@click.option(
+    "--allow-rank-mismatch",
+    is_flag=True,
+    help="Where ranks of SRC disagree on a replicated tensor, take the first rank's.",
+)
+@click.option(
+    "--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process."
+)
+@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
+@as_json
+def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+    """Write SRC, in either layout, to DST in Meta's: consolidated.NN.pth, params.json, tokenizer.model.
+
+    From a Transformers directory it is the way back from `convert`, bit by bit. From Meta's it changes the number of ranks. An
+    interrupted export goes on with the same command. Until params.json is there, DST is no model.
+
+    \b
+    Examples:
+      llama4-convert export scout-hf scout-meta --ranks 8
+      llama4-convert export Llama-4-Scout-17B-16E-Instruct/original scout-one-file --ranks 1
+    """
+    from llama4_convert import export as run
+
+    with report.ProgressBar("export", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+        result = run(source, target, warn=report.warn, start=bar.start, progress=bar.advance, **options)
+    _show(result, as_json, report.export_summary)
+
+
+@contextlib.contextmanager
+def _with_overwrite() -> Iterator[None]:
+    """Tells the command that replaces what is in the way."""
+    from llama4_convert.execution import NeedsOverwrite
+
+    try:
+        yield
+    except NeedsOverwrite as error:
+        command = shlex.join(["llama4-convert", *sys.argv[1:], "--overwrite"])
+        raise UsageError(f"{error}; to replace it: {command}") from error
 
 
 @cli.command()

@@ -53,8 +53,8 @@ def inspect(
         reader = _directory_reader(directory)
         told = _transformers(directory, reader)
         readers = {key: [reader] for key in reader.keys()}  # noqa: SIM118
-        if manifest := Manifest.read(path):
-            told["nonfinite"] = [{"tensor": k, "nan": v[0], "inf": v[1]} for k, v in sorted(manifest.nonfinite.items())]
+    if manifest := Manifest.read(path):
+        told["nonfinite"] = [{"tensor": k, "nan": v[0], "inf": v[1]} for k, v in sorted(manifest.nonfinite().items())]
     if stats:
         told["stats"] = found = _stats(readers, start, progress)
         told["nonfinite"] = [

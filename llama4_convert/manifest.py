@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,30 @@ class Manifest:
     options: Mapping[str, Any]  # those that decide bytes
     meta_keys: list[str]  # the source keys used: the spelling, so that the way back is exact
     dropped: Mapping[str, str]  # source key -> why
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"sha256", "size"}
+    # name -> {"sha256", "size"}, and if there are any "nonfinite": tensor -> how many [NaN, infinities]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     # module -> sums of squares, of the quantization's error and of the weights; relative MSE is their ratio
     errors: dict[str, list[float]] = field(default_factory=dict)
-    # output tensor, or matrix before it was quantized -> how many NaN and infinities; those without any are not listed
-    nonfinite: dict[str, list[int]] = field(default_factory=dict)
     # (rank, record name) -> bytes read and their CRC-32: source records that the files so far have read in part
     records: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, name: str, sha256: str, size: int) -> None:
-        self.files[name] = {"sha256": sha256, "size": size}
+    def add(self, name: str, sha256: str, size: int, nonfinite: Mapping[str, Sequence[int]] | None = None) -> None:
+        counts = {tensor: list(counted) for tensor, counted in (nonfinite or {}).items()}
+        self.files[name] = {"sha256": sha256, "size": size} | ({"nonfinite": counts} if counts else {})
+
+    def nonfinite(self) -> dict[str, tuple[int, int]]:
+        """Tensor -> how many NaN and infinities, of those that have any; of matrices, before they were quantized."""
+        found: dict[str, tuple[int, int]] = {}
+        for entry in self.files.values():
+            for tensor, (nan, inf) in entry.get("nonfinite", {}).items():
+                before = found.get(tensor, (0, 0))
+                found[tensor] = before[0] + nan, before[1] + inf
+        return found
+
+    @property
+    def marker(self) -> str:
+        """The file that makes the output a model, written last."""
+        return "params.json" if self.options.get("layout") == "meta" else INDEX
 
     def write(self, folder: Path) -> None:
         records = [[*key, *state] for key, state in sorted(self.records.items())]
@@ -57,7 +71,7 @@ class Manifest:
                 raise ValueError("another version")
             records = {(rank, name): (position, crc) for rank, name, position, crc in body.pop("records", ())}
             manifest = Manifest(**body, records=records)
-            parts = (manifest.source, manifest.options, manifest.files, manifest.errors, manifest.nonfinite)
+            parts = (manifest.source, manifest.options, manifest.files, manifest.errors)
             if not all(isinstance(part, dict) for part in parts):
                 raise ValueError("a part is no object")
             for (rank, record), state in records.items():
@@ -66,14 +80,14 @@ class Manifest:
             for module, sums in manifest.errors.items():
                 if not (isinstance(sums, list) and len(sums) == 2 and all(isinstance(x, float) for x in sums)):
                     raise ValueError(f"no two sums for {module!r:.60}")
-            for name, counts in manifest.nonfinite.items():
-                if not (isinstance(counts, list) and len(counts) == 2 and all(type(n) is int for n in counts)):
-                    raise ValueError(f"no two counts for {name!r:.60}")
             for name, entry in manifest.files.items():
                 if not all(map(is_file_name, name.split("/"))):
                     raise ValueError(f"a file outside the directory: {name!r:.60}")
                 if not isinstance(entry["sha256"], str) or not isinstance(entry["size"], int):
                     raise ValueError(f"no digest for {name!r:.60}")
+                for counts in entry.get("nonfinite", {}).values():
+                    if not (isinstance(counts, list) and len(counts) == 2 and all(type(n) is int for n in counts)):
+                        raise ValueError(f"no two counts for {name!r:.60}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path} is damaged ({error}): remove it, or convert again with --overwrite") from error
         return manifest

@@ -131,6 +131,15 @@ def convert_summary(result: dict[str, Any]) -> str:
     return "\n".join([line, *(quantization_summary(result["quantization"]) if "quantization" in result else ())])
 
 
+def export_summary(result: dict[str, Any]) -> str:
+    if result["status"] == "already complete":
+        return f"{result['output']} is complete already: nothing was touched"
+    kept = result["files_kept_from_earlier_run"]
+    resumed = f" ({kept} kept from the run before)" if kept else ""
+    size = f"{parameters(result['parameters'])}, {gigabytes(result['output_bytes'])}"
+    return f"{result['output']}: {size} in {result['ranks']} rank file(s){resumed}"
+
+
 def quantization_summary(told: dict[str, Any]) -> list[str]:
     """Lines on what a recipe does to the bytes, and, once it is done, on the error that it made."""
     kinds = ", ".join(

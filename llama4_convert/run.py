@@ -175,6 +175,11 @@ class RunResult:
             before = self.nonfinite.get(name, NonFinite())
             self.nonfinite[name] = NonFinite(before.nan + found.nan, before.inf + found.inf)
 
+    def taken_nonfinite(self) -> dict[str, NonFinite]:
+        """Those since the last call."""
+        taken, self.nonfinite = self.nonfinite, {}
+        return taken
+
 
 def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
     """Check what the run will not read front to back. Raises BadInput on the first damaged record, or copy that differs."""

@@ -332,3 +332,26 @@ def _merges(rank_of: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
                 ranks[i] = rank_of.get(parts[i] + parts[i + 1], never)
         if len(parts) == 2:
             yield parts[0], parts[1]
+
+
+_BYTE_OF: Final = {chr(byte) if byte in _PRINTABLE else chr(_ALPHABET[byte]): byte for byte in range(256)}
+
+
+def tokenizer_model(tokenizer_json: bytes) -> bytes:
+    """The way back: tokenizer.model from the content of a tokenizer.json. Raises `BadInput` if that is no Llama 4's."""
+    try:
+        body = json.loads(tokenizer_json)
+        added = {token["content"]: token["id"] for token in body["added_tokens"]}
+        plain = {token: rank for token, rank in body["model"]["vocab"].items() if token not in added}
+        lines = [(rank, bytes(_BYTE_OF[c] for c in token)) for token, rank in plain.items()]
+        text = b"".join(b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in sorted(lines))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(
+            f"tokenizer.json is damaged, or no Llama 4's ({error!r:.80}): no tokenizer.model can be made"
+        ) from error
+    expected = {token: len(read_bpe(text)) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    if wrong := next((token for token, at in expected.items() if added.get(token, at) != at), None):
+        raise BadInput(
+            f"tokenizer.json has {wrong} at {added[wrong]}, Llama 4 at {expected[wrong]}: no tokenizer.model can be made"
+        )
+    return text

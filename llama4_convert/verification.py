@@ -62,14 +62,15 @@ def _output(path: Path, manifest: Manifest, start: Start, progress: Progress) ->
         found = digests(path / name, {"sha256"}, progress)["sha256"] if (path / name).is_file() else None
         note = "missing" if found is None else "" if found == entry["sha256"] else "its SHA-256 is another"
         files.append({"file": name, "sha256": found, "ok": found == entry["sha256"], "note": note})
-    if INDEX not in manifest.files:
-        files.append({"file": INDEX, "sha256": None, "ok": False, "note": "the conversion is unfinished"})
-    for stray in sorted(p.name for p in path.glob("model*.safetensors") if p.name not in manifest.files):
+    if manifest.marker not in manifest.files:
+        files.append({"file": manifest.marker, "sha256": None, "ok": False, "note": "the conversion is unfinished"})
+    weights = "model*.safetensors" if manifest.marker == INDEX else "consolidated.*.pth"
+    for stray in sorted(p.name for p in path.glob(weights) if p.name not in manifest.files):
         files.append(
             {"file": stray, "sha256": None, "ok": False, "note": "not of this conversion: readers may take it"}
         )
     advice = "convert again with --overwrite"
-    if INDEX not in manifest.files:
+    if manifest.marker not in manifest.files:
         advice = "run the conversion again: it goes on where it stopped"
     return {"ok": all(f["ok"] for f in files), "files": files, "advice": advice}
 

@@ -1,0 +1,279 @@
+"""`export`: from a Transformers directory, or from Meta's at another rank count, to Meta's layout.
+
+The same table read the other way: each rank's tensors are boxes of logical ones, gathered from wherever the source has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llama4.config import ConfigError, Llama4Config
+from llama4.geometry import Geometry, GeometryError
+from llama4_convert.checkpoints import is_meta
+from llama4_convert.checkpoints.meta import MetaCheckpoint, read_small
+from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.conversion import Job, notices
+from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.execution import DEFAULT_MEMORY, Bounds, Progress, Start, Warn, execute
+from llama4_convert.holdings import Holdings, of_meta, of_transformers
+from llama4_convert.manifest import Manifest
+from llama4_convert.params import contradictions, params_json, without_vision
+from llama4_convert.planning import (
+    FLOAT_DTYPES,
+    Plan,
+    PlannedFile,
+    PlannedTensor,
+    bind_source,
+    check_replicas,
+    check_tensors,
+    planned_tensor,
+    shape_of_config,
+    streamed_records,
+    unread_records,
+)
+from llama4_convert.pth_writer import PthArchive, PthTensor
+from llama4_convert.tokenizer import TokenIds, tokenizer_model
+from llama4_convert.version import TOOL
+from mappings import Binding, MappingError, load_table
+
+_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_DEFAULT_RANKS = 8  # Scout's and Maverick's
+_MOST_RANKS = 128
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is asked for. `ranks` None: as many as the source was made from, or 8."""
+
+    source: Path
+    ranks: int | None = None
+    allow_rank_mismatch: bool = False
+    # What the execution of a conversion asks: an export casts and quantizes nothing.
+    dtype = None
+    allow_nonfinite = False
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and not 1 <= self.ranks <= _MOST_RANKS:
+            raise UsageError(f"ranks must be from 1 to {_MOST_RANKS}, not {self.ranks}")
+
+
+@dataclass(frozen=True)
+class RankFile(PlannedFile):
+    """One consolidated.NN.pth. `total`: its size, of which the tensors are a part."""
+
+    total: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.total
+
+    def envelope(self) -> PthArchive:
+        return _archive(self.name, self.tensors)
+
+
+def _archive(name: str, tensors: tuple[PlannedTensor, ...]) -> PthArchive:
+    return PthArchive(Path(name).stem, [PthTensor(t.name, _TORCH[t.dtype], t.shape) for t in tensors])
+
+
+class ExportJob(Job):
+    """An export bound to its source."""
+
+    marker = "params.json"  # Meta's code reads it first, and so does ours
+    weights = "consolidated.*.pth"
+    recipe = None
+
+    def __init__(self, request: ExportRequest) -> None:
+        self.request = request  # type: ignore[assignment]
+        self.warnings = []
+        self.from_manifest = Manifest.read(request.source) if request.source.is_dir() else None
+        if is_meta(request.source):
+            self._of_meta(request)
+        else:
+            self._of_transformers(request)
+
+    def _of_meta(self, request: ExportRequest) -> None:
+        self.source = source = MetaCheckpoint.open(request.source)
+        self.ranks = request.ranks or len(source.ranks)
+        try:
+            self.binding, geometry = bind_source(source.geometry, source)
+            claims = self.binding.claim(source.keys)
+            check_tensors(self.binding, source)
+            warnings, compare = check_replicas(self.binding, source, request.allow_rank_mismatch)
+            keys = [key for key in source.ranks[0].tensors if key in self.binding.meta]  # in the source's order
+            files = _rank_files(self.binding, of_meta(self.binding, source, claims.spelling), keys, self.ranks)
+        except MappingError as error:
+            raise BadInput(f"{source.path.name}: {error}") from error
+        self.warnings += warnings
+        streamed = streamed_records([t.pieces for file in files for t in file.tensors], source)
+        self.plan = Plan(
+            geometry=geometry,
+            text_only=geometry.vision is None,
+            files=files,
+            meta_keys=tuple(sorted(keys)),
+            dropped={key: rule.why for key, rule in claims.dropped.items()},
+            base_evidence=(),
+            streamed=streamed,
+            unread=unread_records(source, streamed, set()),
+            compare=tuple(compare),
+            warnings=tuple(warnings),
+        )
+        self.params = source.small_files["params.json"]
+
+    def _of_transformers(self, request: ExportRequest) -> None:
+        self.source = source = SafetensorsSource.open(request.source)
+        if "quantization_config" in source.config:
+            raise UsageError(f"{request.source} is quantized: export what it was made from")
+        recorded = self.from_manifest.source.get("ranks") if self.from_manifest else None
+        self.ranks = request.ranks or (recorded if isinstance(recorded, int) else _DEFAULT_RANKS)
+        try:
+            config = Llama4Config.from_json(source.config)
+            self.binding = load_table().bind(shape_of_config(config))
+            holdings = of_transformers(self.binding, source)
+            for index in source.ranks:
+                for key, stored in index.tensors.items():
+                    if stored.dtype not in FLOAT_DTYPES:
+                        raise MappingError(f"{key} is {stored.dtype}: bf16, fp16 and fp32 can be exported")
+            keys = self._spelling(self.from_manifest.meta_keys if self.from_manifest else ())
+            files = _rank_files(self.binding, holdings, keys, self.ranks)
+        except (MappingError, ConfigError) as error:
+            raise BadInput(f"{source.path}: {error}") from error
+        self.plan = Plan(
+            geometry=config.to_geometry(),
+            text_only=config.vision_config is None,
+            files=files,
+            meta_keys=tuple(sorted(keys)),
+            dropped={},
+            base_evidence=(),
+            streamed=frozenset(),
+            unread=(),
+            compare=(),
+            warnings=(),
+        )
+        self.params = self._params(config)
+
+    def _spelling(self, recorded: Any) -> list[str]:
+        """The keys to write: those that the source's manifest recorded, else the published ones."""
+        known = [key for key in recorded if key in self.binding.meta]
+        held = [tensor for key in known for tensor in self.binding.meta[key].tensors.values()]
+        if len(set(held)) == len(held) == len(self.binding.logical):
+            chosen = set(known)
+        else:
+            chosen = {self.binding.spellings(tensor)[0] for tensor in self.binding.logical}
+        return [key for key in self.binding.meta if key in chosen]
+
+    def _params(self, config: Llama4Config) -> bytes:
+        """The original's where it still says what config.json says, else made of that."""
+        path = self.request.source / "original" / "params.json"
+        if not path.is_file():
+            return params_json(config)
+        data = read_small(path)
+        try:
+            params = json.loads(data)
+            if config.vision_config is None and without_vision(params) != params:
+                params = without_vision(params)
+                data = (json.dumps(params, indent=2) + "\n").encode()
+            g, c = Geometry.from_params(params), config.text_config
+            g = g.completed(c.vocab_size, c.num_local_experts, c.intermediate_size, c.intermediate_size_mlp)
+            found = next(contradictions(Llama4Config.from_geometry(g), config), None)
+        except (ValueError, AttributeError, TypeError, RecursionError, GeometryError, ConfigError) as error:
+            raise BadInput(f"original/params.json: {error}: remove it, and it is made of config.json") from error
+        if found is None:
+            return data
+        self.warnings.append(
+            f"original/params.json is not what config.json says ({found.field}): params.json is made of config.json"
+        )
+        return params_json(config)
+
+    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+        made = notices(self.request.source)
+        groups: dict[str, Callable[[], dict[str, bytes]]] = {
+            name: lambda name=name: {name: made[name]}  # type: ignore[misc]
+            for name in made
+        }
+        if self.tokenizer:
+            groups["tokenizer.model"] = lambda: {"tokenizer.model": self.tokenizer or b""}
+        else:
+            self.warnings.append("the source has no tokenizer: copy tokenizer.model from the model's page")
+        return groups
+
+    @cached_property
+    def tokenizer(self) -> bytes | None:
+        """The content of tokenizer.model: the source's own, or made of tokenizer.json."""
+        source = self.request.source
+        for path in (source / "tokenizer.model", source / "original" / "tokenizer.model"):
+            if path.is_file():
+                return read_small(path)
+        path = source / "tokenizer.json"
+        data = tokenizer_model(read_small(path)) if path.is_file() else None
+        ids = TokenIds.of(data, self.plan.geometry.vocab_size or 0) if data else None
+        if ids and ids.vocab_size > (self.plan.geometry.vocab_size or 0):
+            raise BadInput(f"tokenizer.json has {ids.vocab_size:,} tokens, config.json a vocab_size of fewer")
+        return data
+
+    def marker_content(self) -> bytes:
+        return self.params
+
+    def peak_memory(self, max_memory: int) -> int:
+        from llama4_convert.run import peak_memory
+
+        own = self.request.source / "tokenizer.json"
+        return peak_memory(
+            max_memory, own.stat().st_size if own.is_file() and not is_meta(own.parent) else 0, self.plan
+        )
+
+    def manifest(self) -> Manifest:
+        source: dict[str, Any] = {"layout": "transformers", "sha256": self.source.fingerprint()}
+        if isinstance(self.source, MetaCheckpoint):
+            source |= {"layout": "meta", "ranks": len(self.source.ranks)}
+        options = {"layout": "meta", "ranks": self.ranks}
+        return Manifest(
+            TOOL, json.loads(json.dumps(source)), options, list(self.plan.meta_keys), dict(self.plan.dropped)
+        )
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "ranks": self.ranks,
+            "parameters": sum(prod(logical.sizes.values()) for logical in self.binding.logical.values()),
+            "output_bytes": self.plan.output_bytes,
+            "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped.items()],
+        }
+
+
+def _rank_files(binding: Binding, holdings: Holdings, keys: list[str], ranks: int) -> tuple[RankFile, ...]:
+    files = []
+    for rank in range(ranks):
+        name = f"consolidated.{rank:02d}.pth"
+        tensors = tuple(
+            planned_tensor(key, binding.meta_shape(key, ranks), binding.meta_placements(key, ranks, rank), holdings)
+            for key in keys
+        )
+        files.append(RankFile(name, b"", tensors, _archive(name, tensors).size))
+    return tuple(files)
+
+
+def export(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    max_memory: int = DEFAULT_MEMORY,
+    overwrite: bool = False,
+    warn: Warn = lambda text: None,
+    start: Start = lambda total, done: None,
+    progress: Progress = lambda n: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write the checkpoint at `source`, in either layout, to `target` in Meta's: rank files, params.json, tokenizer.model.
+
+    `options` are the fields of `ExportRequest`; the rest is as for `convert`. Keys have the spelling that the source has, or that
+    was recorded when it was converted, else the published one. Raises a ConvertError; the target then has no params.json.
+    """
+    request = ExportRequest(Path(source), **options)
+    bounds = Bounds(max_memory, None, overwrite)
+    return execute(lambda: ExportJob(request), Path(source), Path(target), bounds, warn, start, progress)
