@@ -114,4 +114,4 @@ def without_vision(params: Mapping[str, Any]) -> dict[str, Any]:
     """The same for a text model."""
     if isinstance(params.get("model"), Mapping):
         return {**params, "model": without_vision(params["model"])}
-    return {key: value for key, value in params.items() if key != "vision_args"}
+    return {key: value for key, value in params.items() if key != "vision_args" or value is None}

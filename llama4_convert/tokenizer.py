@@ -349,7 +349,8 @@ def tokenizer_model(tokenizer_json: bytes) -> bytes:
         raise BadInput(
             f"tokenizer.json is damaged, or no Llama 4's ({error!r:.80}): no tokenizer.model can be made"
         ) from error
-    expected = {token: len(read_bpe(text)) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    n_base = len(read_bpe(text))
+    expected = {token: n_base + i for i, token in enumerate(SPECIAL_TOKENS)}
     if wrong := next((token for token, at in expected.items() if added.get(token, at) != at), None):
         raise BadInput(
             f"tokenizer.json has {wrong} at {added[wrong]}, Llama 4 at {expected[wrong]}: no tokenizer.model can be made"
