@@ -415,25 +415,51 @@ class _Gather:
                 self.source.check(rank, record, at + i, part)
 
     def _strided(self, piece: Piece, start: int, into: memoryview) -> None:
-        """A transposed piece or a view of a wider storage: run by run, each contiguous in the target."""
-        item, copy = self.item, piece.copy
-        step = copy.source_strides[-1]
-        for source_at, target_at in _runs(piece, start, len(into), item):
-            skip = max(0, start - target_at) // item
-            n = min(copy.shape[-1], (start + len(into) - target_at) // item) - skip
-            if n <= 0:
-                continue
-            at = target_at + skip * item - start
-            target = into[at : at + n * item]
-            begin = source_at + skip * step * item
-            if step == 1:
-                self.source.read(piece.rank, piece.source.record, begin, target)
-                continue
-            mapped, offset = self.source.map(piece.rank, piece.source.record, begin, ((n - 1) * step + 1) * item)
-            with contextlib.closing(mapped):
-                run = np.ndarray((n,), f"V{item}", mapped, offset, (step * item,))
-                np.frombuffer(target, f"V{item}")[:] = run
-                del run  # the mapping cannot be closed while an array looks into it
+        """A transposed piece, columns of a wider matrix, or a view: many short runs, each contiguous in the target."""
+        item, width = self.item, piece.copy.shape[-1] * self.item
+        for block in _blocks(piece, item):
+            first, last = block.rows_touching(start, start + len(into), width)
+            # A row that begins before the range or ends behind it is cut; the others are taken many at a time.
+            while first < last:
+                at = block.target + first * block.target_pitch - start
+                whole = (len(into) - width - at) // block.target_pitch + 1 if block.target_pitch else 1
+                rows = min(last - first, whole, self._rows_at_once(piece, block)) if at >= 0 and whole > 0 else 0
+                if rows > 1:
+                    self._window(piece, block, first, rows, into, at)
+                else:
+                    self._run(piece, block.source + first * block.source_pitch, at, into)
+                first += max(1, rows)
+
+    def _rows_at_once(self, piece: Piece, block: _Block) -> int:
+        """How many neighbouring rows a read into the scratch buffer holds, with what lies between them."""
+        room = _SCRATCH - ((piece.copy.shape[-1] - 1) * piece.copy.source_strides[-1] + 1) * self.item
+        return room // block.source_pitch + 1 if block.source_pitch and room > 0 else 1
+
+    def _window(self, piece: Piece, block: _Block, first: int, rows: int, into: memoryview, at: int) -> None:
+        n, step = piece.copy.shape[-1], piece.copy.source_strides[-1] * self.item
+        span = (rows - 1) * block.source_pitch + (n - 1) * step + self.item
+        view = self.source.scratch(span)
+        self.source.read(piece.rank, piece.source.record, block.source + first * block.source_pitch, view)
+        numbers = f"V{self.item}"
+        taken = np.ndarray((rows, n), numbers, view, 0, (block.source_pitch, step))
+        np.ndarray((rows, n), numbers, into, at, (block.target_pitch, self.item))[:] = taken
+
+    def _run(self, piece: Piece, source_at: int, at: int, into: memoryview) -> None:
+        """One row, as far as it lies in `into`; `at`: where it would begin there."""
+        item, step = self.item, piece.copy.source_strides[-1]
+        skip = max(0, -at) // item
+        n = min(piece.copy.shape[-1], (len(into) - at) // item) - skip
+        if n <= 0:
+            return
+        begin, target = source_at + skip * step * item, into[at + skip * item : at + (skip + n) * item]
+        if step == 1:
+            self.source.read(piece.rank, piece.source.record, begin, target)
+            return
+        mapped, offset = self.source.map(piece.rank, piece.source.record, begin, ((n - 1) * step + 1) * item)
+        with contextlib.closing(mapped):
+            run = np.ndarray((n,), f"V{item}", mapped, offset, (step * item,))
+            np.frombuffer(target, f"V{item}")[:] = run
+            del run  # the mapping cannot be closed while an array looks into it
 
 
 class _Cast:
@@ -488,25 +514,34 @@ def _rows(into: memoryview, at: int, rows: int, width: int, pitch: int) -> NDArr
     return np.ndarray((rows, width), np.uint8, into, at, (pitch, 1))
 
 
-def _runs(piece: Piece, start: int, length: int, item: int) -> Iterator[tuple[int, int]]:
-    """(source byte, target byte) of each run of a piece that may touch the byte range; outer rows outside are skipped."""
+@dataclass(frozen=True)
+class _Block:
+    """Rows of a piece at even distances: where the first begins, and from each to the next, in bytes."""
+
+    source: int
+    target: int
+    source_pitch: int
+    target_pitch: int
+    rows: int
+
+    def rows_touching(self, start: int, end: int, width: int) -> tuple[int, int]:
+        """The rows, first and behind the last, of which a byte lies from `start` to `end` in the target."""
+        if self.rows == 1:
+            return 0, int(self.target < end and self.target + width > start)
+        first = -(-(start - self.target - width + 1) // self.target_pitch)
+        last = -(-(end - self.target) // self.target_pitch)
+        return max(0, first), min(self.rows, last)
+
+
+def _blocks(piece: Piece, item: int) -> Iterator[_Block]:
     copy = piece.copy
-    outer = copy.shape[:-1]
-    base = copy.source_offset * item, copy.target_offset * item
-    if not outer:
-        yield base
-        return
-    pitch = copy.target_strides[0] * item
-    span = sum((n - 1) * t for n, t in zip(copy.shape[1:], copy.target_strides[1:], strict=True)) * item + item
-    first = max(0, -(-(start - base[1] - span + 1) // pitch))
-    last = min(outer[0], -(-(start + length - base[1]) // pitch))
-    for row in range(first, last):
-        for rest in np.ndindex(outer[1:]):
-            steps = (row, *rest)
-            yield (
-                base[0] + sum(i * s for i, s in zip(steps, copy.source_strides, strict=False)) * item,
-                base[1] + sum(i * t for i, t in zip(steps, copy.target_strides, strict=False)) * item,
-            )
+    outer = len(copy.shape) - 2
+    rows = copy.shape[outer] if outer >= 0 else 1
+    pitches = (copy.source_strides[outer] * item, copy.target_strides[outer] * item) if outer >= 0 else (0, 0)
+    for steps in np.ndindex(copy.shape[: max(outer, 0)]):
+        source = copy.source_offset + sum(i * s for i, s in zip(steps, copy.source_strides, strict=False))
+        target = copy.target_offset + sum(i * t for i, t in zip(steps, copy.target_strides, strict=False))
+        yield _Block(source * item, target * item, *pitches, rows)
 
 
 def planned_buffers(max_memory: int) -> Buffers:

@@ -1,6 +1,6 @@
-"""Kills conversions: at each call that changes the disk, or at random moments; then lets the same command go on.
+"""Kills conversions and exports: at each call that changes the disk, or at random moments; then lets the same command go on.
 
-    python tests/torture/kills.py '{"source": ..., "folder": ..., "options": {...}, "every": 1, "random": 0}'
+    python tests/torture/kills.py '{"run": "convert", "source": ..., "folder": ..., "options": {...}, "every": 1, "random": 0}'
 
 Run as a process of its own, which imports once and forks for each conversion. It prints what it did as JSON, and ends with an
 AssertionError if a promise was broken:
@@ -30,8 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from commands import digests
 
-from llama4_convert import convert, writer
-from llama4_convert.manifest import INDEX, Manifest
+from llama4_convert import convert, export, writer
+from llama4_convert.manifest import Manifest
+
+RUNS: dict[str, Callable[..., Any]] = {"convert": convert, "export": export}
+# What makes an output a model, and how its weights' names end.
+KINDS = {"convert": ("model.safetensors.index.json", ".safetensors"), "export": ("params.json", ".pth")}
 
 # What changes the disk; file objects are wrapped apart.
 CHANGES = ("pwrite", "fsync", "replace", "ftruncate", "posix_fallocate", "unlink", "mkdir", "rmdir", "open")
@@ -103,6 +107,8 @@ def ended(pid: int) -> int:
 class Torture:
     def __init__(self, order: dict[str, Any]) -> None:
         self.folder, self.options = Path(order["folder"]), order["options"]
+        self.run = RUNS[order.get("run", "convert")]
+        self.marker, self.suffix = KINDS[order.get("run", "convert")]
         self.source, self.before = order["source"], order.get("before")
         self.straight = self._straight("straight", self.options)
         self.earlier = self._straight("earlier", self.before) if self.before else None
@@ -113,7 +119,7 @@ class Torture:
         return digests(self.folder / name)
 
     def _convert(self, target: Path, options: dict[str, Any]) -> None:
-        convert(self.source, target, **options)
+        self.run(self.source, target, **options)
 
     def target(self) -> Path:
         target = self.folder / "target"
@@ -124,16 +130,18 @@ class Torture:
     def check(self, target: Path) -> None:
         """What the kill has left, and what becomes of it."""
         left = digests(target) if target.exists() else {}
-        if INDEX in left:
-            whole = [model for model in (self.straight, self.earlier) if model and model[INDEX] == left[INDEX]]
-            assert whole, "an index that belongs to neither model"
-            wrong = [name for name in whole[0] if left.get(name) != whole[0][name]]
-            assert not wrong, f"the index is there, and {wrong} not as it says"
+        if self.marker in left:
+            models = [
+                model for model in (self.straight, self.earlier) if model and model[self.marker] == left[self.marker]
+            ]
+            assert models, f"a {self.marker} that belongs to neither model"
+            wrong = [[name for name in model if left.get(name) != model[name]] for model in models]
+            assert [] in wrong, f"{self.marker} is there, and {wrong[0]} not as it says"
         finished = set()
         if manifest := Manifest.read(target):
-            finished = {n for n in manifest.files if n.endswith(".safetensors") and n in left}
+            finished = {n for n in manifest.files if n.endswith(self.suffix) and n in left}
         stamps = {name: (target / name).stat().st_mtime_ns for name in finished}
-        lying = {n for n in left if n.endswith(".safetensors")}
+        lying = {n for n in left if n.endswith(self.suffix)}
         assert ended(forked(lambda: self._convert(target, self.options))) == 0
         assert digests(target) == self.straight
         if not self.earlier:

@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
         "options": {"shard_size": 300_000, "overwrite": True},
         "before": {"shard_size": 200_000, "text_only": True},
     },
+    "export": {"run": "export", "options": {"ranks": 4}},
+    "export over another": {"run": "export", "options": {"ranks": 2, "overwrite": True}, "before": {"ranks": 8}},
 }
 
 
