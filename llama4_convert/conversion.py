@@ -185,6 +185,10 @@ class Job:
 
         return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")), self.plan)
 
+    def files_to_check(self) -> list[Path]:
+        """Of the source, those that have no checksums of their own and are held against what is promised of them."""
+        return []
+
     def marker_content(self) -> bytes:
         return self.plan.index()
 

@@ -189,6 +189,7 @@ class _Execution:
         self.manifest.add(name, write_small(path, data), len(data))
 
     def _write_weights(self) -> dict[str, int]:
+        from llama4_convert.published import check_promised
         from llama4_convert.resuming import resumed
         from llama4_convert.run import DamagedRecord, RunResult, Source, check_unread, planned_buffers, write_file
         from llama4_convert.writer import FileWriter, Workers
@@ -197,7 +198,8 @@ class _Execution:
         plan, left = going_on.plan, going_on.left
         for file in left:
             self.manifest.files.pop(file.name, None)
-        checks = sum(record.size for _, record in plan.unread)
+        to_check = self.job.files_to_check()
+        checks = sum(record.size for _, record in plan.unread) + sum(path.stat().st_size for path in to_check)
         total = sum(f.work for f in plan.files) + checks
         self.start(total, total - sum(f.work for f in left) - checks)
         result, allow_nonfinite = RunResult(), self.job.request.allow_nonfinite
@@ -205,6 +207,8 @@ class _Execution:
         try:
             with Source(self.job.source.ranks, going_on.running) as source, Workers() as workers:
                 check_unread(plan, source, self.progress)
+                if to_check:
+                    check_promised(to_check, self.progress)
                 for file in left:
                     with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
                         write_file(plan, file, source, writer, result, self.progress, allow_nonfinite)

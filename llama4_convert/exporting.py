@@ -39,6 +39,8 @@ from llama4_convert.planning import (
     unread_records,
 )
 from llama4_convert.pth_writer import PthArchive, PthTensor
+from llama4_convert.published import promised
+from llama4_convert.requantization import unpromised
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL
 from mappings import Binding, MappingError, load_table
@@ -128,6 +130,7 @@ class ExportJob(Job):
 
     def _of_transformers(self, request: ExportRequest) -> None:
         self.source = source = SafetensorsSource.open(request.source)
+        self.warnings += unpromised(source)
         if "quantization_config" in source.config:
             raise UsageError(f"{request.source} is quantized: export what it was made from")
         recorded = self.from_manifest.source.get("ranks") if self.from_manifest else None
@@ -190,6 +193,9 @@ class ExportJob(Job):
             f"original/params.json is not what config.json says ({found.field}): params.json is made of config.json"
         )
         return params_json(config)
+
+    def files_to_check(self) -> list[Path]:
+        return list(promised(self.source.files)) if isinstance(self.source, SafetensorsSource) else []
 
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         made = notices(self.request.source)

@@ -11,11 +11,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama4_convert.checkpoints.meta import is_file_name, read_small
 from llama4_convert.errors import BadInput, UsageError, from_os_error
+from llama4_convert.manifest import NAME, Manifest
 
 _ALGORITHMS = {32: "md5", 40: "git", 64: "sha256"}  # by the number of hexadecimal digits
 _LINE = re.compile(r"([0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})\s+[*-]?\s*(\S.*)")
@@ -126,3 +128,33 @@ def digests(path: Path, algorithms: Collection[str], progress: Callable[[int], N
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}") from error
     return {name: digest.hexdigest() for name, digest in running.items()}
+
+
+def check_promised(
+    files: Collection[Path], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
+) -> None:
+    """Hold files of one directory against what its manifest, or a download, promises of them. Raises BadInput for damage.
+
+    A file of which nothing is promised is passed over; `promised` tells which.
+    """
+    expected = promised(files)
+
+    def damage(path: Path) -> str:
+        digest = expected[path]
+        return "" if digests(path, {digest.algorithm}, progress)[digest.algorithm] == digest.value else path.name
+
+    with ThreadPoolExecutor(threads, "digest") as pool:
+        if bad := [name for name in pool.map(damage, expected) if name]:
+            raise BadInput(
+                f"{bad[0]} is damaged, its digest is not the one that it was made or downloaded with: make or download it"
+                f" again; if you changed it yourself, remove {NAME} or .cache/huggingface beside it"
+            )
+
+
+def promised(files: Collection[Path]) -> dict[Path, Digest]:
+    """What those files of one directory must be, as far as its manifest or what a download has left tells."""
+    folder = next(iter(files)).parent
+    manifest, left = Manifest.read(folder), ids_of_download(folder)
+    made = manifest.files if manifest else {}
+    found = {path: Digest("sha256", made[path.name]["sha256"]) for path in files if path.name in made}
+    return found or {path: left[path.name] for path in files if path.name in left}

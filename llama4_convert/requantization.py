@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llama4_convert import config
@@ -13,7 +14,18 @@ from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe
 from llama4_convert.errors import UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.planning import plan_quantization
+from llama4_convert.published import promised
 from llama4_convert.version import TOOL
+
+
+def unpromised(source: SafetensorsSource) -> list[str]:
+    """A warning where nothing tells whether the weights are what they were."""
+    left = len(source.files) - len(promised(source.files))
+    if not left:
+        return []
+    some = f"{left} of {len(source.files)} files" if left < len(source.files) else "its files"
+    return [f"the source has no checksums: nothing says what {some} should be, and they are taken as they are"]
+
 
 _KEPT = {".json", ".jinja", ".model", ".txt", ".md"}  # tokenizer, templates, other configurations: no code, no weights
 _META_ONLY = {
@@ -44,7 +56,10 @@ class TransformersJob(Job):
         self.variant, self.variant_reason = "as the source", "all files but the weights are the source's"
         text: Any = self.source.config.get("text_config") or self.source.config
         self.max_position_embeddings = int(text.get("max_position_embeddings") or 131072)
-        self.warnings: list[str] = []
+        self.warnings = unpromised(self.source)
+
+    def files_to_check(self) -> list[Path]:
+        return list(promised(self.source.files))
 
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         """The source's own small files, with config.json telling of the quantization."""

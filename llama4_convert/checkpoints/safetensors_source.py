@@ -42,6 +42,10 @@ class SafetensorsSource:
             files.append(SafetensorsIndex(file, tensors, tuple(t.record for t in tensors.values())))
         return SafetensorsSource(path, checkpoint.config, tuple(files))
 
+    @property
+    def files(self) -> list[Path]:
+        return [index.path for index in self.ranks]
+
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 a file: of config.json, and of what each weights file says of itself (names, places, size).
 

@@ -256,6 +256,7 @@ def test_a_vocabulary_that_grew_since(converted: Callable[[str], Path], tmp_path
         if "text" in GEOMETRIES
         else commands.copy(converted("guard"), tmp_path / "hf")
     )
+    (hf / "llama4-convert.json").unlink()  # which says what the file was
     (path,) = hf.glob("*.safetensors")
     content = load_file(path)
     grown = 0
@@ -269,6 +270,7 @@ def test_a_vocabulary_that_grew_since(converted: Callable[[str], Path], tmp_path
     (hf / "config.json").write_text(json.dumps(config))
     said: list[str] = []
     export(hf, tmp_path / "out", ranks=2, warn=said.append)
+    assert any("nothing says what its files should be" in text for text in said)
     assert any("params.json is made of config.json" in text and "vocab_size" in text for text in said)
     assert json.loads((tmp_path / "out" / "params.json").read_text())["vocab_size"] == grown
 
@@ -290,6 +292,7 @@ def test_a_linearized_directory(tmp_path: Path) -> None:
     synth(tmp_path / "meta", tiny=True, ranks=2)
     convert(tmp_path / "meta", tmp_path / "hf")
     linear = commands.copy(tmp_path / "hf", tmp_path / "linear")
+    (linear / "llama4-convert.json").unlink()  # which says what the files were
     (path,) = linear.glob("*.safetensors")
     content = load_file(path)
     for key in list(content):
@@ -329,7 +332,7 @@ def test_an_interrupted_export_goes_on(converted: Callable[[str], Path], tmp_pat
     def progress(n: int) -> None:
         nonlocal done
         done += n
-        if done > inspect(source)["bytes"] // 2:
+        if done > 1.6 * inspect(source)["bytes"]:  # all of it is checked, then read
             raise Stop
 
     with pytest.raises(Stop):

@@ -14,7 +14,7 @@ from typing import Any
 import commands
 import pytest
 
-from llama4_convert import verify
+from llama4_convert import convert, synth, verify
 from llama4_convert.errors import BadInput, UsageError
 
 NAMES = ("config.json", "model-00001-of-00001.safetensors", "original/params.json")
@@ -178,3 +178,38 @@ def test_lists_that_are_none(text: str, repo: Path, tmp_path: Path) -> None:
 def test_no_such_list(repo: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no file"):
         verify(repo, ids=tmp_path / "absent")
+
+
+@pytest.mark.parametrize("run", ["export", "recipe"])
+def test_a_source_without_checksums_is_held_against_what_is_promised_of_it(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By our manifest, by what a download has left; and where there is neither, that is said."""
+    from huggingface_hub._local_folder import write_download_metadata
+
+    synth(tmp_path / "meta", tiny=True, ranks=2)
+    source = tmp_path / "source"
+    convert(tmp_path / "meta", source, shard_size=4_000_000)
+    command = ["export"] if run == "export" else ["convert", "--recipe", "int4"]
+    weights = sorted(source.glob("*.safetensors"))
+    assert len(weights) > 2
+    wholes = {path: path.read_bytes() for path in weights}
+
+    def tried(name: str) -> commands.Outcome:
+        return commands.run(capsys, command[0], source, tmp_path / name, *command[1:])
+
+    assert tried("whole").code == 0
+    for kind in ("manifest", "download"):
+        if kind == "download":
+            (source / "llama4-convert.json").unlink()
+            for path in weights:
+                write_download_metadata(source, path.name, "a" * 40, sha256(path))
+        for path, whole in wholes.items():
+            commands.flip(path, len(whole) - 1)
+            outcome = tried(f"{kind}-{path.name}")
+            assert outcome.code == 3
+            assert f"{path.name} is damaged" in outcome.error
+            path.write_bytes(whole)
+        assert "no checksums" not in tried(f"{kind}-whole").err
+    shutil.rmtree(source / ".cache")
+    assert "nothing says what its files should be" in tried("unknown").err
