@@ -18,7 +18,7 @@ test: $(VENV)/ready-test
 
 # All of tests/torture, of which `make test` runs a share: a kill at every change of the disk, 100,000 damaged files.
 torture: $(VENV)/ready-test
-	TORTURE=1 $(BIN)/python -m pytest tests/torture
+	TORTURE=1 $(BIN)/python -m pytest -n auto tests/torture
 
 # The readers under a coverage-guided fuzzer, ten minutes; what it finds is left as crash-*.
 fuzz: $(VENV)/ready-test

@@ -178,8 +178,12 @@ class _Execution:
                 f"{self.target} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: free some space or choose"
                 " another disk"
             )
-        if system.f_files and system.f_favail < len(left) + 32:
-            raise EnvironmentFailed(f"{self.target} has no inodes left for {len(left)} files")
+        files = len(left) + 32  # and small ones
+        if system.f_files and system.f_favail < files:
+            raise EnvironmentFailed(
+                f"{self.target} has {system.f_favail:,} inodes free, {files:,} are needed: remove some files, or choose another"
+                " disk"
+            )
 
     def _write_small(self, name: str, data: bytes) -> None:
         from llama4_convert.writer import write_small

@@ -422,6 +422,19 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_too_few_inodes_are_seen_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Crowded:
+        f_bavail, f_frsize, f_files, f_favail = 1 << 40, 4096, 1000, 7
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Crowded)
+    outcome = commands.run(capsys, "convert", source, tmp_path / "out")
+    assert outcome.code == 4
+    assert "has 7 inodes free, 33 are needed" in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 def test_no_permission(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
