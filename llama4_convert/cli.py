@@ -447,8 +447,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _interrupted()
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        context = getattr(error, "ctx", None)
+        more = f" ({context.command_path} --help says more)" if context else ""
+        _fail(UsageError(error.format_message().rstrip(".") + more))
     except ConvertError as error:
         _fail(error)
     except OSError as error:

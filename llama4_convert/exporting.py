@@ -23,7 +23,7 @@ from llama4_convert.conversion import Job, notices
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.execution import DEFAULT_MEMORY, Bounds, Progress, Start, Warn, execute
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
-from llama4_convert.manifest import Manifest
+from llama4_convert.manifest import MOST_RANKS, Manifest
 from llama4_convert.params import contradictions, params_json, without_vision
 from llama4_convert.planning import (
     FLOAT_DTYPES,
@@ -39,15 +39,13 @@ from llama4_convert.planning import (
     unread_records,
 )
 from llama4_convert.pth_writer import PthArchive, PthTensor
-from llama4_convert.published import promised
-from llama4_convert.requantization import unpromised
+from llama4_convert.requantization import files_used, unpromised
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL
 from mappings import Binding, MappingError, load_table
 
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DEFAULT_RANKS = 8  # Scout's and Maverick's
-_MOST_RANKS = 128
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class ExportRequest:
     allow_nonfinite = False
 
     def __post_init__(self) -> None:
-        if self.ranks is not None and not 1 <= self.ranks <= _MOST_RANKS:
-            raise UsageError(f"ranks must be from 1 to {_MOST_RANKS}, not {self.ranks}")
+        if self.ranks is not None and not 1 <= self.ranks <= MOST_RANKS:
+            raise UsageError(f"ranks must be from 1 to {MOST_RANKS}, not {self.ranks}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class ExportJob(Job):
         if "quantization_config" in source.config:
             raise UsageError(f"{request.source} is quantized: export what it was made from")
         recorded = self.from_manifest.source.get("ranks") if self.from_manifest else None
-        self.ranks = request.ranks or (recorded if isinstance(recorded, int) else _DEFAULT_RANKS)
+        self.ranks = request.ranks or recorded or _DEFAULT_RANKS
         try:
             config = Llama4Config.from_json(source.config)
             self.binding = load_table().bind(shape_of_config(config))
@@ -195,7 +193,7 @@ class ExportJob(Job):
         return params_json(config)
 
     def files_to_check(self) -> list[Path]:
-        return list(promised(self.source.files)) if isinstance(self.source, SafetensorsSource) else []
+        return files_used(self.source) if isinstance(self.source, SafetensorsSource) else []
 
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         made = notices(self.request.source)
@@ -212,15 +210,19 @@ class ExportJob(Job):
     @cached_property
     def tokenizer(self) -> bytes | None:
         """The content of tokenizer.model: the source's own, or made of tokenizer.json."""
-        source = self.request.source
-        for path in (source / "tokenizer.model", source / "original" / "tokenizer.model"):
-            if path.is_file():
-                return read_small(path)
-        path = source / "tokenizer.json"
-        data = tokenizer_model(read_small(path)) if path.is_file() else None
-        ids = TokenIds.of(data, self.plan.geometry.vocab_size or 0) if data else None
-        if ids and ids.vocab_size > (self.plan.geometry.vocab_size or 0):
-            raise BadInput(f"tokenizer.json has {ids.vocab_size:,} tokens, config.json a vocab_size of fewer")
+        source, rows = self.request.source, self.plan.geometry.vocab_size or 0
+        places = (source / "tokenizer.model", source / "original" / "tokenizer.model", source / "tokenizer.json")
+        path = next((path for path in places if os.path.lexists(path)), None)
+        if path is None:
+            return None
+        data = read_small(path)
+        if path.suffix == ".json":
+            data = tokenizer_model(data)
+        ids = TokenIds.of(data, rows)  # which reads it
+        if ids and ids.vocab_size > rows:
+            raise BadInput(
+                f"{path.name} has {ids.vocab_size:,} tokens, and there are {rows:,} embeddings: of another model?"
+            )
         return data
 
     def marker_content(self) -> bytes:
@@ -260,7 +262,8 @@ def _rank_files(binding: Binding, holdings: Holdings, keys: list[str], ranks: in
             planned_tensor(key, binding.meta_shape(key, ranks), binding.meta_placements(key, ranks, rank), holdings)
             for key in keys
         )
-        files.append(RankFile(name, b"", tensors, _archive(name, tensors).size))
+        replicas = frozenset(key for key in keys if rank and binding.is_replicated(key))
+        files.append(RankFile(name, b"", tensors, replicas, _archive(name, tensors).size))
     return tuple(files)
 
 

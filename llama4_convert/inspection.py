@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,8 @@ def inspect(
     """Layout, geometry, parameter count, bytes and tensors of `path`. Raises UsageError, BadInput or EnvironmentFailed.
 
     Geometry fields have the names of config.json. In Meta's layout a tensor's shape is one rank's, and `parameters` counts
-    what a conversion keeps. `nonfinite` lists the tensors with NaN or infinities; None where nobody has counted.
+    what a conversion keeps. `nonfinite` lists the tensors with NaN or infinities, and whether quantization has replaced them;
+    None where nobody has counted.
 
     `stats` reads everything and tells of each tensor `min`, `max`, `mean`, `std`, `zeros`, `nan`, `inf` and a `histogram`
     (see `tensor_statistics`), in Meta's layout over all ranks; a quantized matrix is told of as the weight that it stands for.
@@ -43,6 +44,7 @@ def inspect(
     """
     path = Path(path)
     readers: dict[str, list[TensorReader]]
+    quantized: Collection[str] = ()
     if is_meta(path):
         checkpoint = MetaCheckpoint.open(path)
         plan = make_plan(checkpoint, allow_rank_mismatch=True)
@@ -51,15 +53,19 @@ def inspect(
     else:
         directory = TransformersCheckpoint.open(path)
         reader = _directory_reader(directory)
-        told = _transformers(directory, reader)
+        told, quantized = _transformers(directory, reader), getattr(reader, "quantized", ())
         readers = {key: [reader] for key in reader.keys()}  # noqa: SIM118
+    listed: list[dict[str, Any]] = []
     if manifest := Manifest.read(path):
-        told["nonfinite"] = [{"tensor": k, "nan": v[0], "inf": v[1]} for k, v in sorted(manifest.nonfinite().items())]
+        listed = [
+            {"tensor": key, "nan": nan, "inf": inf, "replaced": key in quantized}
+            for key, (nan, inf) in sorted(manifest.nonfinite().items())
+        ]
+        told["nonfinite"] = listed
     if stats:
         told["stats"] = found = _stats(readers, start, progress)
-        told["nonfinite"] = [
-            {"tensor": one["tensor"], "nan": one["nan"], "inf": one["inf"]} for one in found if one["nan"] or one["inf"]
-        ]
+        counted = [{"tensor": s["tensor"], "nan": s["nan"], "inf": s["inf"], "replaced": False} for s in found]
+        told["nonfinite"] = [one for one in counted if one["nan"] or one["inf"]] + [o for o in listed if o["replaced"]]
     return told
 
 

@@ -20,6 +20,7 @@ from llama4_convert.writer import write_small
 NAME = "llama4-convert.json"
 INDEX = "model.safetensors.index.json"
 _VERSION = 1
+MOST_RANKS = 128
 
 
 @dataclass
@@ -74,6 +75,23 @@ class Manifest:
             parts = (manifest.source, manifest.options, manifest.files, manifest.errors)
             if not all(isinstance(part, dict) for part in parts):
                 raise ValueError("a part is no object")
+            if not isinstance(manifest.tool, str):
+                raise ValueError("the tool is no text")
+            if not (isinstance(manifest.meta_keys, list) and all(isinstance(key, str) for key in manifest.meta_keys)):
+                raise ValueError("the source's keys are no list of names")
+            if not (
+                isinstance(manifest.dropped, dict) and all(isinstance(why, str) for why in manifest.dropped.values())
+            ):
+                raise ValueError("what was dropped has no reasons")
+            if not all(
+                value is None or isinstance(value, (str, int)) for k, value in manifest.options.items() if k != "recipe"
+            ):
+                raise ValueError("an option is no text or number")
+            if not isinstance(manifest.options.get("recipe", {"name": ""})["name"], str):
+                raise ValueError("the recipe has no name")
+            ranks = manifest.source.get("ranks", 1)
+            if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
+                raise ValueError(f"a source of {ranks!r:.40} ranks")
             for (rank, record), state in records.items():
                 if not isinstance(record, str) or not all(type(n) is int and n >= 0 for n in (rank, *state)):
                     raise ValueError("no CRC of a record")

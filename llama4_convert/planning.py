@@ -137,6 +137,7 @@ class PlannedFile:
     name: str
     header: bytes
     tensors: tuple[PlannedTensor, ...]
+    replicas: frozenset[str] = frozenset()  # tensors that an earlier file holds as well, and that are counted there
 
     @property
     def size(self) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,9 @@ from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.manifest import NAME, Manifest
 
 _ALGORITHMS = {32: "md5", 40: "git", 64: "sha256"}  # by the number of hexadecimal digits
-_LINE = re.compile(r"([0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})\s+[*-]?\s*(\S.*)")
+_LINE = re.compile(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{40}|[0-9a-fA-F]{64})\s+[*-]?\s*(\S.*)")
 _ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_LONGEST_PATH = 1000  # systems end at 1,024 or 4,096 bytes, the directory's own path included
 _DOWNLOADS = Path(".cache", "huggingface", "download")
 
 
@@ -49,18 +50,18 @@ def read_ids(file: Path, folder: Path) -> Ids:
     if not file.is_file():
         raise UsageError(f"{file} is no file: give a list of ids as the Hub's API or sha256sum writes it")
     try:
-        text = read_small(file).decode()
+        text = read_small(file).decode("utf-8-sig")
         try:
-            found = dict(_from_json(json.loads(text)))
+            listed = list(_from_json(json.loads(text)))
         except json.JSONDecodeError:
-            found = dict(_from_lines(text))
+            listed = list(_from_lines(text))
+        found = dict(listed)
+        if twice := next((name for name, digest in listed if found[name] != digest), None):
+            raise ValueError(f"{twice!r:.80} has two different ids")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{file.name} is no list of ids ({error!s:.200})") from error
-    inside = {
-        name.removeprefix(f"{folder.name}/"): digest
-        for name, digest in found.items()
-        if name.startswith(f"{folder.name}/")
-    }
+    prefix = f"{folder.resolve().name}/"
+    inside = {name.removeprefix(prefix): digest for name, digest in found.items() if name.startswith(prefix)}
     if inside and not any((folder / name).exists() for name in found):
         found = inside
     if not found:
@@ -88,10 +89,11 @@ def _from_lines(text: str) -> Iterator[tuple[str, Digest]]:
 
 
 def _checked(name: str, value: str) -> tuple[str, Digest]:
+    value = value.lower()
     if not re.fullmatch(r"[0-9a-f]+", value) or len(value) not in _ALGORITHMS:
         raise ValueError(f"{value!r:.80} is no id")
     name = name.removeprefix("./")
-    if not all(map(is_file_name, name.split("/"))):
+    if len(name) > _LONGEST_PATH or not all(map(is_file_name, name.split("/"))):
         raise ValueError(f"{name!r:.80} is no path in the directory")
     return name, Digest.of(value)
 
@@ -101,10 +103,13 @@ def ids_of_download(folder: Path) -> dict[str, Digest]:
     found: dict[str, Digest] = {}
     for root, prefix in ((folder, ""), (folder.resolve().parent, f"{folder.resolve().name}/")):
         for path in sorted((root / _DOWNLOADS / prefix).rglob("*.metadata")):
+            if not path.is_file():
+                continue
             name = path.relative_to(root / _DOWNLOADS).as_posix().removesuffix(".metadata")
             lines = read_small(path).decode(errors="replace").split()
-            if len(lines) > 1 and _ID.fullmatch(lines[1]):  # the commit, the id, when
-                found[name.removeprefix(prefix)] = Digest.of(lines[1])
+            if len(lines) < 2 or not _ID.fullmatch(lines[1].strip('"')):  # the commit, the id, when
+                raise BadInput(f"{_DOWNLOADS / (name + '.metadata')} is damaged: remove it, or download {name} again")
+            found[name.removeprefix(prefix)] = Digest.of(lines[1].strip('"'))
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             target = Path(os.readlink(path))
@@ -131,7 +136,7 @@ def digests(path: Path, algorithms: Collection[str], progress: Callable[[int], N
 
 
 def check_promised(
-    files: Collection[Path], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
+    files: Sequence[Path], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
 ) -> None:
     """Hold files of one directory against what its manifest, or a download, promises of them. Raises BadInput for damage.
 
@@ -151,10 +156,11 @@ def check_promised(
             )
 
 
-def promised(files: Collection[Path]) -> dict[Path, Digest]:
-    """What those files of one directory must be, as far as its manifest or what a download has left tells."""
-    folder = next(iter(files)).parent
+def promised(files: Sequence[Path]) -> dict[Path, Digest]:
+    """What files of a directory must be, as far as its manifest or what a download has left tells. The first lies in it."""
+    folder = files[0].parent
     manifest, left = Manifest.read(folder), ids_of_download(folder)
+    names = {path: path.relative_to(folder).as_posix() for path in files}
     made = manifest.files if manifest else {}
-    found = {path: Digest("sha256", made[path.name]["sha256"]) for path in files if path.name in made}
-    return found or {path: left[path.name] for path in files if path.name in left}
+    found = {path: Digest("sha256", made[name]["sha256"]) for path, name in names.items() if name in made}
+    return found or {path: left[name] for path, name in names.items() if name in left}

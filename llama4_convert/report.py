@@ -169,7 +169,10 @@ def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
     if result.get("quantized"):
         lines.append("  quantized                " + ", ".join(f"{n} in {k}" for k, n in result["quantized"].items()))
     if result["nonfinite"] is not None:
-        named = [f"{one['tensor']} ({one['nan']:,} NaN, {one['inf']:,} infinite)" for one in result["nonfinite"]]
+        named = [
+            f"{one['tensor']} ({one['nan']:,} NaN, {one['inf']:,} infinite{', replaced' if one['replaced'] else ''})"
+            for one in result["nonfinite"]
+        ]
         lines.append("  not finite               " + ("\n                           ".join(named) or "none"))
     if tensors:
         lines += [f"{t['name']}  {t['dtype']} {t['shape']}" for t in result["tensors"]]

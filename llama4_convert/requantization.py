@@ -18,6 +18,12 @@ from llama4_convert.published import promised
 from llama4_convert.version import TOOL
 
 
+def files_used(source: SafetensorsSource) -> list[Path]:
+    """Of the files that decide what is written, those that something tells the digests of."""
+    others = (source.path / name for name in _DECIDING)
+    return list(promised([*source.files, *(path for path in others if path.is_file())]))
+
+
 def unpromised(source: SafetensorsSource) -> list[str]:
     """A warning where nothing tells whether the weights are what they were."""
     left = len(source.files) - len(promised(source.files))
@@ -27,6 +33,7 @@ def unpromised(source: SafetensorsSource) -> list[str]:
     return [f"the source has no checksums: nothing says what {some} should be, and they are taken as they are"]
 
 
+_DECIDING = ("config.json", "tokenizer.json", "tokenizer.model", "original/params.json")
 _KEPT = {".json", ".jinja", ".model", ".txt", ".md"}  # tokenizer, templates, other configurations: no code, no weights
 _META_ONLY = {
     "variant": "--variant",
@@ -59,7 +66,7 @@ class TransformersJob(Job):
         self.warnings = unpromised(self.source)
 
     def files_to_check(self) -> list[Path]:
-        return list(promised(self.source.files))
+        return files_used(self.source)
 
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         """The source's own small files, with config.json telling of the quantization."""

@@ -209,7 +209,9 @@ def write_file(
             if tensor.part:  # its matrix is counted as it is gathered
                 _put(encoder.take(tensor.part), writer)
             else:
-                fill = _counting(_filler(tensor, plan, source, result), tensor, result)
+                fill = _filler(tensor, plan, source, result)
+                if tensor.name not in file.replicas:
+                    fill = _counting(fill, tensor, result)
                 if envelope.has_checksums:
                     fill = checksum.of(fill)
                 _stream(tensor.nbytes, fill, writer, progress)
@@ -338,7 +340,7 @@ class _Encoder:
                 found = nonfinite.count(gathered, tensor.dtype)
                 raise BadInput(
                     f"{tensor.name} has {found} of {tensor.numel:,} numbers, which {planned.scheme.kind} cannot hold:"
-                    " leave it out of the recipe, or take them as 0 and the largest magnitude with --allow-nonfinite"
+                    " leave it out of the recipe, or take them as 0 and the largest magnitude with --allow-nonfinite --overwrite"
                 ) from error
             self.result.count(tensor.name, nonfinite.make_finite(gathered, tensor.dtype))
             return planned.encoder.encode(bits, matrix.in_out, self.threads)

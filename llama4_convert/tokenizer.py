@@ -345,7 +345,7 @@ def tokenizer_model(tokenizer_json: bytes) -> bytes:
         plain = {token: rank for token, rank in body["model"]["vocab"].items() if token not in added}
         lines = [(rank, bytes(_BYTE_OF[c] for c in token)) for token, rank in plain.items()]
         text = b"".join(b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in sorted(lines))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"tokenizer.json is damaged, or no Llama 4's ({error!r:.80}): no tokenizer.model can be made"
         ) from error

@@ -86,6 +86,8 @@ def _source(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str,
         name = file.relative_to(path).as_posix()
         expected = [found[name] for found in (promised, ids) if name in found]
         entry = _held_against(file, name, expected, progress if file in ranks else lambda n: None)
+        if ids and file in ranks and name not in ids:
+            entry |= {"ok": False, "note": "the list does not name it"}
         if entry["ok"] and file in ranks:
             entry["note"] = _damage(file, progress)
             entry["ok"] = not entry["note"]

@@ -175,8 +175,10 @@ class FileWriter:
 def write_small(path: Path, data: bytes) -> str:
     """Write a small file atomically: temporary name, fsync, rename, fsync the folder. Returns its SHA-256 in hex."""
     temporary = path.with_name(path.name + PARTIAL_SUFFIX)
+    # What is there may be a link that somebody planted: never write through it.
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -11,6 +11,9 @@ from typing import Any
 
 from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.errors import BadInput
+
+_SAMPLE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class SafetensorsSource:
     def open(path: Path) -> SafetensorsSource:
         """Read config.json, the index and every header. Raises UsageError, BadInput or EnvironmentFailed."""
         checkpoint = TransformersCheckpoint.open(path)
+        kind = checkpoint.config.get("model_type")
+        if kind not in (None, "llama4", "llama4_text"):
+            raise BadInput(f"config.json: model_type is {kind!r:.40}: this is no Llama 4")
         files = []
         for file in checkpoint.files:
             tensors = {
@@ -47,9 +53,9 @@ class SafetensorsSource:
         return [index.path for index in self.ranks]
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 a file: of config.json, and of what each weights file says of itself (names, places, size).
+        """SHA-256 a file: of config.json, and of what each weights file says of itself and three samples of each tensor.
 
-        Not of the weights: reading hundreds of GB to recognize them would double the work. A manifest of ours in the source
+        Not of all weights: reading hundreds of GB to recognize them would double the work. A manifest of ours in the source
         has their digests and is taken in.
         """
         found = {}
@@ -57,10 +63,14 @@ class SafetensorsSource:
             if (self.path / name).is_file():
                 found[name] = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
         for index in self.ranks:
-            told = repr(
-                (index.path.stat().st_size, [(k, t.dtype, t.shape, t.record) for k, t in index.tensors.items()])
-            )
-            found[index.path.name] = hashlib.sha256(told.encode()).hexdigest()
+            told = [(k, t.dtype, t.shape, t.record) for k, t in index.tensors.items()]
+            digest = hashlib.sha256(repr((index.path.stat().st_size, told)).encode())
+            with open(index.path, "rb") as file:
+                for record in index.records:
+                    for start in (0, record.size // 2, max(0, record.size - _SAMPLE)):
+                        file.seek(record.offset + start)
+                        digest.update(file.read(min(_SAMPLE, record.size - start)))
+            found[index.path.name] = digest.hexdigest()
         return found
 
 
