@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/$(INSTALL)
+# On as many cores as there are. Workers must name tests alike, and sets are printed in the order of their hashes.
+TESTS := PYTHONHASHSEED=0 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 .PHONY: demo test torture fuzz audit bench bench-quick clean
 
@@ -14,11 +16,11 @@ test: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # All of tests/torture, of which `make test` runs a share: a kill at every change of the disk, 100,000 damaged files.
 torture: $(VENV)/ready-test
-	TORTURE=1 $(BIN)/python -m pytest -n auto tests/torture
+	TORTURE=1 $(TESTS) tests/torture
 
 # The readers under a coverage-guided fuzzer, ten minutes; what it finds is left as crash-*.
 fuzz: $(VENV)/ready-test
