@@ -73,7 +73,13 @@ request_options = _options(
         help="Cast every tensor. Default: each stays as it is.",
     ),
     click.option("--text-only", is_flag=True, help="Leave the vision tower out: a Llama4ForCausalLM directory."),
-    click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest size of an output file."),
+    click.option(
+        "--shard-size",
+        type=Size(),
+        default="5GB",
+        show_default=True,
+        help="Largest size of an output file: 5GB, 512MiB.",
+    ),
     click.option(
         "--max-position-embeddings", type=int, help="Context length for config.json. Default: as published by variant."
     ),
@@ -91,7 +97,7 @@ request_options = _options(
 @click.option(
     "--gpu",
     metavar="NAME",
-    help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb (any other word lists the names).",
+    help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb (`--gpu list` lists the names).",
 )
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of context that must fit as well.")
@@ -197,8 +203,9 @@ def convert(
 def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Write SRC, in either layout, to DST in Meta's: consolidated.NN.pth, params.json, tokenizer.model.
 
-    From a Transformers directory it is the way back from `convert`, bit by bit. From Meta's it changes the number of ranks. An
-    interrupted export goes on with the same command. Until params.json is there, DST is no model.
+    From a Transformers directory it is the way back from `convert`: every tensor bit by bit, without what that drops. From
+    Meta's it changes the number of ranks. An interrupted export goes on with the same command. Until params.json is there, DST
+    is no model.
 
     \b
     Examples:
@@ -221,7 +228,7 @@ def _with_overwrite() -> Iterator[None]:
         yield
     except NeedsOverwrite as error:
         command = shlex.join(["llama4-convert", *sys.argv[1:], "--overwrite"])
-        raise UsageError(f"{error}; to replace it: {command}") from error
+        raise UsageError(f"{error}; to go on with that one give its options, to replace it: {command}") from error
 
 
 @cli.command()
@@ -379,6 +386,8 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
 
     result = run(path, say=(lambda text: None) if as_json else functools.partial(_print, nl=False), **options)
     _print(json.dumps(result) if as_json else "")
+    if result["tokens"] and not result["text"]:
+        report.warn(f"the model wrote {len(result['tokens'])} tokens, none of which is text (random weights do that)")
 
 
 @cli.command()

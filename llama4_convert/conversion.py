@@ -304,7 +304,7 @@ def plan(
     described = job.describe()
     if gpu is None:
         if context is not None or gpus != 1:
-            raise UsageError("a context and a number of GPUs mean something with --gpu only")
+            raise UsageError("--context and --gpus are for --gpu: name one")
         return described
     from llama4_convert.fit import fit
     from llama4_convert.quantization import fit_format

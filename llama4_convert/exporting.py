@@ -255,6 +255,9 @@ class ExportJob(Job):
 
 
 def _rank_files(binding: Binding, holdings: Holdings, keys: list[str], ranks: int) -> tuple[RankFile, ...]:
+    if why := _cannot_be_cut(binding, keys, ranks):
+        possible = [str(n) for n in range(1, 17) if not _cannot_be_cut(binding, keys, n)]
+        raise MappingError(f"{why}: take {' or '.join(possible)} ranks")
     files = []
     for rank in range(ranks):
         name = f"consolidated.{rank:02d}.pth"
@@ -265,6 +268,16 @@ def _rank_files(binding: Binding, holdings: Holdings, keys: list[str], ranks: in
         replicas = frozenset(key for key in keys if rank and binding.is_replicated(key))
         files.append(RankFile(name, b"", tensors, replicas, _archive(name, tensors).size))
     return tuple(files)
+
+
+def _cannot_be_cut(binding: Binding, keys: list[str], ranks: int) -> str:
+    """Why so many ranks cannot share the model; empty if they can."""
+    try:
+        for key in keys:
+            binding.meta_shape(key, ranks)
+    except MappingError as error:
+        return str(error)
+    return ""
 
 
 def export(

@@ -119,9 +119,9 @@ class Manifest:
             mine, its = self.options.get(name), other.options.get(name)
             if mine != its:
                 mine, its = (value["name"] if isinstance(value, dict) else value for value in (mine, its))
-                found.append(
-                    f"{name.replace('_', '-')} " + (f"{its} instead of {mine}" if mine != its else f"{its}, changed")
-                )
+                what = name.replace("_", "-")
+                there = f"no {what}" if mine in (None, False) else f"{what} {mine}"
+                found.append(f"{there} there, {its or 'none'} now" if mine != its else f"{what} {its}, changed")
         if self.tool != other.tool and not found:
             found.append(f"{other.tool} instead of {self.tool}")
         return found

@@ -84,7 +84,7 @@ def _from_lines(text: str) -> Iterator[tuple[str, Digest]]:
             continue
         match = _LINE.fullmatch(line.strip())
         if not match:
-            raise ValueError(f"line {number} is not a digest and a path")
+            raise ValueError(f"line {number} is not a digest and a path, as sha256sum writes them")
         yield _checked(match[2], match[1])
 
 
@@ -94,7 +94,7 @@ def _checked(name: str, value: str) -> tuple[str, Digest]:
         raise ValueError(f"{value!r:.80} is no id")
     name = name.removeprefix("./")
     if len(name) > _LONGEST_PATH or not all(map(is_file_name, name.split("/"))):
-        raise ValueError(f"{name!r:.80} is no path in the directory")
+        raise ValueError(f"{name!r:.80} is no path in the directory: list them from inside it")
     return name, Digest.of(value)
 
 

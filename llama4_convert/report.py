@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -103,12 +104,7 @@ def plan_summary(plan: dict[str, Any]) -> str:
         f"output   {len(plan['tensors'])} tensors in {len(plan['files'])} file(s), {gigabytes(plan['output_bytes'])}",
         f"memory   {plan['peak_memory_bytes'] / (1 << 20):.0f} MiB of its own",
     ]
-    reasons: dict[str, list[str]] = {}
-    for entry in plan["dropped"]:
-        reasons.setdefault(entry["why"], []).append(entry["name"])
-    for why, names in reasons.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"dropped  {names[0]}{more}: {why}")
+    lines += dropped_lines(plan["dropped"])
     if "quantization" in plan:
         lines += quantization_summary(plan["quantization"])
     if "fit" in plan:
@@ -118,17 +114,28 @@ def plan_summary(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dropped_lines(dropped: list[dict[str, str]]) -> list[str]:
+    """A line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for entry in dropped:
+        reasons.setdefault(entry["why"], []).append(entry["name"])
+    more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in reasons.items()}
+    return [f"dropped  {names[0]}{more[why]}: {why}" for why, names in reasons.items()]
+
+
 def convert_summary(result: dict[str, Any]) -> str:
     if result["status"] == "already complete":
         return f"{result['output']} is complete already: nothing was touched"
     weights = [f for f in result["files"] if f["file"].startswith("model-")]
     kept = result["files_kept_from_earlier_run"]
     resumed = f" ({kept} kept from the run before)" if kept else ""
+    dropped = dropped_lines(result["dropped"])
     line = (
         f"{result['output']}: {parameters(result['parameters'])}, {gigabytes(result['output_bytes'])} in"
         f" {len(weights)} file(s){resumed}, variant {result['variant']} ({result['variant_reason']})"
     )
-    return "\n".join([line, *(quantization_summary(result["quantization"]) if "quantization" in result else ())])
+    told = quantization_summary(result["quantization"]) if "quantization" in result else []
+    return "\n".join([line, *dropped, *told])
 
 
 def export_summary(result: dict[str, Any]) -> str:
@@ -137,7 +144,8 @@ def export_summary(result: dict[str, Any]) -> str:
     kept = result["files_kept_from_earlier_run"]
     resumed = f" ({kept} kept from the run before)" if kept else ""
     size = f"{parameters(result['parameters'])}, {gigabytes(result['output_bytes'])}"
-    return f"{result['output']}: {size} in {result['ranks']} rank file(s){resumed}"
+    line = f"{result['output']}: {size} in {result['ranks']} rank file(s){resumed}"
+    return "\n".join([line, *dropped_lines(result["dropped"])])
 
 
 def quantization_summary(told: dict[str, Any]) -> list[str]:
@@ -175,6 +183,8 @@ def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
         ]
         lines.append("  not finite               " + ("\n                           ".join(named) or "none"))
     if tensors:
+        if result.get("ranks", 1) > 1:
+            lines.append(f"each tensor as rank 0 of {result['ranks']} has it:")
         lines += [f"{t['name']}  {t['dtype']} {t['shape']}" for t in result["tensors"]]
     if "stats" in result:
         lines += stats_lines(result["stats"])
@@ -199,10 +209,23 @@ def stats_lines(stats: list[dict[str, Any]]) -> list[str]:
 
 
 def verify_summary(result: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{'ok     ' if file['ok'] else 'DAMAGED'}  {file['file']}" + (f"  ({file['note']})" if file["note"] else "")
-        for file in result["files"]
-    )
+    lines = []
+    for file in result["files"]:
+        status = "ok" if file["ok"] else "MISSING" if file["note"].startswith(("missing", "not written")) else "DAMAGED"
+        if not file["ok"] and file["note"].startswith("not recorded"):
+            status = "UNKNOWN"
+        lines.append(f"{status:7}  {file['file']}" + (f"  ({file['note']})" if file["note"] else ""))
+    held = Counter(" and ".join(_PROMISES[what] for what in file["against"]) for file in result["files"] if file["ok"])
+    lines += [f"{n} file(s) as {what or 'nothing tells: they were only read'}" for what, n in held.items()]
+    return "\n".join(lines)
+
+
+_PROMISES = {
+    "manifest": "the SHA-256 in llama4-convert.json says",
+    "checklist": "the MD5 in checklist.chk says",
+    "CRC": "the CRCs inside say",
+    "list": "the published ids say",
+}
 
 
 def synth_summary(target: Path, result: dict[str, Any]) -> str:

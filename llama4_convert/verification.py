@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.meta import is_file_name, rank_files, read_small
+from llama4_convert.checkpoints.meta import inner_original, is_file_name, rank_files, read_small
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
@@ -32,47 +32,57 @@ def verify(
     """Check an output against its manifest, Meta's directory against its CRCs and checklist.chk, any against published ids.
 
     `ids` is a file that lists them (`published.read_ids`); without it, those that a download has left beside the files are
-    taken. Returns {ok, files: [{file, sha256, ok, note}], advice}. Raises UsageError if nothing tells what `path` should be.
+    taken. An output is held against its manifest in any case. Returns {ok, files: [{file, sha256, ok, note, against}], advice}:
+    `against` is the kinds of promise that there were. Raises UsageError if nothing tells what `path` should be.
     """
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory")
     is_source = any(path.glob("consolidated.*.pth"))
-    if ids is not None:
-        listed = read_ids(Path(ids), path)
-        return _source(path, listed, start, progress) if is_source else _listed(path, listed, start, progress)
+    listed = read_ids(Path(ids), path) if ids is not None else {}
     manifest = Manifest.read(path)
     if manifest is not None:
-        return _output(path, manifest, start, progress)
+        return _output(path, manifest, listed, start, progress)
+    if ids is not None:
+        return _source(path, listed, start, progress) if is_source else _listed(path, listed, start, progress)
     left = ids_of_download(path)
     if is_source:
         return _source(path, left, start, progress)
     if left:
         return _listed(path, left, start, progress)
+    if hint := inner_original(path):
+        raise UsageError(f"{path} holds no checkpoint itself: did you mean {hint}?")
     raise UsageError(
         f"{path} has neither {NAME} (an output of this tool) nor consolidated.NN.pth (Meta's layout), nor what a download"
         " from the Hub leaves: give a list of its files' ids with --ids"
     )
 
 
-def _output(path: Path, manifest: Manifest, start: Start, progress: Progress) -> dict[str, Any]:
+def _output(path: Path, manifest: Manifest, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
+    unfinished = manifest.marker not in manifest.files
     start(sum(entry["size"] for entry in manifest.files.values()), 0)
     files = []
-    for name, entry in sorted(manifest.files.items()):
-        found = digests(path / name, {"sha256"}, progress)["sha256"] if (path / name).is_file() else None
-        note = "missing" if found is None else "" if found == entry["sha256"] else "its SHA-256 is another"
-        files.append({"file": name, "sha256": found, "ok": found == entry["sha256"], "note": note})
-    if manifest.marker not in manifest.files:
-        files.append({"file": manifest.marker, "sha256": None, "ok": False, "note": "the conversion is unfinished"})
+    for name in sorted({*manifest.files, *ids}):
+        entry = manifest.files.get(name)
+        expected = [("manifest", Digest("sha256", entry["sha256"]))] if entry else []
+        expected += [("list", ids[name])] if name in ids else []
+        files.append(_held_against(path / name, name, expected, progress))
+    if unfinished:
+        files.append(_bad(manifest.marker, "not written yet: the conversion is unfinished"))
     weights = "model*.safetensors" if manifest.marker == INDEX else "consolidated.*.pth"
     for stray in sorted(p.name for p in path.glob(weights) if p.name not in manifest.files):
-        files.append(
-            {"file": stray, "sha256": None, "ok": False, "note": "not of this conversion: readers may take it"}
+        why = (
+            "not recorded yet: the conversion is unfinished"
+            if unfinished
+            else "not of this conversion: readers may take it"
         )
-    advice = "convert again with --overwrite"
-    if manifest.marker not in manifest.files:
-        advice = "run the conversion again: it goes on where it stopped"
+        files.append(_bad(stray, why))
+    advice = "run the conversion again: it goes on where it stopped" if unfinished else "convert again with --overwrite"
     return {"ok": all(f["ok"] for f in files), "files": files, "advice": advice}
+
+
+def _bad(name: str, note: str) -> dict[str, Any]:
+    return {"file": name, "sha256": None, "ok": False, "note": note, "against": []}
 
 
 def _source(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
@@ -84,33 +94,36 @@ def _source(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str,
     files = []
     for file in [*ranks, *others]:
         name = file.relative_to(path).as_posix()
-        expected = [found[name] for found in (promised, ids) if name in found]
+        expected = [(what, found[name]) for what, found in (("checklist", promised), ("list", ids)) if name in found]
         entry = _held_against(file, name, expected, progress if file in ranks else lambda n: None)
         if ids and file in ranks and name not in ids:
             entry |= {"ok": False, "note": "the list does not name it"}
         if entry["ok"] and file in ranks:
             entry["note"] = _damage(file, progress)
             entry["ok"] = not entry["note"]
+            entry["against"].append("CRC")
         files.append(entry)
     return {"ok": all(f["ok"] for f in files), "files": files, "advice": "download it again"}
 
 
 def _listed(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
     start(sum((path / name).stat().st_size for name in ids if (path / name).is_file()), 0)
-    files = [_held_against(path / name, name, [digest], progress) for name, digest in sorted(ids.items())]
+    files = [_held_against(path / name, name, [("list", digest)], progress) for name, digest in sorted(ids.items())]
     for stray in sorted(path.iterdir()):
         if stray.name.endswith(_WEIGHTS) and stray.name not in ids:
-            files.append({"file": stray.name, "sha256": None, "ok": False, "note": "the list does not name it"})
+            files.append(_bad(stray.name, "the list does not name it"))
     return {"ok": all(f["ok"] for f in files), "files": files, "advice": "download it again"}
 
 
-def _held_against(file: Path, name: str, expected: list[Digest], progress: Progress) -> dict[str, Any]:
+def _held_against(file: Path, name: str, expected: list[tuple[str, Digest]], progress: Progress) -> dict[str, Any]:
+    """`expected`: who promises which digest."""
     if not file.is_file():
-        return {"file": name, "sha256": None, "ok": False, "note": "missing"}
-    found = digests(file, {"sha256", *(digest.algorithm for digest in expected)}, progress)
-    wrong = [_CALLED[d.algorithm] for d in expected if found[d.algorithm] != d.value]
-    note = f"its {' and its '.join(wrong)} is another" if wrong else ""
-    return {"file": name, "sha256": found["sha256"], "ok": not wrong, "note": note}
+        return _bad(name, "missing")
+    found = digests(file, {"sha256", *(digest.algorithm for _, digest in expected)}, progress)
+    wrong = [_CALLED[d.algorithm] for _, d in expected if found[d.algorithm] != d.value]
+    note = f"its {' and its '.join(dict.fromkeys(wrong))} is another" if wrong else ""
+    told = {"file": name, "sha256": found["sha256"], "ok": not wrong, "note": note}
+    return {**told, "against": [what for what, _ in expected]}
 
 
 def _damage(file: Path, progress: Progress) -> str:

@@ -100,7 +100,8 @@ def load(name_or_path: str) -> Recipe:
         return recipes[name_or_path]
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.is_file():
-        raise RecipeError(f"no recipe {name_or_path!r}: {_hint(name_or_path, recipes)}, or the path of a .toml file")
+        names = ", ".join(recipes)
+        raise RecipeError(f"no recipe {name_or_path!r}: take one of {names}, or give the path of a .toml file")
     try:
         return parse(path.read_text("utf-8"), path.stem)
     except OSError as error:

@@ -17,6 +17,7 @@ from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 
 _RANK_FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
+_MANIFEST = "llama4-convert.json"
 _SMALL_FILE_LIMIT = 64 << 20
 
 
@@ -79,6 +80,12 @@ def rank_files(path: Path) -> list[Path]:
     """The rank files in rank order. Raises BadInput if there are none, or one is missing between others."""
     found = {int(m[1]): file for file in sorted(path.iterdir()) if (m := _RANK_FILE.fullmatch(file.name))}
     if not found:
+        if hint := inner_original(path):
+            raise BadInput(f"{path} has no consolidated.NN.pth: did you mean {hint}?")
+        if (path / _MANIFEST).exists():
+            raise BadInput(
+                f"{path} is an unfinished output of this tool: run its command again, it goes on where it stopped"
+            )
         raise BadInput(f"{path} has no consolidated.NN.pth: is it the directory of an original Meta checkpoint?")
     gap = next((rank for rank in range(max(found) + 1) if rank not in found), None)
     if gap is not None:
@@ -86,10 +93,18 @@ def rank_files(path: Path) -> list[Path]:
     return [found[rank] for rank in range(len(found))]
 
 
+def inner_original(path: Path) -> Path | None:
+    """Where downloads keep Meta's files, if `path` is the folder around it."""
+    inner = path / "original"
+    return inner if inner.is_dir() and any(inner.glob("consolidated.*.pth")) else None
+
+
 def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """params.json parsed, and its bytes under its name."""
     file = path / "params.json"
     if not os.path.lexists(file):
+        if (path / _MANIFEST).exists():
+            raise BadInput(f"{path} is an unfinished export: run its command again, it goes on where it stopped")
         raise BadInput(f"{path} has no params.json: it comes with the checkpoint, download it")
     data = read_small(file)
     try:

@@ -251,3 +251,43 @@ def test_a_link_to_nothing(made: Path, tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("nowhere")
     with pytest.raises(UsageError, match="is a link to nothing"):
         export(made / "hf", tmp_path / "out")
+
+
+def test_the_folder_around_original(made: Path, tmp_path: Path, run: Run) -> None:
+    commands.copy(made / "meta", tmp_path / "Scout" / "original")
+    for command in (["plan"], ["inspect"], ["verify"], ["export", "-"]):
+        more = [tmp_path / "out"] if "export" in command else []
+        outcome = run(command[0], tmp_path / "Scout", *more)
+        assert outcome.code in (2, 3)
+        assert f"did you mean {tmp_path / 'Scout' / 'original'}?" in outcome.error
+
+
+def test_an_unfinished_export_says_so(made: Path, tmp_path: Path, run: Run) -> None:
+    export(made / "hf", tmp_path / "out", ranks=2)
+    (tmp_path / "out" / "params.json").unlink()
+    assert "unfinished export: run its command again" in run("inspect", tmp_path / "out").error
+    (tmp_path / "out" / "consolidated.00.pth").unlink()
+    (tmp_path / "out" / "consolidated.01.pth").unlink()
+    assert "unfinished output of this tool" in run("inspect", tmp_path / "out").error
+
+
+def test_verify_says_what_it_held_files_against(made: Path, tmp_path: Path, run: Run) -> None:
+    """And an output against its manifest whatever list there is."""
+    out = commands.copy(made / "hf", tmp_path / "hf")
+    ids = tmp_path / "ids"
+    ids.write_text(f"{commands.digests(out)['config.json']}  config.json\n")
+    told = run("verify", out, "--ids", ids)
+    assert told.code == 0
+    assert "1 file(s) as the SHA-256 in llama4-convert.json says and the published ids say" in told.out
+    (out / "original" / "params.json").write_text("{}")
+    damaged = run("verify", out, "--ids", ids)
+    assert damaged.code == 5
+    assert "DAMAGED  original/params.json" in damaged.out
+    (out / "original" / "params.json").unlink()
+    assert "MISSING  original/params.json" in run("verify", out).out
+    assert "2 file(s) as the MD5 in checklist.chk says and the CRCs inside say" in run("verify", made / "meta").out
+
+
+def test_what_is_dropped_is_said(made: Path, tmp_path: Path, run: Run) -> None:
+    for command in ("convert", "export"):
+        assert "dropped  " in run(command, made / "meta", tmp_path / command).out

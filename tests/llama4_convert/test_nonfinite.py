@@ -130,7 +130,7 @@ def test_recipes_refuse_them_unless_allowed(recipe: str, broken: Path, tmp_path:
         convert(broken, target, recipe=recipe)
     assert not commands.loads_as_a_model(target)
     said: list[str] = []
-    with pytest.raises(UsageError, match="another conversion: allow-nonfinite"):
+    with pytest.raises(UsageError, match="another conversion: no allow-nonfinite there, True now"):
         convert(broken, target, recipe=recipe, allow_nonfinite=True)
     result = convert(broken, target, recipe=recipe, allow_nonfinite=True, overwrite=True, warn=said.append)
     replaced = {one["tensor"]: one["replaced"] for one in result["nonfinite"]}

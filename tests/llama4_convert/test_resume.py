@@ -271,10 +271,10 @@ def test_a_config_that_somebody_edited_stays(source: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dtype", "float32"], "dtype float32 instead of None"),
-        (["--shard-size", "300kB"], "shard-size 300000"),
-        (["--text-only"], "text-only True instead of False"),
-        (["--variant", "instruct"], "variant instruct instead of base"),
+        (["--dtype", "float32"], "no dtype there, float32 now"),
+        (["--shard-size", "300kB"], "shard-size 5000000000 there, 300000 now"),
+        (["--text-only"], "no text-only there, True now"),
+        (["--variant", "instruct"], "variant base there, instruct now"),
     ],
 )
 def test_other_options_are_refused_with_the_command_to_proceed(
