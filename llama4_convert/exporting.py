@@ -97,6 +97,8 @@ class ExportJob(Job):
             self._of_meta(request)
         else:
             self._of_transformers(request)
+        if self.tokenizer is None:
+            self.warnings.append("the source has no tokenizer: copy tokenizer.model from the model's page")
 
     def _of_meta(self, request: ExportRequest) -> None:
         self.source = source = MetaCheckpoint.open(request.source)
@@ -203,8 +205,6 @@ class ExportJob(Job):
         }
         if self.tokenizer:
             groups["tokenizer.model"] = lambda: {"tokenizer.model": self.tokenizer or b""}
-        else:
-            self.warnings.append("the source has no tokenizer: copy tokenizer.model from the model's page")
         return groups
 
     @cached_property

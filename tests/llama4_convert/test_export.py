@@ -275,6 +275,15 @@ def test_a_vocabulary_that_grew_since(converted: Callable[[str], Path], tmp_path
     assert json.loads((tmp_path / "out" / "params.json").read_text())["vocab_size"] == grown
 
 
+def test_a_source_without_a_tokenizer(converted: Callable[[str], Path], tmp_path: Path) -> None:
+    hf = commands.copy(converted("guard"), tmp_path / "hf")
+    (hf / "tokenizer.json").unlink()
+    said: list[str] = []
+    result = export(hf, tmp_path / "out", warn=said.append)
+    assert said == result["warnings"] == ["the source has no tokenizer: copy tokenizer.model from the model's page"]
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+
+
 def test_text_only(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     source = meta_checkpoint("scout", 2).src
     convert(source, tmp_path / "hf", text_only=True)
