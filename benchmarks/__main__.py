@@ -102,7 +102,7 @@ class Bench:
             )
         else:
             source = self._source("scout", layers=1, vocab=20_000)
-            found = peers.compare(source, self.folder, 2, list(peers.WAYS))
+            found = peers.compare(source, self.folder, 3, list(peers.WAYS))
         shutil.rmtree(source)
         shutil.rmtree(self.folder / "bf16")
         peers.tell(found)
