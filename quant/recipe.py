@@ -100,8 +100,9 @@ def load(name_or_path: str) -> Recipe:
         return recipes[name_or_path]
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.is_file():
-        names = ", ".join(recipes)
-        raise RecipeError(f"no recipe {name_or_path!r}: take one of {names}, or give the path of a .toml file")
+        hint = _hint(name_or_path, recipes)
+        named = "" if hint.startswith("choose") else f" There are {', '.join(recipes)};"
+        raise RecipeError(f"no recipe {name_or_path!r}: {hint}{named or ','} or give the path of a .toml file")
     try:
         return parse(path.read_text("utf-8"), path.stem)
     except OSError as error:
