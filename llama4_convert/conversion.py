@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llama4_convert import variant
@@ -17,6 +18,7 @@ from llama4_convert.version import TOOL
 
 if TYPE_CHECKING:
     from llama4_convert.planning import Plan
+    from llama4_convert.published import Digest
     from quant.recipe import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -61,6 +63,8 @@ class Job:
     recipe: Recipe | None
     plan: Plan
     warnings: list[str]
+    # Files of the source that have no checksums of their own, and what they must be.
+    promised: Mapping[Path, Digest] = MappingProxyType({})
     # Written last: without it the output is no model.
     marker = INDEX
     weights = "model*.safetensors*"  # what a reader may take for weights of this output
@@ -184,10 +188,6 @@ class Job:
         from llama4_convert.run import peak_memory
 
         return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")), self.plan)
-
-    def files_to_check(self) -> list[Path]:
-        """Of the source, those that have no checksums of their own and are held against what is promised of them."""
-        return []
 
     def marker_content(self) -> bytes:
         return self.plan.index()

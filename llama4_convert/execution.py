@@ -217,8 +217,8 @@ class _Execution:
         plan, left = going_on.plan, going_on.left
         for file in left:
             self.manifest.files.pop(file.name, None)
-        to_check = self.job.files_to_check()
-        checks = sum(record.size for _, record in plan.unread) + sum(path.stat().st_size for path in to_check)
+        promised = self.job.promised
+        checks = sum(record.size for _, record in plan.unread) + sum(path.stat().st_size for path in promised)
         total = sum(f.work for f in plan.files) + checks
         self.start(total, total - sum(f.work for f in left) - checks)
         result, allow_nonfinite = RunResult(), self.job.request.allow_nonfinite
@@ -226,8 +226,7 @@ class _Execution:
         try:
             with Source(self.job.source.ranks, going_on.running) as source, Workers() as workers:
                 check_unread(plan, source, self.progress)
-                if to_check:
-                    check_promised(to_check, self.progress)
+                check_promised(promised, self.progress)
                 for file in left:
                     with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
                         write_file(plan, file, source, writer, result, self.progress, allow_nonfinite)

@@ -26,23 +26,22 @@ from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.manifest import MOST_RANKS, Manifest
 from llama4_convert.params import contradictions, params_json, without_vision
 from llama4_convert.planning import (
-    FLOAT_DTYPES,
     Plan,
     PlannedFile,
     PlannedTensor,
+    bind_directory,
     bind_source,
     check_replicas,
     check_tensors,
     planned_tensor,
-    shape_of_config,
     streamed_records,
     unread_records,
 )
 from llama4_convert.pth_writer import PthArchive, PthTensor
-from llama4_convert.requantization import files_used, unpromised
+from llama4_convert.requantization import promises
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL
-from mappings import Binding, MappingError, load_table
+from mappings import Binding, MappingError
 
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DEFAULT_RANKS = 8  # Scout's and Maverick's
@@ -130,19 +129,14 @@ class ExportJob(Job):
 
     def _of_transformers(self, request: ExportRequest) -> None:
         self.source = source = SafetensorsSource.open(request.source)
-        self.warnings += unpromised(source)
+        self.promised, self.warnings = promises(source)
         if "quantization_config" in source.config:
             raise UsageError(f"{request.source} is quantized: export what it was made from")
         recorded = self.from_manifest.source.get("ranks") if self.from_manifest else None
         self.ranks = request.ranks or recorded or _DEFAULT_RANKS
         try:
-            config = Llama4Config.from_json(source.config)
-            self.binding = load_table().bind(shape_of_config(config))
+            config, self.binding = bind_directory(source)
             holdings = of_transformers(self.binding, source)
-            for index in source.ranks:
-                for key, stored in index.tensors.items():
-                    if stored.dtype not in FLOAT_DTYPES:
-                        raise MappingError(f"{key} is {stored.dtype}: bf16, fp16 and fp32 can be exported")
             keys = self._spelling(self.from_manifest.meta_keys if self.from_manifest else ())
             files = _rank_files(self.binding, holdings, keys, self.ranks)
         except (MappingError, ConfigError) as error:
@@ -193,9 +187,6 @@ class ExportJob(Job):
             f"original/params.json is not what config.json says ({found.field}): params.json is made of config.json"
         )
         return params_json(config)
-
-    def files_to_check(self) -> list[Path]:
-        return files_used(self.source) if isinstance(self.source, SafetensorsSource) else []
 
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         made = notices(self.request.source)

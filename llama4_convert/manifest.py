@@ -6,7 +6,6 @@ resumed run needs to know; the index file, written last, says that the whole is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,12 +134,3 @@ class Manifest:
             and (folder / name).is_file()
             and (folder / name).stat().st_size == self.files[name]["size"]
         }
-
-
-def sha256_of(path: Path, chunk: int = 1 << 20) -> str:
-    """SHA-256 of a file, in hex, read in chunks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(chunk):
-            digest.update(data)
-    return digest.hexdigest()

@@ -271,12 +271,7 @@ def plan_quantization(
     Raises BadInput where names and shapes do not fit config.json, naming the key.
     """
     try:
-        config = Llama4Config.from_json(source.config)
-        binding = load_table().bind(shape_of_config(config))
-        for index in source.ranks:
-            for key, stored in index.tensors.items():
-                if stored.dtype not in FLOAT_DTYPES:
-                    raise MappingError(f"{key} is {stored.dtype}: quantize a directory in bf16, fp16 or fp32")
+        config, binding = bind_directory(source)
         tensors = _output_tensors(binding, of_transformers(binding, source), None, recipe, device)
     except (MappingError, ConfigError) as error:
         raise BadInput(f"{source.path}: {error}") from error
@@ -293,6 +288,16 @@ def plan_quantization(
         warnings=(),
         linear_layers=tuple(_linear_layers(binding, recipe)),
     )
+
+
+def bind_directory(source: SafetensorsSource) -> tuple[Llama4Config, Binding]:
+    """The table bound to a Transformers directory. Raises ConfigError, and MappingError for a tensor that is no float."""
+    config = Llama4Config.from_json(source.config)
+    for index in source.ranks:
+        for key, stored in index.tensors.items():
+            if stored.dtype not in FLOAT_DTYPES:
+                raise MappingError(f"{key} is {stored.dtype}: take a directory in bf16, fp16 or fp32")
+    return config, load_table().bind(shape_of_config(config))
 
 
 def _linear_layers(binding: Binding, recipe: Recipe) -> Iterator[tuple[Matrix, Scheme | None]]:

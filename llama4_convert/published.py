@@ -136,13 +136,9 @@ def digests(path: Path, algorithms: Collection[str], progress: Callable[[int], N
 
 
 def check_promised(
-    files: Sequence[Path], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
+    expected: Mapping[Path, Digest], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
 ) -> None:
-    """Hold files of one directory against what its manifest, or a download, promises of them. Raises BadInput for damage.
-
-    A file of which nothing is promised is passed over; `promised` tells which.
-    """
-    expected = promised(files)
+    """Hold files against what `promised` found of them. Raises BadInput for damage."""
 
     def damage(path: Path) -> str:
         digest = expected[path]

@@ -14,24 +14,8 @@ from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe
 from llama4_convert.errors import UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.planning import plan_quantization
-from llama4_convert.published import promised
+from llama4_convert.published import Digest, promised
 from llama4_convert.version import TOOL
-
-
-def files_used(source: SafetensorsSource) -> list[Path]:
-    """Of the files that decide what is written, those that something tells the digests of."""
-    others = (source.path / name for name in _DECIDING)
-    return list(promised([*source.files, *(path for path in others if path.is_file())]))
-
-
-def unpromised(source: SafetensorsSource) -> list[str]:
-    """A warning where nothing tells whether the weights are what they were."""
-    left = len(source.files) - len(promised(source.files))
-    if not left:
-        return []
-    some = f"{left} of {len(source.files)} files" if left < len(source.files) else "its files"
-    return [f"the source has no checksums: nothing says what {some} should be, and they are taken as they are"]
-
 
 _DECIDING = ("config.json", "tokenizer.json", "tokenizer.model", "original/params.json")
 _KEPT = {".json", ".jinja", ".model", ".txt", ".md"}  # tokenizer, templates, other configurations: no code, no weights
@@ -42,6 +26,17 @@ _META_ONLY = {
     "max_position_embeddings": "--max-position-embeddings",
     "allow_rank_mismatch": "--allow-rank-mismatch",
 }
+
+
+def promises(source: SafetensorsSource) -> tuple[dict[Path, Digest], list[str]]:
+    """Of the files that decide what is written, what they must be; and a warning if that is not known of all weights."""
+    others = (source.path / name for name in _DECIDING)
+    found = promised([*source.files, *(path for path in others if path.is_file())])
+    left = len([path for path in source.files if path not in found])
+    if not left:
+        return found, []
+    some = f"{left} of {len(source.files)} files" if left < len(source.files) else "its files"
+    return found, [f"the source has no checksums: nothing says what {some} should be, and they are taken as they are"]
 
 
 class TransformersJob(Job):
@@ -63,10 +58,7 @@ class TransformersJob(Job):
         self.variant, self.variant_reason = "as the source", "all files but the weights are the source's"
         text: Any = self.source.config.get("text_config") or self.source.config
         self.max_position_embeddings = int(text.get("max_position_embeddings") or 131072)
-        self.warnings = unpromised(self.source)
-
-    def files_to_check(self) -> list[Path]:
-        return files_used(self.source)
+        self.promised, self.warnings = promises(self.source)
 
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         """The source's own small files, with config.json telling of the quantization."""

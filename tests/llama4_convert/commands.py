@@ -105,12 +105,29 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
-def flip(path: Path, offset: int) -> None:
+class Stop(Exception):
+    """What `stopping_after` ends a run with."""
+
+
+def stopping_after(limit: float) -> Callable[[int], None]:
+    """A `progress` that interrupts a run once it has moved more than `limit` bytes."""
+    moved = 0
+
+    def progress(n: int) -> None:
+        nonlocal moved
+        moved += n
+        if moved > limit:
+            raise Stop
+
+    return progress
+
+
+def flip(path: Path, offset: int, bit: int = 4) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
         file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
+        file.write(bytes([byte ^ 1 << bit]))
 
 
 def data_offset(path: Path, record: str) -> int:

@@ -333,19 +333,9 @@ def test_an_interrupted_export_goes_on(converted: Callable[[str], Path], tmp_pat
     source = converted("scout")
     export(source, tmp_path / "straight", ranks=4)
 
-    class Stop(Exception):
-        pass
-
-    done = 0
-
-    def progress(n: int) -> None:
-        nonlocal done
-        done += n
-        if done > 1.6 * inspect(source)["bytes"]:  # all of it is checked, then read
-            raise Stop
-
-    with pytest.raises(Stop):
-        export(source, tmp_path / "out", ranks=4, progress=progress)
+    stop = commands.stopping_after(1.6 * inspect(source)["bytes"])  # all of it is checked, then read
+    with pytest.raises(commands.Stop):
+        export(source, tmp_path / "out", ranks=4, progress=stop)
     assert not (tmp_path / "out" / "params.json").exists()
     assert not verify(tmp_path / "out")["ok"]
     result = export(source, tmp_path / "out", ranks=4)

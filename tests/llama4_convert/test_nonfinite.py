@@ -159,19 +159,8 @@ def test_counts_survive_an_interruption(broken: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"shard_size": 300_000}
     straight = convert(broken, tmp_path / "straight", **options)
 
-    class Stop(Exception):
-        pass
-
-    done = 0
-
-    def progress(n: int) -> None:
-        nonlocal done
-        done += n
-        if done > 2_000_000:
-            raise Stop
-
-    with pytest.raises(Stop):
-        convert(broken, tmp_path / "out", progress=progress, **options)
+    with pytest.raises(commands.Stop):
+        convert(broken, tmp_path / "out", progress=commands.stopping_after(2_000_000), **options)
     files = json.loads((tmp_path / "out" / "llama4-convert.json").read_text())["files"]
     assert any("nonfinite" in entry for entry in files.values())
     assert convert(broken, tmp_path / "out", **options)["nonfinite"] == straight["nonfinite"]

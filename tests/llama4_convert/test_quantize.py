@@ -362,16 +362,8 @@ def test_another_recipe_is_another_conversion(source: Callable[[str], Path], tmp
 def test_a_killed_run_goes_on_to_the_same_bytes(source: Callable[[str], Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {"recipe": "mixed", "shard_size": 300_000}
     whole = convert(source("mixed"), tmp_path / "whole", **options)
-    moved = 0
-
-    def stop(n: int) -> None:
-        nonlocal moved
-        moved += n
-        if moved > 4_000_000:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source("mixed"), tmp_path / "killed", progress=stop, **options)
+    with pytest.raises(commands.Stop):
+        convert(source("mixed"), tmp_path / "killed", progress=commands.stopping_after(4_000_000), **options)
     resumed = convert(source("mixed"), tmp_path / "killed", **options)
     assert resumed["files_kept_from_earlier_run"] > 0
     assert resumed["files"] == whole["files"]

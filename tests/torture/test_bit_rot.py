@@ -21,14 +21,6 @@ from llama4_convert.errors import BadInput, EnvironmentFailed
 ALL = bool(os.environ.get("TORTURE"))  # make torture; make test runs a share
 
 
-def flipped(path: Path, at: int, bit: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1 << bit]))
-
-
 def places(size: int, chance: random.Random) -> Iterator[int]:
     """First, last, and some between."""
     some = [chance.randrange(size) for _ in range(6)] if ALL else [chance.randrange(size)]
@@ -53,12 +45,12 @@ def test_in_every_record_of_a_source(meta_checkpoint: Callable[..., Any], tmp_pa
         for record in records[:: 1 if ALL else 9]:
             for at in places(record.size, chance):
                 bit = chance.randrange(8)
-                flipped(path, record.offset + at, bit)
+                commands.flip(path, record.offset + at, bit)
                 with pytest.raises(BadInput, match=path.name.replace(".", r"\.")):
                     RUNS[run](source, tmp_path / "out")
                 assert not commands.loads_as_a_model(tmp_path / "out")
                 assert not (tmp_path / "out" / "params.json").exists()
-                flipped(path, record.offset + at, bit)
+                commands.flip(path, record.offset + at, bit)
                 shutil.rmtree(tmp_path / "out", ignore_errors=True)
                 found += 1
     assert found > (500 if ALL else 10)
@@ -72,10 +64,10 @@ def test_in_every_byte_of_a_pickle(meta_checkpoint: Callable[..., Any], tmp_path
     size = len(PthIndex.read(path).tensors) * 40  # a lower bound of the pickle's length
     for at in range(begin, begin + size, 1 if ALL else 11):
         bit = chance.randrange(8)
-        flipped(path, at, bit)
+        commands.flip(path, at, bit)
         with pytest.raises(BadInput):
             PthIndex.read(path)
-        flipped(path, at, bit)
+        commands.flip(path, at, bit)
     PthIndex.read(path)
 
 
@@ -89,10 +81,10 @@ def test_in_every_file_of_an_output(meta_checkpoint: Callable[..., Any], tmp_pat
     for path in files:
         for at in [*places(path.stat().st_size, chance), *(chance.randrange(64) for _ in range(2))]:
             bit = chance.randrange(8)
-            flipped(path, at, bit)
+            commands.flip(path, at, bit)
             bad = [one["file"] for one in verify(out)["files"] if not one["ok"]]
             assert bad == [path.relative_to(out).as_posix()]
-            flipped(path, at, bit)
+            commands.flip(path, at, bit)
     assert verify(out)["ok"]
 
 
@@ -107,9 +99,9 @@ def test_anywhere_in_a_file_that_a_checklist_names(meta_checkpoint: Callable[...
     for _ in range(300 if ALL else 20):
         name = chance.choice(names)
         at, bit = chance.randrange((source / name).stat().st_size), chance.randrange(8)
-        flipped(source / name, at, bit)
+        commands.flip(source / name, at, bit)
         assert [one["file"] for one in verify(source)["files"] if not one["ok"]] == [name]
-        flipped(source / name, at, bit)
+        commands.flip(source / name, at, bit)
 
 
 def test_in_the_manifest_itself(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -123,10 +115,10 @@ def test_in_the_manifest_itself(meta_checkpoint: Callable[..., Any], tmp_path: P
     accused = 0
     for _ in range(200 if ALL else 30):
         at, bit = chance.randrange(begin, end), chance.randrange(8)
-        flipped(manifest, at, bit)
+        commands.flip(manifest, at, bit)
         try:
             accused += not verify(out)["ok"]
         except (BadInput, EnvironmentFailed):
             accused += 1
-        flipped(manifest, at, bit)
+        commands.flip(manifest, at, bit)
     assert accused > 10
