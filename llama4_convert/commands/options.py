@@ -1,0 +1,95 @@
+"""Options that several commands share, and how a result is printed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama4_convert import report
+from llama4_convert.errors import UsageError
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return report.parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there."
+)
+source_argument = click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+request_options = options(
+    click.option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Quantize on the way: a built-in recipe (`llama4-convert recipes` lists them) or a TOML file.",
+    ),
+    click.option(
+        "--allow-nonfinite",
+        is_flag=True,
+        help="Quantize matrices with NaN or infinities, too: as 0 and as the largest magnitude. Default: refused.",
+    ),
+    click.option(
+        "--variant",
+        type=click.Choice(["base", "instruct", "guard"]),
+        help="Kind of model: decides chat template, stop tokens and context. Default: concluded from the checkpoint.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        help="Cast every tensor. Default: each stays as it is.",
+    ),
+    click.option("--text-only", is_flag=True, help="Leave the vision tower out: a Llama4ForCausalLM directory."),
+    click.option(
+        "--shard-size",
+        type=Size(),
+        default="5GB",
+        show_default=True,
+        help="Largest size of an output file: 5GB, 512MiB.",
+    ),
+    click.option(
+        "--max-position-embeddings", type=int, help="Context length for config.json. Default: as published by variant."
+    ),
+    click.option(
+        "--allow-rank-mismatch",
+        is_flag=True,
+        help="Where ranks disagree on a replicated tensor, take the first rank's.",
+    ),
+)
+
+
+SEED = click.IntRange(min=-(1 << 63), max=(1 << 63) - 1)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
+)
+file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+def show(result: dict[str, Any], as_json: bool, summary: Callable[[dict[str, Any]], str]) -> None:
+    print_out(json.dumps(result) if as_json else summary(result))
+
+
+def print_out(text: str, nl: bool = True) -> None:
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`), which is no failure. Click would call it one.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

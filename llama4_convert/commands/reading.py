@@ -1,0 +1,67 @@
+"""Commands that read checkpoints and tell: inspect, verify."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from llama4_convert import report
+from llama4_convert.commands.options import as_json, show
+from llama4_convert.errors import CheckFailed
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option(
+    "--stats", is_flag=True, help="Read every number: range, mean, spread, zeros, NaN, a histogram by tensor."
+)
+@as_json
+def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
+    """Show what a checkpoint in either layout holds: geometry, sizes, tensors. Without --stats it reads no tensor data.
+
+    Tensors with NaN or infinities are named, where a conversion has counted them, and with --stats.
+
+    \b
+    Examples:
+      llama4-convert inspect scout-hf --tensors
+      llama4-convert inspect scout-hf --stats
+    """
+    from llama4_convert import inspect as run
+
+    with report.ProgressBar("inspect", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(path, stats=stats, start=bar.start, progress=bar.advance)
+    show(result, as_json, lambda r: report.inspect_summary(r, tensors))
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--ids",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What the files should be: JSON from the Hub's API, or lines of a digest (SHA-256, git id, MD5) and a path.",
+)
+@as_json
+def verify(path: Path, as_json: bool, ids: Path | None) -> None:
+    """Read every byte of PATH again and compare it with what was promised.
+
+    An output directory is held against the SHA-256 of its manifest; Meta's directory against the CRCs inside its archives,
+    and against checklist.chk where there is one; any download from the Hub against the ids that the downloader has left there.
+
+    \b
+    Examples:
+      llama4-convert verify scout-hf
+      llama4-convert verify Llama-4-Scout-17B-16E-Instruct/original
+      llama4-convert verify scout-fp8 --ids tree.json
+    """
+    from llama4_convert import verify as run
+
+    with report.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(path, ids=ids, start=bar.start, progress=bar.advance)
+    show(result, as_json, report.verify_summary)
+    if not result["ok"]:
+        bad = [f["file"] for f in result["files"] if not f["ok"]]
+        raise CheckFailed(f"{path}: {len(bad)} file(s) are not what they should be, first {bad[0]}: {result['advice']}")

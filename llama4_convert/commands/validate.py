@@ -1,0 +1,66 @@
+"""The command `validate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama4_convert import report
+from llama4_convert.commands.options import SEED, as_json, dtype_option, file_path, show
+from llama4_convert.errors import CheckFailed
+
+
+class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        name, _, limit = value.partition("=")
+        try:
+            return name, float(limit)
+        except ValueError:
+            self.fail(f"{value!r}: write a metric and its limit, kl_mean=0.01", param, ctx)
+
+
+@click.command()
+@click.argument("path", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--reference", required=True, metavar="SRC", type=click.Path(path_type=Path), help="What DST was made from."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Random tokens to try.")
+@click.option("--prompts", type=file_path, help="Try the lines of a text file instead, one prompt a line.")
+@click.option("--token-ids", type=file_path, help="Try token ids: a JSON list of lists, or one prompt a line.")
+@click.option("--image", "images", type=file_path, multiple=True, help="Try a picture; may be repeated.")
+@click.option(
+    "--with",
+    "runner",
+    type=click.Choice(["llama4", "transformers"]),
+    default="llama4",
+    show_default=True,
+    help="What runs DST. SRC always runs in our own reference model.",
+)
+@dtype_option
+@click.option("--gate", "gates", type=Gate(), multiple=True, help="Another limit: kl_mean=0.01. May be repeated.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random tokens.")
+@as_json
+def validate(path: Path, as_json: bool, gates: tuple[tuple[str, float], ...], **options: Any) -> None:
+    """Check that DST says, holds and computes what SRC does.
+
+    What is quantized is held against the error that its scheme can make.
+
+    Every field of config.json is held against params.json, every tensor bit by bit against SRC's, and the logits of the same
+    prompts against our reference model's. What is wrong is named: the field, the tensor, the first layer that strays.
+
+    \b
+    Example:
+      llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original
+    """
+    from llama4_convert import validate as run
+
+    with report.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(path, gates=dict(gates), warn=report.warn, start=bar.start, progress=bar.advance, **options)
+    show(result, as_json, report.validate_summary)
+    if not result["passed"]:
+        raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")

@@ -1,0 +1,172 @@
+"""Commands that write checkpoints: plan, convert, export, recipes."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama4_convert import report
+from llama4_convert.commands.options import Size, as_json, request_options, show, source_argument
+from llama4_convert.errors import UsageError
+
+
+@click.command()
+@source_argument
+@request_options
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb (`--gpu list` lists the names).",
+)
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of context that must fit as well.")
+@as_json
+def plan(source: Path, as_json: bool, **request: Any) -> None:
+    """Show what `convert` would write, how large, and in how much memory. Reads no tensor data.
+
+    \b
+    Examples:
+      llama4-convert plan Llama-4-Scout-17B-16E-Instruct/original
+      llama4-convert plan Llama-4-Scout-17B-16E-Instruct/original --recipe int4 --gpu h100-80gb --context 131072
+    """
+    from llama4_convert import plan as run
+
+    result = run(source, **request)
+    for text in result["warnings"]:
+        report.warn(text)
+    show(result, as_json, report.plan_summary)
+
+
+@click.command()
+@source_argument
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@request_options
+@click.option(
+    "--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process."
+)
+@click.option(
+    "--max-error",
+    type=click.FloatRange(min=0),
+    help="Stop (exit 5) at a matrix whose relative squared error by quantization is larger.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where a recipe computes: cpu, cuda, cuda:1. The bytes are the same.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
+@click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
+@as_json
+def convert(
+    source: Path,
+    target: Path,
+    max_memory: int,
+    max_error: float | None,
+    device: str,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **request: Any,
+) -> None:
+    """Convert Meta's checkpoint SRC (consolidated.NN.pth, params.json) to a Transformers directory DST.
+
+    With --recipe it is quantized on the way, and SRC may be a Transformers directory.
+
+    An interrupted conversion goes on with the same command. Until its index file is there, DST does not load as a model.
+
+    \b
+    Examples:
+      llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-hf
+      llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-int4 --recipe int4
+    """
+    from llama4_convert.conversion import convert as run
+
+    if dry_run:
+        click.get_current_context().invoke(plan, source=source, as_json=as_json, **request)
+        return
+    with report.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+        result = run(
+            source,
+            target,
+            max_memory=max_memory,
+            max_error=max_error,
+            device=device,
+            overwrite=overwrite,
+            warn=report.warn,
+            start=bar.start,
+            progress=bar.advance,
+            **request,
+        )
+    show(result, as_json, report.convert_summary)
+
+
+@click.command()
+@source_argument
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--ranks",
+    type=click.IntRange(1, 128),
+    help="Number of rank files. Default: as many as SRC was made from, or has; else 8.",
+)
+@click.option(
+    "--allow-rank-mismatch",
+    is_flag=True,
+    help="Where ranks of SRC disagree on a replicated tensor, take the first rank's.",
+)
+@click.option(
+    "--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process."
+)
+@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
+@as_json
+def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+    """Write SRC, in either layout, to DST in Meta's: consolidated.NN.pth, params.json, tokenizer.model.
+
+    From a Transformers directory it is the way back from `convert`: every tensor bit by bit, without what that drops. From
+    Meta's it changes the number of ranks. An interrupted export goes on with the same command. Until params.json is there, DST
+    is no model.
+
+    \b
+    Examples:
+      llama4-convert export scout-hf scout-meta --ranks 8
+      llama4-convert export Llama-4-Scout-17B-16E-Instruct/original scout-one-file --ranks 1
+    """
+    from llama4_convert import export as run
+
+    with report.ProgressBar("export", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+        result = run(source, target, warn=report.warn, start=bar.start, progress=bar.advance, **options)
+    show(result, as_json, report.export_summary)
+
+
+@contextlib.contextmanager
+def _with_overwrite() -> Iterator[None]:
+    """Tells the command that replaces what is in the way."""
+    from llama4_convert.execution import NeedsOverwrite
+
+    try:
+        yield
+    except NeedsOverwrite as error:
+        command = shlex.join(["llama4-convert", *sys.argv[1:], "--overwrite"])
+        raise UsageError(f"{error}; to go on with that one give its options, to replace it: {command}") from error
+
+
+@click.command()
+@as_json
+def recipes(as_json: bool) -> None:
+    """List the built-in recipes. A file of your own in the same form is taken as well.
+
+    \b
+    Example:
+      llama4-convert recipes
+    """
+    from quant.recipe import built_in
+
+    found = built_in()
+    body = {"recipes": [{"name": r.name, "format": r.format, "summary": r.summary} for r in found.values()]}
+    show(body, as_json, lambda b: "\n".join(f"{r['name']:14} {r['summary']}" for r in b["recipes"]))
