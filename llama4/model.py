@@ -42,7 +42,19 @@ class Llama4ForCausalLM:
         """The first layer's input, [batch, tokens, hidden]."""
         if pixel_values is not None:
             raise ValueError("this model has no vision tower: it takes no images")
-        return self.model.embed(tokens)
+        return self.merge(tokens)
+
+    def merge(self, tokens: Tensor, features: Tensor | None = None) -> Tensor:
+        """The tokens' embeddings, those of `<|patch|>` replaced by features [tiles * tokens a tile, hidden] if there are any."""
+        x = self.model.embed(tokens)
+        if features is None:
+            return x
+        patches = tokens.eq(-1 if self.config.image_token_index is None else self.config.image_token_index)
+        if int(patches.sum()) != features.shape[0]:
+            raise ValueError(
+                f"the tiles make {features.shape[0]} features, and the text has {int(patches.sum())} <|patch|> tokens"
+            )
+        return x.masked_scatter(patches[..., None], features)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] to [..., vocabulary]."""
@@ -94,21 +106,16 @@ class Llama4ForConditionalGeneration(Llama4ForCausalLM):
         self.vision_model = Llama4VisionModel(config.vision_config, weights, observe)
 
     def embed(self, tokens: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        x = self.model.embed(tokens)
-        if pixel_values is None:
-            return x
-        features = self.image_features(pixel_values.to(x))
-        patches = tokens.eq(-1 if self.config.image_token_index is None else self.config.image_token_index)
-        if int(patches.sum()) != features.shape[0]:
-            raise ValueError(
-                f"the tiles make {features.shape[0]} features, and the text has {int(patches.sum())} <|patch|> tokens"
-            )
-        return x.masked_scatter(patches[..., None], features)
+        return self.merge(tokens, None if pixel_values is None else self.image_features(pixel_values))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Tiles [tiles, 3, H, W] to rows of the text's embeddings, [tiles * tokens a tile, hidden]."""
-        features = self.vision_model(pixel_values).flatten(0, 1)
-        return F.linear(features, self.weights["vision.projection"])
+        dtype = self.weights["vision.class_embedding"].dtype
+        return self.project(self.vision_model(pixel_values.to(dtype)))
+
+    def project(self, features: Tensor) -> Tensor:
+        """The vision tower's features [tiles, tokens a tile, vision_output_dim] in the text's width, as rows."""
+        return F.linear(features.flatten(0, 1), self.weights["vision.projection"])
 
 
 def build(config: Llama4Config, weights: Weights, observe: Observer | None = None) -> Llama4ForCausalLM:

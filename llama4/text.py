@@ -22,6 +22,8 @@ from llama4.moe import PROJECTIONS, mixture, swiglu
 
 Observer = Callable[[str, Tensor], None]
 
+_TOKENS = 4096  # of whole prompts that attention works on at a time
+
 
 class Llama4TextModel:
     """A text model over `weights`, of which it asks for one tensor at a time.
@@ -44,12 +46,13 @@ class Llama4TextModel:
             x = self.layer(index, x, cache)
         return self.final_norm(x)
 
-    def layer(self, index: int, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """One decoder layer, [B, T, D] to [B, T, D]."""
+    def layer(self, index: int, x: Tensor, cache: KVCache | None = None, chosen: Tensor | None = None) -> Tensor:
+        """One decoder layer, [B, T, D] to [B, T, D]. `chosen`: see `feed_forward`."""
         at = f"layers.{index}."
         self.weights.expect(self._needed(index))
         x = x + self._seen(f"{at}attention", self.attention(index, self.norm(f"{at}attention_norm", x), cache))
-        return x + self._seen(f"{at}feed_forward", self.feed_forward(index, self.norm(f"{at}ffn_norm", x)))
+        normed = self.norm(f"{at}ffn_norm", x)
+        return x + self._seen(f"{at}feed_forward", self.feed_forward(index, normed, chosen))
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.norm("norm", x)
@@ -60,12 +63,24 @@ class Llama4TextModel:
 
     def attention(self, index: int, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Self-attention of layer `index` on normed [B, T, D]."""
-        c, w, at = self.config, self.weights, f"layers.{index}.attention."
+        at = f"layers.{index}.attention."
+        q, k, v, o = (self.weights[at + name] for name in "qkvo")
+        # Prompts without a cache go through a few at a time: their queries and keys are the largest that a layer makes.
+        parts = torch.split(x, max(1, _TOKENS // x.shape[1])) if cache is None and x.shape[1] else (x,)
+        made = [
+            F.linear(self.attend(index, F.linear(part, q), F.linear(part, k), F.linear(part, v), cache), o)
+            for part in parts
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What layer `index` makes of its projections [B, T, H * h] and [B, T, K * h], before the output projection."""
+        c = self.config
         start = cache.length(index) if cache else 0
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        q, k, v = (F.linear(x, w[at + name]).view(*x.shape[:2], -1, c.head_dim) for name in "qkv")  # [B, T, H or K, h]
+        positions = torch.arange(start, start + q.shape[1], device=q.device)
+        q, k, v = (t.view(*t.shape[:2], -1, c.head_dim) for t in (q, k, v))  # [B, T, H or K, h]
         if c.no_rope_layers[index]:
-            turn = torch.outer(positions.float(), self.frequencies.to(x.device))
+            turn = torch.outer(positions.float(), self.frequencies.to(q.device))
             q, k = rotate(q, turn), rotate(k, turn)
             if c.use_qk_norm:
                 q, k = _scaled_to_rms_1(q, c.rms_norm_eps), _scaled_to_rms_1(k, c.rms_norm_eps)
@@ -79,17 +94,19 @@ class Llama4TextModel:
         first = start
         if cache:
             k, v, first = cache.extend(index, k, v, chunk)
-        out = attend(q, k, v, start, first, chunk)
-        return F.linear(out.transpose(1, 2).flatten(2), w[at + "o"])
+        return attend(q, k, v, start, first, chunk).transpose(1, 2).flatten(2)
 
-    def feed_forward(self, index: int, x: Tensor) -> Tensor:
-        """The dense or mixture-of-experts block of layer `index` on normed [B, T, D]."""
+    def feed_forward(self, index: int, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """The dense or mixture-of-experts block of layer `index` on normed [B, T, D].
+
+        `chosen` [B * T, top_k] names the experts that tokens go to whatever their scores say; a row of -1 leaves it to them.
+        """
         c, at = self.config, f"layers.{index}.feed_forward."
         following = self._needed(index + 1)
         if not c.is_moe(index):
             self.weights.expect([*(at + name for name in PROJECTIONS), *following])
             return swiglu(x, self.weights, at)
-        out, scores = mixture(x.flatten(0, 1), self.weights, at, c.num_experts_per_tok, following)
+        out, scores = mixture(x.flatten(0, 1), self.weights, at, c.num_experts_per_tok, following, chosen)
         self.observe(f"{at}router", scores)
         return out.view(x.shape)
 

@@ -20,18 +20,35 @@ Logits = NDArray[np.floating[Any]]
 _Sums = NDArray[np.float64]
 
 
-class LogitComparison:
-    """Metrics over `targets` positions [N]: the token that really follows each, -1 where none does."""
+# Edges of the histogram of divergences: five a power of ten, from rounding to nonsense.
+KL_EDGES = [float(f"{10 ** (e / 5):.3g}") for e in range(-60, 8)]
+_SAMPLE = 2000  # pairs of logits for a picture
+_BLOCK = 1 << 20  # numbers that `nmse` widens to float64 at a time
 
-    def __init__(self, targets: NDArray[np.int64]) -> None:
+
+class LogitComparison:
+    """Metrics over `targets` positions [N]: the token that really follows each, -1 where none does.
+
+    A position whose two likeliest tokens lie closer than `near_tie` (nats, in the reference) is set aside and counted: which
+    of them comes first is for rounding to say. `vocabulary`, if given, draws a sample of pairs of logits.
+    """
+
+    def __init__(self, targets: NDArray[np.int64], near_tie: float = 0.0, vocabulary: int = 0) -> None:
         n = len(targets)
-        self.targets = targets
+        self.targets, self.near_tie = targets, near_tie
         self._max = np.full((2, n), -np.inf)  # of the reference's logits, and of the candidate's
+        self._second = np.full(n, -np.inf)  # second largest of the reference's
         self._sum = np.zeros((2, n))  # of exp(logit - max)
         self._weighted = np.zeros(n)  # sum of exp(a - max a) (a - b)
         self._top = np.zeros((2, n), np.int64)
         self._of_target = np.zeros((2, n))
-        self._squared_error = self._squared = self._largest = 0.0
+        self._products = np.zeros((3, n))  # sums of a a, b b and a b
+        self._squared_error = self._largest = 0.0
+        self._drawn = np.unique(
+            np.random.default_rng(0).integers(0, max(n * vocabulary, 1), _SAMPLE * bool(vocabulary))
+        )
+        self._vocabulary = max(vocabulary, 1)
+        self._pairs: list[NDArray[np.float64]] = []
 
     def update(self, first: int, reference: Logits, candidate: Logits) -> None:
         """Take in the logits [N, tokens] of the tokens from id `first` on."""
@@ -39,11 +56,14 @@ class LogitComparison:
         with np.errstate(invalid="ignore", over="ignore"):  # of logits that overflowed: the NaN is the answer
             difference = pair[1] - pair[0]
             self._squared_error += float(np.square(difference).sum())
-            self._squared += float(np.square(pair[0]).sum())
+            for products, (x, y) in zip(self._products, ((0, 0), (1, 1), (0, 1)), strict=True):
+                products += np.einsum("nv,nv->n", pair[x], pair[y])
             # Not max(): that would pass over a NaN.
             self._largest = float(np.maximum(self._largest, np.abs(difference).max()))
 
             best = pair.max(-1)
+            runner_up = np.partition(pair[0], -2, axis=-1)[:, -2] if pair.shape[-1] > 1 else -np.inf
+            self._second = np.maximum(np.maximum(self._second, runner_up), np.minimum(self._max[0], best[0]))
             self._top = np.where(best > self._max, first + pair.argmax(-1), self._top)
             higher = np.maximum(best, self._max)
             rescale = np.exp(self._max - higher)
@@ -54,36 +74,75 @@ class LogitComparison:
 
         here = np.flatnonzero((self.targets >= first) & (self.targets < first + reference.shape[-1]))
         self._of_target[:, here] = pair[:, here, self.targets[here] - first]
+        row, column = np.divmod(self._drawn, self._vocabulary)
+        mine = (column >= first) & (column < first + reference.shape[-1])
+        self._pairs.append(pair[:, row[mine], column[mine] - first].T)
+
+    def divergence(self) -> NDArray[np.float64]:
+        """KL in nats at each position [N]; NaN or infinite where the logits are."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            log_sum = self._max + np.log(self._sum)
+            kl: NDArray[np.float64] = self._weighted / self._sum[0] - (log_sum[0] - log_sum[1])
+        return np.maximum(kl, 0)  # below zero by rounding only
 
     def result(self) -> dict[str, float | int | None]:
         """The metrics by their names in the JSON contract; None for what is not a finite number."""
+        kl = self.divergence()
         with np.errstate(invalid="ignore", divide="ignore"):
-            log_sum = self._max + np.log(self._sum)
-            kl = self._weighted / self._sum[0] - (log_sum[0] - log_sum[1])
-            kl = np.maximum(kl, 0)  # below zero by rounding only
-            nll = (log_sum - self._of_target)[:, self.targets >= 0]
+            nll = (self._max + np.log(self._sum) - self._of_target)[:, self.targets >= 0]
+            aa, bb, ab = self._products
+            cosine = ab / np.sqrt(aa * bb)
+            clear = ~(self._max[0] - self._second < self.near_tie)
         sound = bool(np.isfinite(kl).all())
-        perplexity = [_perplexity(row) for row in nll]
+        agrees = (self._top[0] == self._top[1])[clear]
+        power = float(self._products[0].sum())
         metrics: dict[str, float | int | None] = {
             "tokens": len(self.targets),
-            # argmax calls NaN the largest: two broken models would agree.
-            "top1_agreement": float((self._top[0] == self._top[1]).mean()) if sound else None,
+            # argmax calls NaN the largest: two broken models would agree. Where all are ties, none is wrong.
+            "top1_agreement": (float(agrees.mean()) if agrees.size else 1.0) if sound else None,
+            "near_ties": int((~clear).sum()) if sound else None,
             "kl_mean": float(kl.mean()),
+            "kl_median": float(np.median(kl)) if sound else None,
             "kl_p999": float(np.quantile(kl, 0.999)) if sound else None,
-            "nmse": self._squared_error / self._squared if self._squared else math.nan,
+            "nmse": self._squared_error / power if power else math.nan,
             "max_abs_diff": self._largest,
-            "perplexity_reference": perplexity[0],
-            "perplexity_candidate": perplexity[1],
+            "cosine": float(cosine.mean()),
         }
+        for side, (value, error) in zip(
+            ("reference", "candidate", "ratio"),
+            (exp_of_mean(nll[0]), exp_of_mean(nll[1]), exp_of_mean(nll[1] - nll[0])),
+            strict=True,
+        ):
+            metrics |= {f"perplexity_{side}": value, f"perplexity_{side}_error": error}
         return {name: finite(value) for name, value in metrics.items()}
 
+    def kl_histogram(self) -> dict[str, Any]:
+        """How many positions between each two of `KL_EDGES` (nats), and `below` the first; none that is no number."""
+        kl = self.divergence()
+        kl = np.minimum(kl[np.isfinite(kl)], KL_EDGES[-1])
+        counts = np.histogram(kl, KL_EDGES)[0].tolist()
+        return {"edges": KL_EDGES, "counts": counts, "below": int((kl < KL_EDGES[0]).sum())}
 
-def _perplexity(nll: _Sums) -> float:
-    """exp of the mean negative log-likelihood in nats; infinite beyond what a float holds, NaN without a position."""
+    def sample(self) -> list[list[float]]:
+        """Pairs of logits [reference, candidate] at positions and tokens drawn with a fixed seed; finite ones."""
+        pairs = np.concatenate(self._pairs) if self._pairs else np.empty((0, 2))
+        drawn: list[list[float]] = pairs[np.isfinite(pairs).all(-1)].tolist()
+        return [[float(f"{x:.6g}") for x in pair] for pair in drawn]
+
+
+def exp_of_mean(nll: _Sums) -> tuple[float, float]:
+    """Perplexity: exp of the mean negative log-likelihood in nats, and its standard error (delta method, tokens independent).
+
+    Infinite beyond what a float holds, NaN without a position; the error is NaN of fewer than two. Of the *difference* of two
+    models' likelihoods it is the ratio of their perplexities, which is known far better than either.
+    """
     if not nll.size:
-        return math.nan
-    mean = float(nll.mean())
-    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+        return math.nan, math.nan
+    with np.errstate(invalid="ignore"):
+        mean = float(nll.mean())
+        error = float(nll.std(ddof=1)) / math.sqrt(nll.size) if nll.size > 1 else math.nan
+    value = math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+    return value, value * error
 
 
 def finite(value: float | int | None) -> float | int | None:
@@ -91,8 +150,17 @@ def finite(value: float | int | None) -> float | int | None:
     return value if value is None or math.isfinite(value) else None
 
 
-def nmse(reference: Logits, candidate: Logits) -> float:
-    """Sum of squared differences over the sum of the reference's squares; 0 where both are empty or zero."""
-    error = float(np.square(candidate.astype(np.float64) - reference).sum())
-    power = float(np.square(reference.astype(np.float64)).sum())
+def nmse(reference: Logits, candidate: Logits, base: Logits | None = None) -> float:
+    """Sum of squared differences over the sum of the reference's squares; 0 where both are empty or zero.
+
+    With `base` the reference's squares are those of reference - base: what a layer has added to the residual stream.
+    """
+    error = power = 0.0
+    arrays = [x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (reference, candidate, base) if x is not None]
+    rows = max(1, _BLOCK // max(arrays[0].shape[-1], 1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, len(arrays[0]), rows):
+            a, b, *rest = (x[start : start + rows].astype(np.float64) for x in arrays)
+            error += float(np.square(b - a).sum())
+            power += float(np.square(a - rest[0] if rest else a).sum())
     return error / power if power else (0.0 if error == 0 else math.inf)

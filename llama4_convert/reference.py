@@ -63,6 +63,11 @@ class Checkpoint:
         matrices = getattr(self.readers[0], "quantized", {})
         return {key: matrix.kind for key, matrix in matrices.items()}
 
+    @property
+    def unknown_quantization(self) -> str | None:
+        """The method of a quantized directory whose matrices we cannot read, as its config.json calls it."""
+        return getattr(self.readers[0], "unknown_method", None)
+
     def logical_tensors(self, config: Llama4Config | None = None) -> Iterator[LogicalTensor]:
         """Every tensor, in model order, bound for this checkpoint's configuration or another. Raises BindingError."""
         config = config or self.config
@@ -97,6 +102,7 @@ def model_of(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     keep_bytes: int = _KEEP,
+    ahead_bytes: int = _AHEAD,
     config: Llama4Config | None = None,
     rounded_to: Mapping[str, str] | None = None,
 ) -> Llama4ForCausalLM:
@@ -120,7 +126,7 @@ def model_of(
         dtype=dtype,
         device=device,
         keep_bytes=keep_bytes,
-        ahead_bytes=_AHEAD,
+        ahead_bytes=ahead_bytes,
         rounded_to=rounded_to,
     )
     return build(config, weights)

@@ -65,6 +65,7 @@ class ProgressBar:
     def __init__(self, what: str, quiet: bool = False) -> None:
         self.what, self.quiet = what, quiet
         self._bar: Any = None
+        self._at = ""
         self._total = self._done = 0
         self._began = self._said = time.monotonic()
 
@@ -76,6 +77,12 @@ class ProgressBar:
 
             self._bar = tqdm(desc=self.what, total=total, initial=done, unit="B", unit_scale=True, smoothing=0.1)
 
+    def at(self, what: str) -> None:
+        """What is under way: "layers.3"."""
+        self._at = f" ({what})"
+        if self._bar is not None:
+            self._bar.set_description(self.what + self._at)
+
     def advance(self, n: int) -> None:
         self._done += n
         if self._bar is not None:
@@ -85,7 +92,7 @@ class ProgressBar:
             rate = self._done / max(self._said - self._began, 1e-9)
             left = (self._total - self._done) / max(rate, 1)
             say(
-                f"{self.what}: {gigabytes(self._done)} of {gigabytes(self._total)}, {gigabytes(int(rate))}/s,"
+                f"{self.what}{self._at}: {gigabytes(self._done)} of {gigabytes(self._total)}, {gigabytes(int(rate))}/s,"
                 f" {left:.0f} s left"
             )
 

@@ -2,48 +2,43 @@
 
 Three questions, each answered for itself. What does the candidate *say*: its config.json against what params.json means, field
 by field. What does it *hold*: every tensor bit by bit, each layout through its own binding. What does it *compute*: logits of
-the same prompts, from our reference model on both sides or from Transformers on the candidate's. Logits alone would miss much:
+the same prompts, layer by layer, from our reference model or from Transformers on either side. Logits alone would miss much:
 at 256 tokens a wrong RoPE factor, chunk size or floor scale changes nothing.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama4.config import Difference, Llama4Config, differences
+from llama4.config import Difference, Llama4Config
 from llama4.weights import BindingError, parameter_shapes
+from llama4_convert import gates as limits
 from llama4_convert.checkpoints.transformers import ITEM_SIZES
+from llama4_convert.config_check import said, told
 from llama4_convert.errors import BadInput, UsageError, one_line, raise_if_out_of_memory
 from llama4_convert.metrics import finite
-from llama4_convert.parity import CandidateFailed, Parity, against_transformers, candidate_steps, side_by_side
+from llama4_convert.parity import CandidateFailed, Parity, Side, Walk, candidate_steps
+from llama4_convert.parity_memory import Budget, budget
 from llama4_convert.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
 from llama4_convert.reference import Checkpoint, model_of
+from llama4_convert.version import VERSION
 from llama4_convert.weight_check import MatrixLoss, WeightFault, compare_weights, unexpected_tensors
 
-RUNNERS = ("llama4", "transformers")
+if TYPE_CHECKING:
+    from llama4.model import Llama4ForCausalLM
+    from llama4_convert.parity_cache import CandidateNotes
 
-# Largest value that passes (of top1_agreement: smallest); docs/validate.md has the measurements behind them.
-GATES: Mapping[str, Mapping[str, float]] = {
-    "float32": {"top1_agreement": 0.999, "kl_mean": 1e-6, "kl_p999": 1e-5, "nmse": 1e-8},
-    "bfloat16": {"top1_agreement": 0.9, "kl_mean": 5e-3, "kl_p999": 0.5, "nmse": 1e-2},
-    "float16": {"top1_agreement": 0.97, "kl_mean": 3e-4, "kl_p999": 0.05, "nmse": 5e-4},
-}
-GATE_NAMES = ("top1_agreement", "kl_mean", "kl_p999", "nmse", "max_abs_diff")
-DTYPES = tuple(GATES)
-# Of a quantized candidate, by its coarsest scheme, whatever it computes in; the coarsest first.
-QUANTIZED_GATES: Mapping[str, Mapping[str, float]] = {
-    "int4": {"top1_agreement": 0.4, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3},
-    "nf4": {"top1_agreement": 0.4, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3},
-    "fp8": {"top1_agreement": 0.7, "kl_mean": 0.02, "kl_p999": 1.0, "nmse": 0.05},
-}
-_MODEL_BYTES = 1 << 30  # of weights that either model keeps: what is left of 4 GiB is the activations'
+RUNNERS = ("llama4", "transformers")
+MAX_MEMORY = 4 << 30
 
 
 def validate(
@@ -55,68 +50,157 @@ def validate(
     token_ids: str | os.PathLike[str] | None = None,
     images: Sequence[str | os.PathLike[str]] = (),
     runner: str = "llama4",
+    reference_runner: str = "llama4",
     dtype: str = "float32",
     gates: Mapping[str, float] | None = None,
     seed: int = 0,
+    max_memory: int = MAX_MEMORY,
+    cache: str | os.PathLike[str] | None = None,
     start: Callable[[int, int], None] = lambda total, done: None,
     progress: Callable[[int], None] = lambda n: None,
+    at: Callable[[str], None] = lambda what: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Hold the checkpoint at `path` against `reference`; either may be in either layout.
 
     Prompts come from `prompts` (a file with one a line), `token_ids` (a file of ids) and `images`; without any, `tokens` random
-    tokens and, for a model that sees, a tile of noise. `runner` "transformers" runs the candidate in Transformers. Both sides
-    compute in `dtype`. `gates` replaces limits of `GATES`. The result's `passed` is true if no field differs, no tensor
-    differs, and every metric is within its gate. Raises UsageError, BadInput or EnvironmentFailed.
+    tokens and, for a model that sees, a tile of noise. `runner` and `reference_runner` say what runs the candidate and the
+    reference: our reference model, in no more than `max_memory` bytes, or "transformers". Both compute in `dtype`. `gates`
+    replaces limits of `llama4_convert.gates`. With a folder `cache` an interrupted run goes on where it stopped, and what the
+    reference computes is kept for the next candidate. `at` is told what is under way. The result's `passed` is true if no field
+    differs, no tensor differs, and every metric is within its gate. Raises UsageError, BadInput or EnvironmentFailed.
     """
-    _check_gates(dtype, gates or {})
-    if runner not in RUNNERS:
-        raise UsageError(f"unknown runner {runner!r}: choose one of {', '.join(RUNNERS)}")
+    limits.check(dtype, gates or {})
+    for name in (runner, reference_runner):
+        if name not in RUNNERS:
+            raise UsageError(f"unknown runner {name!r}: choose one of {', '.join(RUNNERS)}")
     if not -(1 << 63) <= seed < 1 << 63:
         raise UsageError("the seed must fit into 64 bits")
     original, candidate = Checkpoint.open(reference), Checkpoint.open(path)
-    limits = {**_default_gates(dtype, original, candidate), **(gates or {})}
-    if runner == "transformers" and candidate.layout != "transformers":
-        raise UsageError(f"{path} is in Meta's layout, which Transformers does not read: leave --with out")
-    if runner == "transformers" and dtype == "float32" and "nf4" in candidate.quantized.values():
-        raise UsageError("bitsandbytes computes in bfloat16: add --dtype bfloat16")
+    _check_runners(((candidate, runner), (original, reference_runner)), dtype)
+    kind_name, kind = limits.kind_of(dtype, set() if original.quantized else set(candidate.quantized.values()))
     config = original.config
     if candidate.is_text_only and config.vision_config:
         warn(f"{path} is a text model: the vision tower of {reference} is left out of the comparison")
         config = replace(config, vision_config=None)
-    said, batch = _batch(original, candidate, config, tokens, prompts, token_ids, images, seed)
-    said += _said(original, candidate, config)
+    differences, batch = _batch(original, candidate, config, tokens, prompts, token_ids, images, seed)
+    differences += said(original, candidate, config)
+    comparison = _Comparison(original, candidate, config, batch, runner, reference_runner, dtype, kind)
+    room = comparison.budget(max_memory)
 
     sizes = {name: prod(shape) for name, shape in parameter_shapes(config).items()}
-    try:
-        total = sum(sizes.values()) * ITEM_SIZES[next(original.logical_tensors()).dtype]
-        start(2 * total, 0)
-        findings = list(compare_weights(original, candidate, config, progress))
-    except BindingError as error:
-        raise BadInput(f"{reference}: {error}: download it again") from error
+    with comparison.notes(cache, warn) as notes:
+        try:
+            total = sum(sizes.values()) * ITEM_SIZES[next(original.logical_tensors()).dtype]
+            start(2 * total, 0)
+            at("weights")
+            uncompared = _uncompared(((candidate, runner), (original, reference_runner)))
+            findings = [] if uncompared else list(compare_weights(original, candidate, config, progress))
+        except BindingError as error:
+            raise BadInput(f"{reference}: {error}: download it again") from error
+        run = comparison.run(room, notes, lambda part: progress(int(part * total)), at)
+        if notes:
+            notes.finished()
     faults = [finding for finding in findings if isinstance(finding, WeightFault)]
-    run = _run(original, candidate, config, batch, runner, dtype, lambda part: progress(int(part * total)))
+    losses = [finding for finding in findings if isinstance(finding, MatrixLoss)]
 
-    failed_gates = sorted(name for name, limit in limits.items() if not _within(name, run.metrics[name], limit))
+    chosen = {**kind.gates, **(gates or {})}
+    failed = sorted(name for name, limit in chosen.items() if not limits.within(name, run.metrics[name], limit))
     missing = next((fault for fault in faults if fault.is_missing), None)
+    length = max(len(prompt.tokens) for prompt in batch.prompts)
+    sees = batch.pixel_values is not None
+    options: dict[str, tuple[Any, Any]] = {
+        "tokens": (tokens, 256),
+        "prompts": (prompts, None),
+        "token-ids": (token_ids, None),
+        "image": (images, ()),
+        "with": (runner, "llama4"),
+        "reference-with": (reference_runner, "llama4"),
+        "dtype": (dtype, "float32"),
+        "gate": ([f"{name}={limit:g}" for name, limit in (gates or {}).items()], []),
+        "seed": (seed, 0),
+    }
     return {
-        "passed": not (said or faults or failed_gates or run.failure),
+        "passed": not (differences or faults or failed or run.failure),
         "path": str(path),
         "reference": str(reference),
+        "version": VERSION,
+        "command": _command(path, reference, options),
         "runner": runner,
+        "reference_runner": reference_runner,
         "dtype": dtype,
-        "config_differences": [difference._asdict() for difference in said],
-        "tensors_compared": len(sizes) if missing is None else list(sizes).index(missing.name),
-        "tensors_quantized": _quantized([finding for finding in findings if isinstance(finding, MatrixLoss)]),
+        "kind": kind_name,
+        "config_differences": [told(one, config, candidate.config, length, sees) for one in differences],
+        "weights_not_compared": uncompared,
+        "tensors_compared": 0 if uncompared else len(sizes) if missing is None else list(sizes).index(missing.name),
+        "tensors_quantized": _quantized(losses),
         "tensors_different": [fault.to_json() for fault in faults],
-        "tensors_unexpected": unexpected_tensors(candidate, config),
+        "tensors_unexpected": [] if uncompared else unexpected_tensors(candidate, config),
         **run.metrics,
-        "gates": limits,
-        "gates_failed": failed_gates,
+        "gates": chosen,
+        "gates_failed": failed,
+        "forced_routing": run.forced,
         "layers": run.layers,
-        "first_divergence": _first_divergence(faults, said, run),
+        "vision": run.vision,
+        "modules": run.modules,
+        "first_divergence": _first_divergence(faults, differences, run),
         "candidate_failure": run.failure,
+        "pictures": {**run.pictures, "quantization_error": _error_by_expert(losses)},
     }
+
+
+def _check_runners(sides: Sequence[tuple[Checkpoint, str]], dtype: str) -> None:
+    for checkpoint, runner in sides:
+        if runner != "transformers":
+            continue
+        if checkpoint.layout != "transformers":
+            raise UsageError(
+                f"{checkpoint.path} is in Meta's layout, which Transformers does not read: leave Transformers out there"
+            )
+        if dtype == "float32" and "nf4" in checkpoint.quantized.values():
+            raise UsageError("bitsandbytes computes in bfloat16: add --dtype bfloat16")
+
+
+def _uncompared(sides: Sequence[tuple[Checkpoint, str]]) -> str | None:
+    """Why the weights cannot be compared; only for what Transformers runs, since otherwise nothing could be said at all."""
+    for checkpoint, runner in sides:
+        if checkpoint.unknown_quantization is not None and runner == "transformers":
+            return (
+                f"{checkpoint.path} is quantized as {checkpoint.unknown_quantization}, which we cannot read: only what it"
+                " computes is compared"
+            )
+    return None
+
+
+def _command(
+    path: str | os.PathLike[str], reference: str | os.PathLike[str], options: Mapping[str, tuple[Any, Any]]
+) -> str:
+    """The command line that repeats this."""
+    words = ["llama4-convert", "validate", str(path), "--reference", str(reference)]
+    for name, (value, default) in options.items():
+        if value == default:
+            continue
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            words += [f"--{name}", str(one)]
+    return shlex.join(words)
+
+
+_EXPERT = re.compile(r"layers\.(\d+)\.feed_forward\.experts\.(\d+)\.")
+
+
+def _error_by_expert(losses: Sequence[MatrixLoss]) -> dict[str, Any] | None:
+    """Relative squared error, the mean of an expert's matrices, a row a layer."""
+    sums: dict[int, dict[int, list[float]]] = {}
+    for loss in losses:
+        if found := _EXPERT.search(loss.key):
+            sums.setdefault(int(found[1]), {}).setdefault(int(found[2]), []).append(loss.relative_mse)
+    if not sums:
+        return None
+    n = 1 + max(expert for row in sums.values() for expert in row)
+    rows = [
+        [finite(sum(row[e]) / len(row[e])) if e in row else None for e in range(n)] for _, row in sorted(sums.items())
+    ]
+    return {"layers": sorted(sums), "relative_mse": rows}
 
 
 def _quantized(losses: Sequence[MatrixLoss]) -> dict[str, Any]:
@@ -132,44 +216,6 @@ def _quantized(losses: Sequence[MatrixLoss]) -> dict[str, Any]:
             "worst": worst.key,
         }
     return told
-
-
-def _check_gates(dtype: str, overrides: Mapping[str, float]) -> None:
-    if dtype not in GATES:
-        raise UsageError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    for name in overrides:
-        if name not in GATE_NAMES:
-            raise UsageError(f"unknown gate {name!r}: choose one of {', '.join(GATE_NAMES)}")
-        if not math.isfinite(overrides[name]):
-            raise UsageError(f"gate {name} must be a finite number, not {overrides[name]}")
-
-
-def _default_gates(dtype: str, original: Checkpoint, candidate: Checkpoint) -> Mapping[str, float]:
-    kinds = set() if original.quantized else set(candidate.quantized.values())
-    return next((gates for kind, gates in QUANTIZED_GATES.items() if kind in kinds), GATES[dtype])
-
-
-def _within(name: str, value: float | int | None, limit: float) -> bool:
-    if value is None:  # NaN or infinite
-        return False
-    return value >= limit if name == "top1_agreement" else value <= limit
-
-
-def _said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[Difference]:
-    """Where the candidate's configuration contradicts the reference's."""
-    found = list(differences(config, candidate.config))
-    for name, expected, actual in (
-        ("bos_token_id", original.bos_id, candidate.bos_id),
-        ("pad_token_id", original.pad_id, candidate.pad_id),
-    ):
-        if expected is not None and actual != expected:
-            found.append(Difference(name, expected, actual))
-    found += [Difference(name, should, is_) for name, (should, is_) in candidate.wording.items() if should != is_]
-    expected_stops, stops = original.stop_ids, candidate.stop_ids
-    # Which of the three end a generation depends on the variant, but there must be one, and no other.
-    if expected_stops and not (stops and set(stops) <= set(expected_stops)):
-        found.append(Difference("eos_token_id", list(expected_stops), list(stops)))
-    return found
 
 
 def _batch(
@@ -214,55 +260,133 @@ def _batch(
     return said, Batch.of(chosen, config)
 
 
-def _run(
-    original: Checkpoint,
-    candidate: Checkpoint,
-    config: Llama4Config,
-    batch: Batch,
-    runner: str,
-    dtype: str,
-    advance: Callable[[float], None],
-) -> Parity:
-    """Raises BadInput if it is the reference that does not run."""
-    import torch
+@dataclass(frozen=True)
+class _Comparison:
+    """What is run against what."""
 
-    kind = getattr(torch, dtype)
-    with torch.inference_mode():
-        try:
-            ours = model_of(
-                original,
-                dtype=kind,
-                keep_bytes=_MODEL_BYTES,
-                config=config,
-                rounded_to=_rounding(original, candidate, config),
-            )
-            if runner == "transformers":
-                return against_transformers(ours, candidate.path, batch, dtype, advance)
+    original: Checkpoint
+    candidate: Checkpoint
+    config: Llama4Config  # what is compared: the original's, without the tower that a text model lacks
+    batch: Batch
+    runner: str
+    reference_runner: str
+    dtype: str
+    kind: limits.Kind
+
+    def budget(self, max_memory: int) -> Budget:
+        import torch
+
+        tiles = 0 if self.batch.pixel_values is None else len(self.batch.pixel_values)
+        itemsize = getattr(torch, self.dtype).itemsize
+        return budget(self.config, self.batch.tokens.numel(), tiles, itemsize, max_memory)
+
+    @contextlib.contextmanager
+    def notes(
+        self, folder: str | os.PathLike[str] | None, warn: Callable[[str], None]
+    ) -> Iterator[CandidateNotes | None]:
+        """Kept of our own model only: what Transformers runs is small."""
+        if folder is None or self.reference_runner != "llama4":
+            yield None
+            return
+        import torch
+
+        from llama4_convert.parity_cache import content_key, opened, run_key
+
+        rounded = sorted(self._rounding().items())
+        key = run_key(self.original, self.batch, self.dtype, self.config, rounded)
+        with opened(Path(folder), key, getattr(torch, self.dtype), warn) as cache:
+            yield cache.candidate(content_key(self.candidate) + self.runner) if cache else None
+
+    def run(
+        self,
+        room: Budget,
+        notes: CandidateNotes | None,
+        advance: Callable[[float], None],
+        at: Callable[[str], None],
+    ) -> Parity:
+        """Raises BadInput if it is the reference that does not run."""
+        import torch
+
+        with torch.inference_mode():
+            try:
+                return self._walk(room, notes, advance, at)
+            except CandidateFailed as failure:
+                return Parity(failure=str(failure))
+            except (BindingError, RuntimeError, ValueError, IndexError) as error:
+                raise_if_out_of_memory(error)
+                raise BadInput(
+                    f"{self.original.path}: its weights and its configuration make no model: {one_line(error)}"
+                ) from error
+
+    def _walk(
+        self,
+        room: Budget,
+        notes: CandidateNotes | None,
+        advance: Callable[[float], None],
+        at: Callable[[str], None],
+    ) -> Parity:
+        import torch
+
+        from llama4_convert.module_split import split, split_of_record
+        from llama4_convert.stages import Live
+        from llama4_convert.transformers_runner import TransformersRecord
+
+        kind = getattr(torch, self.dtype)
+
+        def model(checkpoint: Checkpoint, **more: Any) -> Llama4ForCausalLM:
+            return model_of(checkpoint, dtype=kind, keep_bytes=room.keep, ahead_bytes=room.ahead, **more)
+
+        def recorded(checkpoint: Checkpoint) -> Side:
+            at(f"Transformers on {checkpoint.path.name}")
+            record = TransformersRecord(checkpoint.path, self.batch, kind)
+            return Side(record=record, logits=record.logits)
+
+        def split_layer(layer: int, before: Any, chosen: Any) -> dict[str, float]:
+            if ours.live and theirs.live:
+                return split(ours.live.model, theirs.live.model, layer, before, chosen)
+            own, other = (ours, theirs) if ours.live else (theirs, ours)
+            assert own.live
+            assert isinstance(other.record, TransformersRecord)
+            return split_of_record(own.live.model, other.record, layer)
+
+        if self.reference_runner == "transformers":
+            try:
+                ours = recorded(self.original)
+            except CandidateFailed as failure:
+                raise BadInput(f"{self.original.path}: {failure}") from failure
+        else:
+            reference = model(self.original, config=self.config, rounded_to=self._rounding())
+            ours = Side(Live(reference, self.batch), notes.cache if notes else None)
+        if self.runner == "transformers":
+            theirs = recorded(self.candidate)
+        else:
             with candidate_steps():
-                theirs = model_of(candidate, dtype=kind, keep_bytes=_MODEL_BYTES)
-            is_lossy = bool(candidate.quantized) and not original.quantized
-            return side_by_side(ours, theirs, batch, dtype, is_lossy, advance)
-        except CandidateFailed as failure:
-            return Parity(failure=str(failure))
-        except (BindingError, RuntimeError, ValueError, IndexError) as error:
-            raise_if_out_of_memory(error)
-            raise BadInput(
-                f"{original.path}: its weights and its configuration make no model: {one_line(error)}"
-            ) from error
+                theirs = Side(Live(model(self.candidate), self.batch))
+        return Walk(
+            ours,
+            theirs,
+            self.batch,
+            self.config,
+            self.kind.local_nmse,
+            self.kind.near_tie,
+            modules=split_layer,
+            journal=notes,
+            advance=advance,
+            at=at,
+        ).run()
 
-
-def _rounding(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> dict[str, str]:
-    """Tensors that `convert --dtype` has rounded: the reference is rounded alike, or rounding would be called a fault."""
-    try:
-        theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config)}
-    except BindingError:
-        return {}
-    quantized = candidate.quantized
-    return {
-        ours.name: theirs[ours.name].dtype
-        for ours in original.logical_tensors(config)
-        if ours.dtype != theirs[ours.name].dtype and theirs[ours.name].keys[0] not in quantized
-    }
+    def _rounding(self) -> dict[str, str]:
+        """Tensors that `convert --dtype` has rounded: the reference is rounded alike, or rounding would be called a fault."""
+        try:
+            theirs = {tensor.name: tensor for tensor in self.candidate.logical_tensors(self.config)}
+        except BindingError:
+            return {}
+        quantized = self.candidate.quantized
+        return {
+            ours.name: theirs[ours.name].dtype
+            for ours in self.original.logical_tensors(self.config)
+            if ours.dtype != theirs[ours.name].dtype and theirs[ours.name].keys[0] not in quantized
+        }
 
 
 def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference], run: Parity) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 _NF4 = ".weight.quant_state.bitsandbytes__nf4"
+_METHODS = ("compressed-tensors", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class QuantizedReader(DirectoryReader):
         """Raises BadInput for a matrix whose parts do not fit together, naming it."""
         super().__init__(checkpoint)
         self.quantized: dict[str, QuantizedMatrix] = {}
-        for key in checkpoint.tensors:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        self.unknown_method = None if method in _METHODS else str(method)  # Transformers may know it
+        for key in checkpoint.tensors if self.unknown_method is None else ():
             for suffix, bind in ((_PACKED, self._int4), (_SCALE, self._fp8), (_NF4, self._nf4)):
                 module = key.removesuffix(suffix)
                 if module == key or (suffix == _SCALE and module + _PACKED in checkpoint.tensors):

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from llama4_convert import report
-from llama4_convert.commands.options import SEED, as_json, dtype_option, file_path, show
-from llama4_convert.errors import CheckFailed
+from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path, show
+from llama4_convert.errors import CheckFailed, UsageError
 
 
 class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -39,13 +39,42 @@ class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     type=click.Choice(["llama4", "transformers"]),
     default="llama4",
     show_default=True,
-    help="What runs DST. SRC always runs in our own reference model.",
+    help="What runs DST: our own reference model, or Transformers (any directory that it loads).",
+)
+@click.option(
+    "--reference-with",
+    "reference_runner",
+    type=click.Choice(["llama4", "transformers"]),
+    default="llama4",
+    show_default=True,
+    help="What runs SRC.",
 )
 @dtype_option
 @click.option("--gate", "gates", type=Gate(), multiple=True, help="Another limit: kl_mean=0.01. May be repeated.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random tokens.")
+@click.option(
+    "--max-memory",
+    type=Size(),
+    default="4GiB",
+    show_default=True,
+    help="Bound on the memory of the process; Transformers holds its whole model besides.",
+)
+@click.option(
+    "--cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where a run keeps what it needs to go on, and what SRC computes for the next DST. Default: ~/.cache/llama4-convert.",
+)
+@click.option("--no-cache", is_flag=True, help="Keep nothing.")
 @as_json
-def validate(path: Path, as_json: bool, gates: tuple[tuple[str, float], ...], **options: Any) -> None:
+def validate(
+    path: Path,
+    as_json: bool,
+    gates: tuple[tuple[str, float], ...],
+    cache: Path | None,
+    no_cache: bool,
+    **options: Any,
+) -> None:
     """Check that DST says, holds and computes what SRC does.
 
     What is quantized is held against the error that its scheme can make.
@@ -58,9 +87,21 @@ def validate(path: Path, as_json: bool, gates: tuple[tuple[str, float], ...], **
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original
     """
     from llama4_convert import validate as run
+    from llama4_convert.parity_cache import default_folder
 
+    if no_cache and cache is not None:
+        raise UsageError("--cache and --no-cache contradict each other: leave one out")
     with report.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
-        result = run(path, gates=dict(gates), warn=report.warn, start=bar.start, progress=bar.advance, **options)
+        result = run(
+            path,
+            gates=dict(gates),
+            cache=None if no_cache else cache or default_folder(),
+            warn=report.warn,
+            start=bar.start,
+            progress=bar.advance,
+            at=bar.at,
+            **options,
+        )
     show(result, as_json, report.validate_summary)
     if not result["passed"]:
         raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")

@@ -108,7 +108,9 @@ def test_the_result_has_every_field_of_the_contract(
     assert all(isinstance(result[name], float) for name in (*METRICS, "perplexity_candidate"))
     assert set(result["gates"]) == {"top1_agreement", "kl_mean", "kl_p999", "nmse"}
     assert result["tensors_compared"] == 155
-    assert [set(layer) for layer in result["layers"]] == [{"layer", "nmse_local", "nmse_propagated"}] * 5
+    assert [set(layer) for layer in result["layers"]] == [
+        {"layer", "nmse_local", "nmse_propagated", "router_agreement"}
+    ] * 5
 
 
 @pytest.mark.parametrize("geometry", ["scout", "temperature"])
@@ -119,7 +121,9 @@ def test_transformers_computes_the_same(
     assert result["passed"], result
     assert result["runner"] == "transformers"
     assert result["nmse"] < 1e-10
-    assert result["layers"] == []  # it is looked into from outside only
+    assert len(result["layers"]) == len(validate(converted(geometry), reference=source(geometry), tokens=2)["layers"])
+    assert all(layer["nmse_local"] < 1e-10 > layer["nmse_propagated"] for layer in result["layers"])
+    assert result["first_divergence"] is None
 
 
 def test_a_text_only_conversion_passes_and_says_what_it_leaves_out(
@@ -473,7 +477,7 @@ def test_the_keys_in_these_tests_are_of_every_kind(converted: Callable[..., Path
 
 RUNS = [
     # geometry, changes, fields named, (layer, module) that strays
-    ("scout", {"rms_norm_eps": 0.5}, {"rms_norm_eps"}, (0, "attention")),
+    ("scout", {"rms_norm_eps": 0.5}, {"rms_norm_eps"}, (0, "attention_norm")),
     ("scout", {"rope_theta": 100.0}, {"rope_theta"}, (0, "attention")),
     ("custom_rope", {"rope_scaling__high_freq_factor": 1000.0}, {"rope_scaling.high_freq_factor"}, (0, "attention")),
     ("custom_rope", {"rope_scaling__original_max_position_embeddings": 64},
@@ -492,8 +496,8 @@ RUNS = [
     ("temperature", {"attn_temperature_tuning": False}, {"attn_temperature_tuning"}, (1, "attention")),
     ("temperature", {"floor_scale": 8}, {"floor_scale"}, (1, "attention")),
     ("temperature", {"attn_scale": 0.1}, {"attn_scale"}, (1, "attention")),
-    ("scout", {"vision_config__rope_theta": 10.0}, {"vision_config.rope_theta"}, (None, "embed")),
-    ("scout", {"vision_config__num_attention_heads": 4}, {"vision_config.num_attention_heads"}, (None, "embed")),
+    ("scout", {"vision_config__rope_theta": 10.0}, {"vision_config.rope_theta"}, (None, "vision.layers.0")),
+    ("scout", {"vision_config__num_attention_heads": 4}, {"vision_config.num_attention_heads"}, (None, "vision.layers.0")),
 ]  # fmt: skip
 
 

@@ -1,0 +1,165 @@
+"""What a candidate says against what the reference says: config.json field by field, token ids, the chat template; and for each
+difference the length of a prompt from which on it changes a logit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llama4.config import Difference, Llama4Config, Llama4TextConfig, differences
+from llama4_convert.checkpoints.meta import read_small
+from llama4_convert.errors import BadInput, ConvertError, one_line
+from llama4_convert.reference import Checkpoint
+
+if TYPE_CHECKING:
+    from llama4_convert.text import TextTokenizer
+
+# An angle of RoPE that differs by less (radians) is not told from rounding.
+_ANGLE = 0.01
+# Fields that change nothing that is computed: other readers choose their code by them, or a generation its end.
+_SILENT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
+# With one token there is nothing to rotate against and nobody else to attend to.
+_FROM_TWO = {"use_qk_norm", "no_rope_layers"}
+_DIALOGS: tuple[tuple[bool, list[dict[str, str]]], ...] = (
+    (True, [{"role": "user", "content": "Is 17 a prime?"}]),
+    (
+        True,
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Is 17 a prime?"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "And 18?"},
+        ],
+    ),
+)
+
+
+def said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[Difference]:
+    """Where the candidate contradicts the reference, by the fields' names in config.json."""
+    found = list(differences(config, candidate.config))
+    for name, expected, actual in (
+        ("bos_token_id", original.bos_id, candidate.bos_id),
+        ("pad_token_id", original.pad_id, candidate.pad_id),
+    ):
+        if expected is not None and actual != expected:
+            found.append(Difference(name, expected, actual))
+    found += [Difference(name, should, is_) for name, (should, is_) in candidate.wording.items() if should != is_]
+    expected_stops, stops = original.stop_ids, candidate.stop_ids
+    # Which of the three end a generation depends on the variant, but there must be one, and no other.
+    if expected_stops and not (stops and set(stops) <= set(expected_stops)):
+        found.append(Difference("eos_token_id", list(expected_stops), list(stops)))
+    return [*found, *_chat_template(original, candidate)]
+
+
+def told(
+    difference: Difference, expected: Llama4Config, found: Llama4Config, length: int, sees: bool
+) -> dict[str, Any]:
+    """A difference for JSON. `matters_from`: tokens that a prompt must have for it to change a logit, None if none does;
+    `matters`: whether one of `length` tokens (and a picture, if `sees`) does."""
+    least = matters_from(difference.field, expected.text_config, found.text_config)
+    of_vision = difference.field.startswith(("vision_config", "image_token"))
+    matters = None if least is None else length >= least and (sees or not of_vision)
+    return {**difference._asdict(), "matters_from": least, "matters": matters}
+
+
+def matters_from(field: str, expected: Llama4TextConfig, found: Llama4TextConfig) -> int | None:
+    """Tokens from which on a different `field` changes a logit; None for what changes none at any length."""
+    name = field.partition(".")[0]
+    if name in _SILENT or not (hasattr(expected, name) or name in ("vision_config", "image_token_index")):
+        return None
+    if name in ("rope_scaling", "rope_theta"):
+        return _rope_differs_from(expected, found)
+    if name in ("attention_chunk_size", "layer_types"):
+        sizes = [c.attention_chunk_size for c in (expected, found) if c.attention_chunk_size]
+        return min(sizes) + 1 if sizes else None
+    if name in ("attn_temperature_tuning", "floor_scale", "attn_scale"):
+        tuned = [c for c in (expected, found) if c.attn_temperature_tuning and not all(c.no_rope_layers)]
+        return max(1, math.ceil(min(c.floor_scale for c in tuned))) if tuned else None
+    if name == "tie_word_embeddings":
+        return None  # there is an output head, or the tensor that is missing says it
+    return 2 if name in _FROM_TWO else 1
+
+
+def _rope_differs_from(expected: Llama4TextConfig, found: Llama4TextConfig) -> int | None:
+    from llama4.text import rope_frequencies
+
+    if expected.head_dim != found.head_dim:
+        return 1
+    try:
+        apart = float((rope_frequencies(expected).double() - rope_frequencies(found).double()).abs().max())
+    except (ArithmeticError, RuntimeError):
+        return None
+    return math.ceil(_ANGLE / apart) + 1 if apart > 0 else None
+
+
+def _chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Difference]:
+    """Whether the candidate's template writes dialogs as Meta's ChatFormat does. Guard has a prompt of its own."""
+    source = template_of(candidate)
+    if source is None or not original.config.text_config.moe_layers:
+        return
+    try:
+        ours, theirs = _processor(original), _tokenizer(candidate)
+    except ConvertError:
+        return  # no tokenizer on that side: nothing to compare with
+    for prompted, messages in _DIALOGS:
+        expected = ours.chat(messages, add_generation_prompt=prompted).tokens
+        try:
+            text = render(source, messages, prompted)
+        except Exception as error:  # a template is a program, and this one is broken
+            yield Difference("chat_template", "a template that renders", one_line(error, 120))
+            return
+        found = theirs.encode(text)
+        if found != expected:
+            at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))
+            yield Difference("chat_template", expected[at : at + 8], found[at : at + 8])
+            return
+
+
+def template_of(checkpoint: Checkpoint) -> str | None:
+    """The chat template of a Transformers directory, from its own file or from tokenizer_config.json."""
+    if checkpoint.layout != "transformers":
+        return None
+    file = checkpoint.path / "chat_template.jinja"
+    if file.exists():
+        return read_small(file).decode("utf-8", "replace")
+    config = checkpoint.path / "tokenizer_config.json"
+    try:
+        body: Any = json.loads(read_small(config)) if config.exists() else {}
+    except ValueError as error:
+        raise BadInput(f"{config.name} is not valid JSON ({error})") from error
+    template = body.get("chat_template") if isinstance(body, Mapping) else None
+    if isinstance(template, list):
+        template = next((t.get("template") for t in template if isinstance(t, Mapping)), None)
+    return template if isinstance(template, str) else None
+
+
+def render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """As Transformers renders, in jinja2's sandbox: a template is a program that nobody vouches for."""
+    from jinja2 import ext, sandbox
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
+    )
+    environment.globals["strftime_now"] = lambda form: ""
+    environment.globals["raise_exception"] = _raise
+    return environment.from_string(template).render(
+        messages=messages, add_generation_prompt=add_generation_prompt, bos_token="<|begin_of_text|>"
+    )
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def _processor(checkpoint: Checkpoint) -> Any:
+    from llama4.chat import Llama4Processor
+
+    return Llama4Processor(_tokenizer(checkpoint), None)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> TextTokenizer:
+    from llama4_convert.text import TextTokenizer
+
+    return TextTokenizer.open(checkpoint.path)
