@@ -160,8 +160,8 @@ class CandidateNotes:
         n = body.get("stages", 0)
         names = body.get("names") or {}
         loaded: dict[str, Tensor] = {}
-        for side, name in names.items():
-            folder = self.cache.folder if side == "reference" else self.folder
+        for name in set(names.values()):
+            folder = self.cache.folder if name == names["reference"] else self.folder
             state = self.cache.load(name, self.cache.dtype, folder)
             if state is None:
                 return 0, States(), Parity()

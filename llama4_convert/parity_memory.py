@@ -17,7 +17,7 @@ _HEAD = 320 << 20  # slices of logits and their sums (`parity._HEAD_NUMBERS`)
 _AHEAD = 256 << 20  # of weights that either model reads before they are needed: three of Scout's matrices
 _STATES = 4  # kept between stages: the reference's before and after, the candidate's free and forced
 _RUNS = 3  # of the candidate at a time: free, forced, and on the reference's input
-_COPIES = 5  # of a state that a stage makes for each run: normed, projected, summed
+_COPIES = 4  # of a state that a stage makes for each run: normed, projected, summed
 
 
 @dataclass(frozen=True)

@@ -377,6 +377,8 @@ class _Comparison:
 
     def _rounding(self) -> dict[str, str]:
         """Tensors that `convert --dtype` has rounded: the reference is rounded alike, or rounding would be called a fault."""
+        from llama4.loading import DTYPES
+
         try:
             theirs = {tensor.name: tensor for tensor in self.candidate.logical_tensors(self.config)}
         except BindingError:
@@ -385,7 +387,7 @@ class _Comparison:
         return {
             ours.name: theirs[ours.name].dtype
             for ours in self.original.logical_tensors(self.config)
-            if ours.dtype != theirs[ours.name].dtype and theirs[ours.name].keys[0] not in quantized
+            if theirs[ours.name].dtype in DTYPES.keys() - {ours.dtype} and theirs[ours.name].keys[0] not in quantized
         }
 
 
