@@ -11,7 +11,7 @@ from itertools import pairwise
 from llama4_convert.untrusted import printable
 
 WIDTH = 520
-LEFT, RIGHT, TOP, BOTTOM = 58, WIDTH - 14, 34, 46  # of the plot; the last is what lies below it
+LEFT, RIGHT, TOP, BOTTOM = 64, WIDTH - 14, 34, 46  # of the plot; the last is what lies below it
 CHARACTER = 10.0  # units, of the phone's type
 
 

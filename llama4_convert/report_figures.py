@@ -163,7 +163,10 @@ def _errors(
         return None
     if all(error == 0 for one in series for error in one.values):
         return Figure(title, "", f"Nothing differs, to the last bit, after any of the {len(stages):,}.")
-    mark = None if strayed is None else (strayed, f"{labels[strayed]} strays first")
+    mark = None
+    if strayed is not None:
+        stage = f"{x_label} {labels[strayed]}" if labels[strayed].isdecimal() else labels[strayed]
+        mark = (strayed, f"{stage} strays first")
     picture = charts.error_chart(title, labels, series, x_label=x_label, y_label="relative squared error", mark=mark)
     return Figure(title, picture, caption)
 

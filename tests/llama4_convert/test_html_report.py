@@ -386,7 +386,7 @@ def test_a_dot_for_every_logit_and_layer_and_a_bar_for_every_bin() -> None:
 
 def test_the_first_layer_to_stray_is_marked_and_its_modules_are_shown() -> None:
     svgs = drawings(render(failing()))
-    assert "17 strays first" in [text.text for text in svgs["Error after each layer"].iter("text")]
+    assert "layer 17 strays first" in [text.text for text in svgs["Error after each layer"].iter("text")]
     assert svgs["Error after each stage of the vision tower"].find("path[@class='mark']") is None
     texts = [text.text for text in svgs["Modules of layer 17"].iter("text")]
     assert {"attention.q", "feed_forward.experts.0", "0.3", "not a number"} <= set(texts)
