@@ -217,10 +217,18 @@ def test_what_transformers_has_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(meta_model.GEOMETRIES))
-def test_every_geometry_of_meta_gets_a_verdict(name: str, meta_checkpoint: Callable[..., Any]) -> None:
-    result = fit(meta_checkpoint(name).src, gpu="l4-24gb")
+def test_every_geometry_of_meta_gets_a_verdict(name: str, meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    """The same from params.json as from the config.json that is made of it: chunks, dense layers, no vision and all."""
+    source = meta_checkpoint(name).src
+    result = fit(source, gpu="l4-24gb")
     assert result["fits"]
     assert result["fit"]["runtimes"][0]["max_context"] == result["max_context"]
+    made = fit(directory(source, tmp_path / "out", None), gpu="l4-24gb")
+    for verdict in (result["verdicts"][0], made["fit"]):
+        del verdict["convert"], verdict["name"], verdict["recipe"], verdict["best_recipe"]
+        for r in verdict["runtimes"]:
+            del r["command"]
+    assert made["fit"] == result["verdicts"][0]
 
 
 # -------------------- what is refused
@@ -278,3 +286,15 @@ def test_json_is_one_object_also_where_the_answer_is_no(run: Run, scout: Path) -
     assert {"gpu", "gpu_bytes", "weight_bytes", "runtimes"} <= said["fit"].keys()
     assert {"weights", "kv_cache", "activations", "context_overhead"} <= said["fit"].keys()
     assert all({"runtime", "fits", "max_context", "command", "note"} <= r.keys() for r in said["fit"]["runtimes"])
+
+
+def test_the_docs_show_what_is_printed(scout: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "fit.md").read_text()
+    verdicts = {v["name"]: v for v in fit(scout)["verdicts"]}
+    for name in ("bf16", "fp8", "int4"):
+        assert f"{verdicts[name]['weight_bytes']:,} bytes" in text
+    for r in verdicts["int4"]["runtimes"][:3]:
+        assert f"{r['max_context']:,} tokens" in text
+    assert f"{verdicts['int4']['runtimes'][0]['max_context_fp8_kv']:,} tokens" in text
+    assert f"{largest(verdicts['nf4'], 'transformers'):,} tokens" in text
+    assert f"{largest(verdicts['int4-experts'], 'vllm'):,} tokens" in text

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from llama4.geometry import Geometry
 from llama4_convert.conversion import Job, Request
+from llama4_convert.gpus import find_gpu
 from llama4_convert.memory import KVCache, Weights, grouped_layers, kv_bytes, parameters, prefill_bytes
+from llama4_convert.runtimes import Case, memory
 from quant.recipe import built_in
 
 GIB = 1 << 30
@@ -155,6 +157,15 @@ def test_prefill_of_scout_by_hand() -> None:
     width = 3 * 5120 + 2 * (40 + 8) * 128 + 2 * 3 * 8192 + 3 * 5120
     picture = 17 * 577 * (4 * 1408 + 5632)
     assert prefill_bytes(SCOUT, 2048, 16, 1) == 2 * (2048 * width + picture) + 16 * 202048 * 12
+
+
+def test_what_is_derived_counts_where_it_is_more_than_the_allowance() -> None:
+    """A thousand rows of logits, and the keys and values that a piece of a prompt writes behind the chunk."""
+    asked = Case(SCOUT, Weights(), None, find_gpu("h100-80gb"), sequences=1024)
+    written = 36 * 2048 * 4096
+    assert memory(asked, "vllm").activations == prefill_bytes(SCOUT, 2048, 1024, 1) + written > 2 * GIB
+    assert memory(asked, "vllm-no-hybrid-cache").activations == prefill_bytes(SCOUT, 2048, 1024, 1)
+    assert memory(replace(asked, sequences=1), "vllm").activations == 2 * GIB
 
 
 def test_a_plan_tells_its_recipes_sizes_to_the_byte(tmp_path: Path) -> None:
