@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
     from llama4_convert.exporting import export as export
+    from llama4_convert.fitting import fit as fit
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
     from llama4_convert.reference import load_reference as load_reference
@@ -29,6 +30,7 @@ _HOME = {
     "convert": "conversion",
     "plan": "conversion",
     "export": "exporting",
+    "fit": "fitting",
     "generate": "generation",
     "inspect": "inspection",
     "load_reference": "reference",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "convert",
     "export",
+    "fit",
     "generate",
     "inspect",
     "load_reference",

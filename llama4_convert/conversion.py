@@ -306,19 +306,24 @@ def plan(
         if context is not None or gpus != 1:
             raise UsageError("--context and --gpus are for --gpu: name one")
         return described
-    from llama4_convert.fit import fit
-    from llama4_convert.quantization import fit_format
+    from llama4_convert.gpus import find_gpu
+    from llama4_convert.judging import judge
+    from llama4_convert.memory import Weights
+    from llama4_convert.quantization import parted_group, storage_format
+    from llama4_convert.runtimes import Case
 
-    verdict = fit(
+    kinds = {planned.scheme.kind for planned in job.plan.matrices if planned.scheme}
+    case = Case(
         job.plan.geometry,
-        sum(tensor.nbytes for tensor in job.plan.tensors),
-        gpu=gpu,
-        context=context,
-        format=fit_format(job.plan),
+        Weights.of((tensor.name, tensor.nbytes) for tensor in job.plan.tensors),
+        storage_format(kinds),
+        find_gpu(gpu),
         n_gpus=gpus,
+        context=context,
+        group=parted_group(job.recipe) if job.recipe else None,
         max_context=job.max_position_embeddings,
     )
-    return {**described, "fit": verdict}
+    return {**described, "fit": judge(case)}
 
 
 def convert(

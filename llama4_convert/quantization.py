@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from llama4_convert.planning import Plan, PlannedMatrix
@@ -56,13 +56,21 @@ def quantization_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     return bitsandbytes_config(modules)
 
 
-def fit_format(plan: Plan) -> str | None:
-    """How `fit` calls what the plan's matrices are stored in; None where nothing is quantized."""
-    kinds = {planned.scheme.kind for planned in plan.matrices if planned.scheme}
-    if kinds == {"nf4"}:
+def storage_format(kinds: Collection[str]) -> str | None:
+    """How runtimes know what matrices of these schemes are stored in; None where nothing is quantized."""
+    if not kinds:
+        return None
+    if set(kinds) == {"nf4"}:
         return "bitsandbytes-nf4"
-    names = {frozenset({"int4"}): "int4", frozenset({"fp8"}): "fp8", frozenset({"int4", "fp8"}): "mixed"}
-    return f"compressed-tensors-{names[frozenset(kinds)]}" if kinds else None
+    return f"compressed-tensors-{'mixed' if len(kinds) > 1 else next(iter(kinds))}"
+
+
+def parted_group(recipe: Recipe) -> int | None:
+    """Inputs that share a scale and must stay on one GPU: int4's groups, FP8's blocks; None where there are none."""
+    schemes = [rule.scheme for rule in recipe.rules if rule.scheme]
+    groups = [s.group_size for s in schemes if s.kind == "int4"]
+    groups += [128 for s in schemes if s.kind == "fp8" and s.granularity == "block"]
+    return max(groups, default=None)
 
 
 def describe_sizes(plan: Plan) -> dict[str, Any]:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
+import shlex
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from geometries import GUARD, MAVERICK, SCOUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama4.geometry import Geometry
 from llama4_convert.errors import UsageError
-from llama4_convert.fit import (
-    CONTEXT_BYTES,
-    RUNTIMES,
-    WORKSPACE_BYTES,
-    find_gpu,
-    fit,
-    fit_summary,
-    gpus,
-    parameters,
-    recipe_bytes,
-)
+from llama4_convert.fit_table import fit_summary
+from llama4_convert.gpus import allowances, find_gpu, gpus
+from llama4_convert.judging import judge
+from llama4_convert.memory import Weights, kv_bytes, prefill_bytes
+from llama4_convert.runtimes import RUNTIMES, Case, memory
 
 GIB = 1 << 30
 INT4, FP8, MIXED, NF4 = (
@@ -30,44 +28,16 @@ INT4, FP8, MIXED, NF4 = (
     "compressed-tensors-mixed",
     "bitsandbytes-nf4",
 )
-VISION = {
-    "image_size": {"height": 336, "width": 336},
-    "patch_size": {"height": 14, "width": 14},
-    "dim": 1408,
-    "n_layers": 34,
-    "n_heads": 16,
-    "mlp_ratio": 4.0,
-    "output_dim": 4096,
-    "pixel_shuffle_ratio": 0.5,
-}
 
 
-def geometry(experts: int, step: int) -> Geometry:
-    return Geometry.from_params(
-        {
-            "dim": 5120,
-            "n_layers": 48,
-            "n_heads": 40,
-            "n_kv_heads": 8,
-            "vocab_size": 202048,
-            "multiple_of": 2048,
-            "ffn_dim_multiplier": 1.2,
-            "ffn_exp": 4.0,
-            "nope_layer_interval": 4,
-            "attention_chunk_size": 8192,
-            "moe_args": {"num_experts": experts, "interleave_moe_layer_step": step},
-            "vision_args": VISION,
-        }
-    )
-
-
-SCOUT, MAVERICK = geometry(16, 1), geometry(128, 2)
-# Guard 4: Scout without its routed experts, and without chunks.
-GUARD = replace(SCOUT, n_experts=0, expert_dim=0, dense_dim=8192, chunk_size=None, nope_interval=None)
+def case(gib: float, format: str | None, g: Geometry = SCOUT, gpu: str = "h100-80gb", **options: Any) -> Case:
+    """Weights of `gib` in all, which tensor parallelism splits evenly."""
+    longest = {"max_context": 10_485_760}
+    return Case(g, Weights(other=int(gib * GIB)), format, find_gpu(gpu), **{**longest, **options})
 
 
 def verdict(gib: float, format: str | None, g: Geometry = SCOUT, **options: Any) -> dict[str, Any]:
-    return fit(g, int(gib * GIB), **{"gpu": "h100-80gb", "context": None, "format": format, **options})
+    return judge(case(gib, format, g, **options))
 
 
 def runtime(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -118,7 +88,11 @@ def test_kv_bytes_are_four_kib_a_token_a_layer() -> None:
     assert result["kv_bytes_per_token_per_layer"] == 4096
     assert result["kv_bytes_per_token"] == 48 * 1024
     assert result["kv_bytes_of_chunked_layers"] == 1.125 * GIB
-    assert result["budget"]["kv_cache_bytes"] == result["gpu_bytes"] - CONTEXT_BYTES - WORKSPACE_BYTES - int(60.4 * GIB)
+    assert result["weights"] == int(60.4 * GIB)
+    assert result["context_overhead"] == (81559 - 74 * 1024) * (1 << 20)
+    assert result["activations"] == 2 * GIB
+    parts = ("weights", "kv_cache", "activations", "context_overhead")
+    assert sum(result[part] for part in parts) == result["gpu_bytes"]
 
 
 def test_a_cache_that_ignores_chunks_holds_less() -> None:
@@ -132,7 +106,7 @@ def test_a_cache_that_ignores_chunks_holds_less() -> None:
 @given(st.floats(1, 71.9), st.sampled_from(RUNTIMES[:3]))
 def test_the_largest_context_fills_the_room_and_no_more(gib: float, name: str) -> None:
     result = verdict(gib, INT4)
-    room, tokens = result["budget"]["kv_cache_bytes"], runtime(result, name)["max_context"]
+    room, tokens = result["kv_cache"], runtime(result, name)["max_context"]
     held = {"vllm": 8192, "vllm-no-hybrid-cache": None, "sglang": 16384}[name]
 
     def needed(n: int) -> int:
@@ -197,7 +171,7 @@ def test_no_context_beyond_the_models_own() -> None:
 def test_gpus_share_weights_and_kv_heads() -> None:
     one, two, eight = (verdict(60.4, INT4, n_gpus=n) for n in (1, 2, 8))
     assert [r["kv_bytes_per_token_per_layer"] for r in (one, two, eight)] == [4096, 2048, 512]
-    assert [r["budget"]["weight_bytes"] for r in (one, two, eight)] == [-(-int(60.4 * GIB) // n) for n in (1, 2, 8)]
+    assert [r["weights"] for r in (one, two, eight)] == [-(-int(60.4 * GIB) // n) for n in (1, 2, 8)]
     assert "--tensor-parallel-size 2" in runtime(two, "vllm")["command"]
     assert runtime(two, "sglang")["command"].endswith("--tp 2")
     assert "parallel" not in runtime(one, "vllm")["command"]
@@ -240,12 +214,12 @@ def test_commands() -> None:
     result = verdict(60.4, INT4, context=131072, directory="my scout")
     assert runtime(result, "vllm")["command"] == (
         "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=1 vllm serve 'my scout' --max-model-len 131072"
-        " --gpu-memory-utilization 0.929 --max-num-batched-tokens 2048"
+        " --gpu-memory-utilization 0.929 --max-num-batched-tokens 2048 --max-num-seqs 16"
     )
     # 16,384 of 131,072 tokens in chunked layers, and the share of the GPU that weights and cache may take.
     assert runtime(result, "sglang")["command"] == (
-        "python -m sglang.launch_server --model-path 'my scout' --context-length 131072 --mem-fraction-static 0.903"
-        " --swa-full-tokens-ratio 0.125"
+        "python -m sglang.launch_server --model-path 'my scout' --context-length 131072 --mem-fraction-static 0.915"
+        " --chunked-prefill-size 8192 --max-running-requests 16 --swa-full-tokens-ratio 0.125"
     )
     without = runtime(verdict(60.4, INT4, context=8192), "vllm-no-hybrid-cache")["command"]
     assert without.startswith("vllm serve DIR --max-model-len 8192 ")
@@ -266,43 +240,6 @@ def test_text_only_and_dense_models() -> None:
     assert (
         "AutoModelForCausalLM" in runtime(verdict(22.4, None, replace(GUARD, vision=None)), "transformers")["command"]
     )
-
-
-def test_parameters_are_those_of_the_published_models() -> None:
-    assert parameters(SCOUT).total == 108_641_793_536
-    assert parameters(SCOUT).routed_experts == pytest.approx(96.6e9, rel=0.001)
-    assert parameters(MAVERICK).total == 401_583_781_376
-    with pytest.raises(ValueError, match="incomplete"):
-        parameters(replace(SCOUT, vocab_size=None))
-
-
-@pytest.mark.parametrize(
-    ("g", "sizes"),
-    [
-        (SCOUT, {"bf16": 202.4, "fp8": 106.8, "int4-experts": 68.8, "int4": 60.4}),
-        (MAVERICK, {"bf16": 748.0, "fp8": 379.7, "int4-experts": 213.6, "int4": 201.1}),
-    ],
-)
-def test_sizes_of_recipes(g: Geometry, sizes: dict[str, float]) -> None:
-    found = recipe_bytes(g)
-    for name, gib in sizes.items():
-        assert found[name] / GIB == pytest.approx(gib, rel=0.001)
-
-
-def test_the_table_of_gpus() -> None:
-    assert find_gpu("H100-80GB").nbytes / GIB == pytest.approx(79.6, abs=0.1)
-    for key, gpu in gpus().items():
-        boxed = int(key.rsplit("-", 1)[1].removesuffix("gb"))
-        assert 0.9 * boxed * 1e9 < gpu.nbytes <= boxed * GIB
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [("h100", "h100-80gb"), ("h100-80", "h100-80gb"), ("rtx-4090-24gb", "rtx4090-24gb"), ("tpu", "one of")],
-)
-def test_an_unknown_gpu_names_the_nearest(name: str, hint: str) -> None:
-    with pytest.raises(UsageError, match=hint):
-        verdict(60.4, INT4, gpu=name)
 
 
 def test_what_cannot_be_asked() -> None:
@@ -328,3 +265,181 @@ def test_the_summary_says_what_the_verdict_says() -> None:
     assert "228,816 tokens" in yes
     assert "$ VLLM_" in yes
     assert all(name in yes for name in RUNTIMES)
+
+
+# -------------------- what is held against the runtimes' own rules
+
+
+@pytest.mark.parametrize("g", [SCOUT, MAVERICK, replace(SCOUT, n_layers=7, nope_interval=3)])
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_vllm_finds_room_for_what_it_is_told_to_serve(g: Geometry, sequences: int) -> None:
+    """At its start vLLM asks for a chunk and a whole piece of a prompt in chunked layers, and for all tokens in the others."""
+    asked = case(40, INT4, g, sequences=sequences)
+    tokens = runtime(judge(asked), "vllm")["max_context"]
+    chunked = sum(g.is_chunked(layer) for layer in range(g.n_layers))
+    of = kv_bytes(g) * ((g.n_layers - chunked) * tokens + chunked * min(tokens, 8192 + 2048))
+    assert of <= asked.usable - int(40 * GIB) - prefill_bytes(g, 2048, 16, 1)
+
+
+def test_sequences_share_what_is_left() -> None:
+    one, four = verdict(60.4, INT4), verdict(60.4, INT4, sequences=4)
+    # Four chunks instead of one, and a quarter of the rest: 11.6 GiB are 4 x (1.125 GiB + 48 KiB a token).
+    assert runtime(four, "vllm")["max_context"] == pytest.approx((11.6 / 4 - 1.125) * GIB / 49152, abs=32)
+    assert runtime(four, "vllm")["max_context"] < runtime(one, "vllm")["max_context"] / 4
+    assert "--max-num-seqs 16" in runtime(four, "vllm")["command"]
+    assert "--max-num-seqs 32" in runtime(verdict(50, INT4, sequences=32, context=2048), "vllm")["command"]
+    assert "--max-running-requests 32" in runtime(verdict(50, INT4, sequences=32, context=2048), "sglang")["command"]
+    with pytest.raises(UsageError, match="sequences"):
+        verdict(60.4, INT4, sequences=0)
+
+
+def test_an_fp8_cache_holds_twice_as_much_where_there_is_one() -> None:
+    bf16, fp8 = verdict(60.4, INT4), verdict(60.4, INT4, fp8_kv=True)
+    # Chunks are half as large as well: (11.6 - 0.5625) GiB / 24 KiB.
+    assert runtime(fp8, "vllm")["max_context"] == pytest.approx((11.6 - 0.5625) * GIB / 24576, abs=32)
+    assert runtime(bf16, "vllm")["max_context_fp8_kv"] == runtime(fp8, "vllm")["max_context"]
+    assert "--kv-cache-dtype fp8 " in runtime(fp8, "vllm")["command"] + " "
+    assert "--kv-cache-dtype fp8_e4m3" in runtime(fp8, "sglang")["command"]
+    assert "kv-cache-dtype" not in runtime(bf16, "vllm")["command"]
+    there = runtime(verdict(50, NF4, fp8_kv=True), "transformers")
+    assert there["max_context_fp8_kv"] is None
+    assert "stays bf16" in there["note"]
+    a100 = verdict(60.4, INT4, gpu="a100-80gb")
+    assert runtime(a100, "vllm")["max_context_fp8_kv"] is None
+    assert (
+        runtime(verdict(60.4, INT4, gpu="a100-80gb", fp8_kv=True), "vllm")["max_context"]
+        == runtime(a100, "vllm")["max_context"]
+    )
+    # A context that only such a cache holds.
+    assert "h100-80gb with --kv-cache-dtype fp8" in verdict(60.4, INT4, context=300_000)["advice"]
+
+
+def test_transformers_repeats_keys_and_values_for_every_head() -> None:
+    """48 KiB a token in the cache and 20 KiB (40 heads x 128 x 2 x 2 bytes) in one layer at a time, where a piece has a mask."""
+    of = memory(case(60.4, NF4), "transformers")
+    tokens = runtime(verdict(60.4, NF4), "transformers")["max_context"]
+    piece = 512 * 16 * 3 * (5120 + 8192) * 2  # every expert on every token
+    assert of.activation_bytes(tokens) == piece + 20 * 1024 * tokens
+    assert int(60.4 * GIB) + 1.125 * GIB + 48 * 1024 * tokens + piece + 20 * 1024 * tokens <= 74 * GIB
+    assert of.activation_bytes(16) == 2 * GIB
+
+
+# -------------------- tensor parallelism
+
+
+@pytest.mark.parametrize(
+    ("changes", "format", "options", "reason"),
+    [
+        ({}, None, {"n_gpus": 3}, "40 heads"),
+        ({"n_kv_heads": 5}, None, {"n_gpus": 4}, "5 KV heads"),
+        ({"expert_dim": 8196}, None, {"n_gpus": 8}, "8,196"),
+        ({"expert_dim": 1280}, INT4, {"n_gpus": 8, "group": 128}, "int4 groups of 128 do not divide the 160"),
+        ({"expert_dim": 1280}, FP8, {"n_gpus": 8, "group": 128}, "FP8 blocks of 128 do not divide the 160"),
+    ],
+)
+def test_what_gpus_cannot_split(changes: dict[str, Any], format: str | None, options: Any, reason: str) -> None:
+    g = replace(SCOUT, **changes)
+    result = verdict(20, format, g, **options)
+    for name in RUNTIMES[:3]:
+        assert reason in runtime(result, name)["note"]
+        assert runtime(result, name)["command"] == ""
+        assert not runtime(result, name)["fits"]
+    # One GPU splits nothing.
+    assert runtime(verdict(20, format, g, **{**options, "n_gpus": 1}), "vllm")["fits"]
+
+
+def test_what_gpus_can_split() -> None:
+    narrow = replace(SCOUT, expert_dim=1280)
+    assert runtime(verdict(20, None, narrow, n_gpus=8), "vllm")["fits"]
+    assert runtime(verdict(20, FP8, narrow, n_gpus=8), "vllm")["fits"]  # a scale a row
+    assert runtime(verdict(20, INT4, narrow, n_gpus=8, group=32), "vllm")["fits"]
+    tower = replace(SCOUT, vision=replace(SCOUT.vision, n_heads=6)) if SCOUT.vision else SCOUT
+    assert "vision tower" in runtime(verdict(20, None, tower, n_gpus=4), "vllm")["note"]
+
+
+def test_replicated_weights_are_on_every_gpu() -> None:
+    g = replace(SCOUT, n_kv_heads=2)
+    asked = Case(g, Weights(keys_values=4 * GIB, replicated=GIB, other=64 * GIB), None, find_gpu("h100-80gb"), n_gpus=8)
+    assert judge(asked)["weights"] == (64 // 8 + 4 // 2 + 1) * GIB
+
+
+# -------------------- properties
+
+SIZES = st.floats(1, 160)
+NAMES = st.sampled_from(sorted(gpus()))
+FORMAT = st.sampled_from([None, INT4, FP8, MIXED, NF4])
+MODELS = st.sampled_from(
+    [SCOUT, MAVERICK, GUARD, replace(SCOUT, vision=None), replace(SCOUT, n_layers=5, nope_interval=3)]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, FORMAT, MODELS, NAMES, st.integers(1, 2_000_000), st.integers(1, 500_000))
+def test_more_context_never_fits_better(
+    gib: float, format: str | None, g: Geometry, gpu: str, context: int, more: int
+) -> None:
+    less, much = (verdict(gib, format, g, gpu=gpu, context=n) for n in (context, context + more))
+    for a, b in zip(less["runtimes"], much["runtimes"], strict=True):
+        assert a["fits"] or not b["fits"]
+        assert a["max_context"] == b["max_context"]
+        assert a["fits"] == (a["max_context"] >= context)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, FORMAT, MODELS, NAMES, st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 8)]))
+def test_more_gpus_never_hold_less(
+    gib: float, format: str | None, g: Geometry, gpu: str, counts: tuple[int, int]
+) -> None:
+    few, many = (verdict(gib, format, g, gpu=gpu, n_gpus=n) for n in counts)
+    for a, b in zip(few["runtimes"], many["runtimes"], strict=True):
+        assert a["max_context"] <= b["max_context"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, FORMAT, MODELS, NAMES, st.integers(1, 8), st.booleans())
+def test_what_is_served_fits_and_sixteen_tokens_more_do_not(
+    gib: float, format: str | None, g: Geometry, gpu: str, sequences: int, fp8_kv: bool
+) -> None:
+    asked = case(gib, format, g, gpu, sequences=sequences, fp8_kv=fp8_kv)
+    for r in judge(asked)["runtimes"]:
+        if r["max_context"]:
+            assert sum(r["memory"].values()) <= asked.gpu.nbytes
+            of = memory(asked, r["runtime"])
+            assert r["max_context"] == asked.max_context or of.nbytes(r["max_context"] + 16, sequences) > asked.usable
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, FORMAT, MODELS, NAMES, st.sampled_from([1, 2, 4, 8]), st.none() | st.integers(16, 10**6))
+def test_every_command_is_a_command(
+    gib: float, format: str | None, g: Geometry, gpu: str, n: int, context: int | None
+) -> None:
+    result = verdict(gib, format, g, gpu=gpu, n_gpus=n, context=context, directory="it's a model")
+    for r in result["runtimes"]:
+        if not r["command"]:
+            assert r["max_context"] == 0
+            continue
+        words = shlex.split(r["command"])
+        flags = dict(itertools.pairwise(words))
+        served = str(context if r["fits"] and context is not None else r["max_context"])
+        if r["runtime"] == "transformers":
+            assert words[:3] == ["python", "-i", "-c"]
+            call = ast.parse(words[3]).body[-1]
+            assert isinstance(call, ast.Assign)
+            assert isinstance(call.value, ast.Call)
+            assert ast.literal_eval(call.value.args[0]) == "it's a model"
+        elif r["runtime"] == "sglang":
+            assert words[:5] == ["python", "-m", "sglang.launch_server", "--model-path", "it's a model"]
+            assert flags["--context-length"] == served
+            assert flags.get("--tp") == (str(n) if n > 1 else None)
+            assert 0 < float(flags["--mem-fraction-static"]) < 1
+            assert 0 < float(flags.get("--swa-full-tokens-ratio", "1")) <= 1
+        else:
+            words = [word for word in words if not word.startswith("VLLM_")]
+            assert words[:3] == ["vllm", "serve", "it's a model"]
+            assert flags["--max-model-len"] == served
+            assert flags.get("--tensor-parallel-size") == (str(n) if n > 1 else None)
+            assert ("--disable-hybrid-kv-cache-manager" in words) == (r["runtime"] == "vllm-no-hybrid-cache")
+            assert (
+                float(flags["--gpu-memory-utilization"]) * find_gpu(gpu).nbytes
+                <= find_gpu(gpu).nbytes - allowances().overhead
+            )
