@@ -13,7 +13,7 @@ def cast(data: memoryview | bytes, source: str, target: str) -> tuple[bytes, int
 
     Also returns how many finite numbers became infinite: fp16 ends at 65,504. NaN stays NaN.
     """
-    wide = _widened(np.frombuffer(data, dtype=_NUMPY[source]), source)
+    wide = widened(np.frombuffer(data, dtype=_NUMPY[source]), source)
     if target == "F32":
         return wide.tobytes(), 0
     finite = int(np.isfinite(wide).sum())
@@ -25,10 +25,11 @@ def cast(data: memoryview | bytes, source: str, target: str) -> tuple[bytes, int
     return brain.tobytes(), finite - int(((brain & 0x7F80) != 0x7F80).sum())
 
 
-def _widened(values: NDArray[np.generic], source: str) -> NDArray[np.float32]:
+def widened(bits: NDArray[np.generic], source: str) -> NDArray[np.float32]:
+    """The numbers behind `bits`, an array of `source`'s item size, as fp32: exact."""
     if source == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(_NUMPY[source]).astype(np.float32)
 
 
 def _to_bf16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:

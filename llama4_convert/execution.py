@@ -98,10 +98,7 @@ class _Execution:
             self.warn(text)
         contents = self.job.contents()
         if (needed := self.job.peak_memory(LEAST_MEMORY)) > max(self.bounds.max_memory, 2 * LEAST_MEMORY):
-            raise UsageError(
-                f"max-memory must be at least {(needed >> 20) + 1} MiB: "
-                + ("a matrix is quantized whole" if self.job.recipe else "the source's tokenizer takes that")
-            )
+            raise UsageError(f"max-memory must be at least {(needed >> 20) + 1} MiB: " + self._what_takes_memory())
         self._check_target()
         resumed = self._look_at_target()
         if self._is_finished():
@@ -116,12 +113,19 @@ class _Execution:
                     self._write_small(name, data)
         overflows = self._write_weights()
         for name, n in overflows.items():
-            self.warn(f"{name}: {n} numbers were too large for {self.job.request.dtype} and became infinite")
+            self.warn(
+                f"{name}: {n} numbers were too large for {self.job.request.dtype or 'its dtype'} and became infinite"
+            )
         self._warn_of_nonfinite()
         self.manifest.add(self.marker, hashlib.sha256(self.marker_content).hexdigest(), len(self.marker_content))
         self.manifest.write(self.target)
         self._write_small(self.marker, self.marker_content)
         return self._result("converted", resumed)
+
+    def _what_takes_memory(self) -> str:
+        if self.job.plan.changed:
+            return "an adapter's matrix is multiplied whole"
+        return "a matrix is quantized whole" if self.job.recipe else "the source's tokenizer takes that"
 
     def _check_target(self) -> None:
         """Refuse an output where something stands in the way that is not to be removed, or written through."""
