@@ -42,6 +42,7 @@ class Request:
     allow_nonfinite: bool = False  # quantize matrices with NaN and infinities, too: as 0 and as the largest magnitude
     device: str = "cpu"  # where a recipe computes: decides no byte
     adapter: Path | None = None  # a PEFT LoRA adapter's directory, to be merged
+    vision_from: Path | None = None  # the model that the source, a text-only fine-tune, was made from
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -77,6 +78,10 @@ class Job:
         """The job for the layout that the source is in. Raises UsageError, BadInput or EnvironmentFailed."""
         from llama4_convert.checkpoints import is_meta
 
+        if request.vision_from is not None:
+            from llama4_convert.vision_from import VisionJob
+
+            return VisionJob(request)
         if not is_meta(request.source):
             from llama4_convert.requantization import TransformersJob
 

@@ -19,8 +19,8 @@ from llama4.geometry import Geometry
 from llama4_convert.adapters import Adapter
 from llama4_convert.changes import ChangePiece, Changes, most_bytes
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
-from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
+from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
 from llama4_convert.errors import BadInput
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.matrices import Matrix, matrices
@@ -264,7 +264,7 @@ def make_plan(
         raise BadInput(f"{source.path.name}: {error}") from error
     streamed = streamed_records([tensor.pieces for tensor in tensors], source)
     skipped = {key for key, rule in claims.dropped.items() if rule.when == "text_only"}
-    files = files_of(_groups(tensors, streamed), shard_size)
+    files = files_of(groups_of(tensors, streamed), shard_size)
     streamed = streamed_records([gathered(read).pieces for file in files for read in file.reads()], source)
     return Plan(
         geometry=geometry,
@@ -545,7 +545,14 @@ def _check_conserved(tensor: PlannedTensor) -> None:
         raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")
 
 
-def streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:
+class SourceFiles(Protocol):
+    """What a source is read from: its ranks, or its shards."""
+
+    @property
+    def ranks(self) -> Sequence[PthIndex | SafetensorsIndex]: ...
+
+
+def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) -> frozenset[tuple[int, str]]:
     """The records that are read once, whole and front to back, in this order, so that their CRC can be checked on the way."""
     users: Counter[tuple[int, str]] = Counter()
     for rank, index in enumerate(source.ranks):
@@ -586,7 +593,7 @@ def unread_records(
     )
 
 
-def _groups(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str]]) -> list[list[PlannedTensor]]:
+def groups_of(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str]]) -> list[list[PlannedTensor]]:
     """What stays in one file: the parts of a matrix, and neighbours that read the same record."""
     groups: list[list[PlannedTensor]] = []
     seen: set[tuple[int, str]] = set()
