@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -55,18 +56,19 @@ class Changed(NamedTuple):
     placement: Placement
 
 
-class ChangePiece(NamedTuple):
+@dataclass(frozen=True)
+class ChangePiece:
     """The part of a change that one output tensor takes: `copy` leads from its values into the tensor."""
 
     change: Change
     copy: Copy
 
-    @property
+    @cached_property
     def start(self) -> int:
         """The first element of the tensor that is changed."""
         return self.copy.target_offset
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """Behind the last."""
         return self.start + sum((n - 1) * s for n, s in zip(self.copy.shape, self.copy.target_strides, strict=True)) + 1
@@ -209,41 +211,38 @@ class Merger:
 
 def _with(numbers: Floats, first: int, piece: ChangePiece, values: Floats) -> Floats:
     """`numbers`, from element `first` of a tensor on, with one change made."""
-    copy = piece.copy
+    copy, last = piece.copy, first + numbers.size
     *outer, width = copy.shape
     assert len(outer) <= 1, "a change is of one matrix, or of whole rows"
-    height, pitch = (outer[0], copy.target_strides[0]) if outer else (1, piece.stop - piece.start)
-    source_pitch = copy.source_strides[0] if outer else 0
-    begin, end = max(0, (first - piece.start) // pitch), min(height, -(-(first + numbers.size - piece.start) // pitch))
-    if not outer:  # one run, of which not all may be wanted
-        skip = max(0, first - piece.start)
-        width = min(piece.stop, first + numbers.size) - piece.start - skip
-        begin, end = 0, 1
-    else:
-        skip = 0
-    if begin >= end:
-        return numbers
-    # Rows that are cut are made whole for a moment: those of the range's first and last number.
-    at = piece.start + begin * pitch + skip
-    low, high = min(first, at), max(first + numbers.size, at + (end - begin - 1) * pitch + width)
-    wide = numbers if (low, high) == (first, first + numbers.size) else np.zeros(high - low, np.float32)
-    if wide is not numbers:
-        wide[first - low : first - low + numbers.size] = numbers
-    rows = end - begin
+    if outer:  # all rows that the range touches
+        pitch, source_pitch = copy.target_strides[0], copy.source_strides[0]
+        row, end = max(0, (first - piece.start) // pitch), min(outer[0], -(-(last - piece.start) // pitch))
+        at, start, rows = piece.start + row * pitch, copy.source_offset + row * source_pitch, end - row
+    else:  # one run, as far as the range reaches
+        at = max(first, piece.start)
+        width, start = min(piece.stop, last) - at, copy.source_offset + (at - piece.start) * copy.source_strides[-1]
+        pitch, source_pitch, rows = width, 0, 1
+    # Rows that the range cuts are made whole for a moment.
+    low, high = min(first, at), max(last, at + (rows - 1) * pitch + width)
+    wide = numbers
+    if (low, high) != (first, last):
+        wide = np.zeros(high - low, np.float32)
+        wide[first - low : last - low] = numbers
+    steps = 4 * source_pitch, 4 * copy.source_strides[-1]
+    source = np.ndarray((rows, width), np.float32, values.data, 4 * start, steps)
     target = np.ndarray((rows, width), np.float32, wide.data, 4 * (at - low), (4 * pitch, 4))
-    start = copy.source_offset + begin * source_pitch + skip * copy.source_strides[-1]
-    source = np.ndarray(
-        (rows, width), np.float32, values.data, 4 * start, (4 * source_pitch, 4 * copy.source_strides[-1])
-    )
     if piece.change.replaces:
         target[:] = source
     else:
         target += source
-    return wide[first - low : first - low + numbers.size]
+    return wide[first - low : last - low]
 
 
 def most_bytes(pieces: Sequence[ChangePiece]) -> int:
     """Of values that are in memory at once while a tensor is changed from its first element to its last."""
-    edges = sorted({piece.start for piece in pieces})
-    at_once = ({p.change for p in pieces if p.start <= edge < p.stop} for edge in edges)
-    return max((sum(change.nbytes for change in changes) for changes in at_once), default=0)
+    most = 0
+    open_pieces: list[ChangePiece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        open_pieces = [p for p in open_pieces if p.stop > piece.start] + [piece]
+        most = max(most, sum(change.nbytes for change in {p.change for p in open_pieces}))
+    return most

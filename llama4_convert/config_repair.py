@@ -32,7 +32,7 @@ _TOGETHER = {
     "rope": ("rope_theta", "rope_scaling", "rope_parameters"),
     "no_rope": ("no_rope_layers", "no_rope_layer_interval", "layer_types", "attention_chunk_size"),
 }
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Repair(NamedTuple):
@@ -86,7 +86,7 @@ def repair_text(
             continue
         together = "rope" if field.startswith("rope_") else "no_rope" if field in _TOGETHER["no_rope"] else ""
         _take(text, base, _TOGETHER.get(together, (field,)))
-    text |= {name: base.get(name) for name in _TOKENS if is_wrong_token(name, text.get(name), base.get(name))}
+    text |= wrong_tokens(text, base)
     names = [*text, *(name for name in found if name not in text)]
     told = [Repair(name, found.get(name), text.get(name)) for name in names if found.get(name) != text.get(name)]
     return text, told
@@ -113,14 +113,22 @@ def _heads(text: dict[str, Any], base: Llama4TextConfig, tensors: Mapping[str, S
         text |= {name: getattr(base, name) for name in _HEADS if getattr(now, name) != getattr(base, name)}
 
 
-def is_wrong_token(name: str, found: Any, base: Any) -> bool:
-    """Whether a token id is missing, or another than the base's. Of ends, one of the base's is enough: which, is to choose."""
-    if base is None or found == base:
-        return False
-    if name != "eos_token_id" or found is None:
-        return True
-    ids, known = (set(value if isinstance(value, list) else [value]) for value in (found, base))
-    return not ids & known
+def wrong_tokens(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens that are missing or plain words, each with the base's.
+
+    Special tokens stand behind the words, the first of them begins a text. Another one of them is the fine-tune's to choose.
+    """
+    specials = [i for name in TOKENS for i in _ids(base.get(name))]
+    lowest = min(specials, default=0)
+    return {
+        name: base[name]
+        for name in TOKENS
+        if base.get(name) is not None and not any(i >= lowest for i in _ids(found.get(name)))
+    }
+
+
+def _ids(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
 def _take(text: dict[str, Any], base: Mapping[str, Any], names: tuple[str, ...]) -> None:

@@ -361,7 +361,7 @@ def convert(
     progress: Progress = lambda n: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Convert Meta's checkpoint at `source` to a Transformers directory at `target`.
+    """Convert Meta's checkpoint, or a fine-tune in Transformers' layout, at `source` to a Transformers directory at `target`.
 
     `options` are the fields of `Request`. `max_memory` (bytes) bounds the process's own memory above an idle interpreter.
     `start(total, done)` and `progress(n)` count bytes of tensor data; `progress` may be called from another thread.
@@ -371,7 +371,8 @@ def convert(
     """
     request = Request(Path(source), **options)
     bounds = Bounds(max_memory, max_error, overwrite)
-    return execute(lambda: Job.of(request), Path(source), Path(target), bounds, warn, start, progress)
+    sources = [Path(path) for path in (source, request.adapter, request.vision_from) if path is not None]
+    return execute(lambda: Job.of(request), sources, Path(target), bounds, warn, start, progress)
 
 
 def notices(source: Path) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class Bounds:
 
 def execute(
     make_job: Callable[[], Job],
-    source: Path,
+    sources: Sequence[Path],
     target: Path,
     bounds: Bounds,
     warn: Warn,
@@ -56,15 +56,16 @@ def execute(
 ) -> dict[str, Any]:
     """Own `target`, plan, and write; what was interrupted goes on, what is finished is left alone.
 
-    `make_job` is called once the lock is held, so that who comes second is told at once. Raises a ConvertError; the target then
-    holds nothing that loads as a model.
+    `sources` are directories that are only read. `make_job` is called once the lock is held, so that who comes second is told
+    at once. Raises a ConvertError; the target then holds nothing that loads as a model.
     """
     if bounds.max_memory < LEAST_MEMORY:
         raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
     # `original` is where a Transformers directory keeps params.json.
-    for ours, theirs in ((target, source), (target / "original", source), (target, source / "original")):
-        if ours.exists() and theirs.exists() and os.path.samefile(ours, theirs):
-            raise UsageError(f"the output would overwrite the source in {theirs}: choose another directory")
+    for source in sources:
+        for ours, theirs in ((target, source), (target / "original", source), (target, source / "original")):
+            if ours.exists() and theirs.exists() and os.path.samefile(ours, theirs):
+                raise UsageError(f"the output would overwrite the source in {theirs}: choose another directory")
     made_folder = _make_folder(target)
     try:
         with lock.owned(target):

@@ -471,7 +471,9 @@ def planned_tensor(
                 shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
                 pieces.append(Piece(held.file, held.key, held.stored, shifted))
         for change, placement in changes.get(target.tensor, ()):
-            if change_copy := copies(target, placement):
+            # Of many experts one is wanted, which the first axis tells at once.
+            apart = placement.box.start[0] >= target.box.start[0] + target.box.size[0]
+            if not apart and (change_copy := copies(target, placement)):
                 changed.append(ChangePiece(change, change_copy))
     dtypes = {piece.source.dtype for piece in pieces}
     if len(dtypes) > 1:

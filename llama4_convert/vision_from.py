@@ -15,7 +15,7 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
-from llama4_convert.config_repair import Repair, is_wrong_token, repair_text
+from llama4_convert.config_repair import Repair, repair_text, wrong_tokens
 from llama4_convert.conversion import Job, Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.holdings import Holding, Holdings, of_meta, of_transformers
@@ -121,9 +121,7 @@ class VisionJob(TransformersJob):
         assert request.vision_from is not None
         self.request = request
         if is_meta(request.source):
-            raise UsageError(
-                f"{request.source} is in Meta's layout: --vision-from is for a text-only Transformers directory"
-            )
+            raise UsageError(f"{request.source} is no Transformers directory: --vision-from is for text-only ones")
         self.text = _text_of(open_directory(request))
         self.base = base = Base.open(Path(request.vision_from))
         self.recipe = load_recipe(request.recipe) if request.recipe else None
@@ -231,13 +229,10 @@ class VisionJob(TransformersJob):
             base = json.loads(self._base_files.get(_GENERATION, b"{}"))
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{_GENERATION} is not valid JSON ({error})") from error
-        wrong = [
-            n for n in ("bos_token_id", "eos_token_id", "pad_token_id") if is_wrong_token(n, body.get(n), base.get(n))
-        ]
-        if not wrong:
+        if not (wrong := wrong_tokens(body, base)):
             return data
-        self.repaired += [Repair(f"{_GENERATION}: {name}", body.get(name), base[name]) for name in wrong]
-        return config.to_json({**body, **{name: base[name] for name in wrong}})
+        self.repaired += [Repair(f"{_GENERATION}: {name}", body.get(name), used) for name, used in wrong.items()]
+        return config.to_json({**body, **wrong})
 
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         from llama4_convert.quantization import quantization_config

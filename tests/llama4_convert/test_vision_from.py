@@ -116,7 +116,7 @@ def test_validates_against_a_whole_fine_tune(
 STRIPPED: dict[str, Any] = {
     "rope_scaling": ("rope_parameters", "rope_theta"),
     "attention_chunk_size": ("attention_chunk_size",),
-    "layer_types": ("layer_types", "no_rope_layers"),
+    "layer_types": ("layer_types", "no_rope_layers", "no_rope_layer_interval"),
     "max_position_embeddings": ("max_position_embeddings",),
     "bos_token_id": ("bos_token_id",),
 }
@@ -140,7 +140,7 @@ WRONG: dict[str, Any] = {
 def test_a_field_that_was_stripped_is_the_bases(
     field: str, tuned: Callable[[str], Path], converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """One that a reader's default makes what it was is not lost: `odd` rotates two layers of three, the default is three of four."""
+    """One that a reader's default makes what it was is not lost: `odd` rotates two layers of three, the default three of four."""
     geometry = "odd" if field == "layer_types" else "scout"
     damaged = commands.copy(tuned(geometry), tmp_path / "damaged")
     change(damaged, *STRIPPED[field])
@@ -182,16 +182,28 @@ def instruct(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempP
 
 
 def test_what_is_right_is_left_alone(tuned: Callable[[str], Path], instruct: dict[str, Path], tmp_path: Path) -> None:
-    """One of the base's ends of text is a choice; so is a shorter context. Words of Transformers 5 mean what those of 4 do."""
+    """Any special token may end a text or fill a batch, a context may be shorter, and rope_parameters say what rope_scaling does."""
     source = commands.copy(tuned("scout"), tmp_path / "source")
     base = instruct["transformers"]
     eos = config_of(base)["text_config"]["eos_token_id"]
-    change(source, eos_token_id=eos[-1], max_position_embeddings=65536)
+    change(source, eos_token_id=eos[-1], pad_token_id=eos[0], max_position_embeddings=65536)
     (source / "generation_config.json").unlink(missing_ok=True)
     result = convert(source, tmp_path / "out", vision_from=base)
     assert [one["field"] for one in result["repaired"]] == ["tokenizer.json", "chat_template", "generation_config.json"]
     text = config_of(tmp_path / "out")["text_config"]
-    assert (text["eos_token_id"], text["max_position_embeddings"]) == (eos[-1], 65536)
+    assert (text["eos_token_id"], text["pad_token_id"], text["max_position_embeddings"]) == (eos[-1], eos[0], 65536)
+
+
+def test_no_source_is_written_over(
+    tuned: Callable[[str], Path], converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = commands.copy(converted("odd"), tmp_path / "base")
+    before = commands.digests(base)
+    with pytest.raises(UsageError, match="would overwrite the source"):
+        convert(tuned("odd"), base, vision_from=base, overwrite=True)
+    with pytest.raises(UsageError, match="would overwrite the source"):
+        convert(tuned("odd"), base, adapter=base, overwrite=True)
+    assert commands.digests(base) == before
 
 
 @pytest.mark.parametrize(
@@ -236,9 +248,7 @@ def test_a_vocabulary_that_grew_stays_grown(
     assert load_transformers(tmp_path / "out").config.text_config.vocab_size == 2320
 
 
-def test_tokenizer_and_chat_template(
-    tuned: Callable[[str], Path], meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_tokenizer_and_chat_template(tuned: Callable[[str], Path], instruct: dict[str, Path], tmp_path: Path) -> None:
     """The fine-tune's own, where it has them."""
     base = instruct["transformers"]
     template = (base / "chat_template.jinja").read_bytes()
@@ -338,7 +348,7 @@ def test_sources_and_bases_of_the_wrong_kind(
 ) -> None:
     with pytest.raises(UsageError, match="a vision tower of its own"):
         plan(converted("odd"), vision_from=converted("odd"))
-    with pytest.raises(UsageError, match="Meta's layout"):
+    with pytest.raises(UsageError, match="no Transformers directory"):
         plan(meta_checkpoint("odd", 2).src, vision_from=converted("odd"))
     with pytest.raises(BadInput, match="has no vision tower"):
         plan(tuned("odd"), vision_from=tuned("odd"))
