@@ -182,7 +182,7 @@ def instruct(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempP
 
 
 def test_what_is_right_is_left_alone(tuned: Callable[[str], Path], instruct: dict[str, Path], tmp_path: Path) -> None:
-    """Any special token may end a text or fill a batch, a context may be shorter, and rope_parameters say what rope_scaling does."""
+    """Any special token may end a text or fill a batch, a context may be shorter; rope_parameters say what rope_scaling does."""
     source = commands.copy(tuned("scout"), tmp_path / "source")
     base = instruct["transformers"]
     eos = config_of(base)["text_config"]["eos_token_id"]
@@ -370,3 +370,33 @@ def test_damage_of_the_bases_tower_is_found_and_of_its_text_not_looked_for(
                 convert(tuned("odd"), tmp_path / f"{key}-out", vision_from=base)
         else:
             convert(tuned("odd"), tmp_path / f"{key}-out", vision_from=base)
+
+
+@pytest.mark.parametrize("layout", ["views", "one_storage", "parameters"])
+def test_a_base_in_any_arrangement_of_storages(
+    layout: str,
+    tuned: Callable[[str], Path],
+    meta_checkpoint: Callable[..., Any],
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    convert(tuned("odd"), tmp_path / "out", vision_from=meta_checkpoint("odd", 2, layout=layout).src)
+    assert peft.different(peft.tensors(tmp_path / "out"), expected_tensors(tuned("odd"), converted("odd"))) == []
+
+
+def test_ranks_of_the_base_that_disagree(
+    tuned: Callable[[str], Path], meta_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Copies on two ranks whose CRCs tell nothing, since neither fills its storage, are compared by value."""
+    base = commands.copy(meta_checkpoint("odd", 2, extra=False).src, tmp_path / "base")
+    key = "vision_embeddings.vision_encoder.ln_pre.weight"
+    for rank in range(2):
+        file = base / f"consolidated.{rank:02d}.pth"
+        state = torch.load(file, weights_only=True)
+        state[key] = torch.cat([state[key], state[key]])[: len(state[key])]
+        torch.save(state, file)
+    convert(tuned("odd"), tmp_path / "out", vision_from=base)
+    state[key][3] += 1
+    torch.save(state, file)
+    with pytest.raises(BadInput, match="the ranks disagree"):
+        convert(tuned("odd"), tmp_path / "other", vision_from=base)
