@@ -13,26 +13,33 @@ def cast(data: memoryview | bytes, source: str, target: str) -> tuple[bytes, int
 
     Also returns how many finite numbers became infinite: fp16 ends at 65,504. NaN stays NaN.
     """
-    wide = _widened(np.frombuffer(data, dtype=_NUMPY[source]), source)
+    wide = widened(np.frombuffer(data, dtype=_NUMPY[source]), source)
     if target == "F32":
         return wide.tobytes(), 0
-    finite = int(np.isfinite(wide).sum())
     if target == "F16":
         with np.errstate(over="ignore", invalid="ignore"):
             half = wide.astype(np.float16)
-        return half.tobytes(), finite - int(np.isfinite(half).sum())
+        return half.tobytes(), int(np.isfinite(wide).sum()) - int(np.isfinite(half).sum())
     brain = _to_bf16(wide)
-    return brain.tobytes(), finite - int(((brain & 0x7F80) != 0x7F80).sum())
+    not_finite = int(((brain & 0x7F80) == 0x7F80).sum())
+    return brain.tobytes(), not_finite and not_finite - int((~np.isfinite(wide)).sum())
 
 
-def _widened(values: NDArray[np.generic], source: str) -> NDArray[np.float32]:
+def widened(bits: NDArray[np.generic], source: str) -> NDArray[np.float32]:
+    """The numbers behind `bits`, an array of `source`'s item size, as fp32: exact."""
     if source == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(_NUMPY[source]).astype(np.float32)
 
 
 def _to_bf16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = wide.view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
     # Rounding could carry a NaN's mantissa over into infinity or wrap its sign: keep its upper bits, made quiet.
-    return np.where(np.isnan(wide), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+    if (is_nan := np.isnan(wide)).any():
+        rounded[is_nan] = (bits[is_nan] >> 16) | 0x40
+    return rounded.astype(np.uint16)

@@ -20,6 +20,11 @@ _VISION_NORM_EPS = 1e-5
 _VISION_ROPE_THETA = 10000.0
 
 
+def torch_dtype(dtype: str) -> str:
+    """What config.json calls a dtype of safetensors."""
+    return _TORCH_DTYPES[dtype]
+
+
 def model_config(
     g: Geometry, ids: TokenIds | None, *, variant: str, dtype: str, max_position_embeddings: int
 ) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llama4_convert.manifest import INDEX, Manifest
 from llama4_convert.version import TOOL
 
 if TYPE_CHECKING:
+    from llama4_convert.adapters import Adapter
     from llama4_convert.planning import Plan
     from llama4_convert.published import Digest
     from quant.recipe import Recipe
@@ -40,6 +41,8 @@ class Request:
     recipe: str | None = None  # a built-in one's name, or the path of a TOML file
     allow_nonfinite: bool = False  # quantize matrices with NaN and infinities, too: as 0 and as the largest magnitude
     device: str = "cpu"  # where a recipe computes: decides no byte
+    adapter: Path | None = None  # a PEFT LoRA adapter's directory, to be merged
+    vision_from: Path | None = None  # the model that the source, a text-only fine-tune, was made from
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -61,6 +64,7 @@ class Job:
 
     source: Any  # a MetaCheckpoint here; `requantization` has the other layout's
     recipe: Recipe | None
+    adapter: Adapter | None = None
     plan: Plan
     warnings: list[str]
     # Files of the source that have no checksums of their own, and what they must be.
@@ -74,6 +78,10 @@ class Job:
         """The job for the layout that the source is in. Raises UsageError, BadInput or EnvironmentFailed."""
         from llama4_convert.checkpoints import is_meta
 
+        if request.vision_from is not None:
+            from llama4_convert.vision_from import VisionJob
+
+            return VisionJob(request)
         if not is_meta(request.source):
             from llama4_convert.requantization import TransformersJob
 
@@ -87,6 +95,7 @@ class Job:
 
         self.request = request
         self.recipe = load_recipe(request.recipe) if request.recipe else None
+        self.adapter = load_adapter(request.adapter)
         self.source = MetaCheckpoint.open(request.source)
         self.plan = make_plan(
             self.source,
@@ -96,6 +105,7 @@ class Job:
             dtype=DTYPES[request.dtype] if request.dtype else None,
             shard_size=request.shard_size,
             allow_rank_mismatch=request.allow_rank_mismatch,
+            adapter=self.adapter,
         )
         if self.recipe:
             check_recipe(self.recipe, self.plan)
@@ -201,7 +211,12 @@ class Job:
             "parameters": plan.parameters,
             "output_bytes": plan.output_bytes,
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
+            **self.told_of_fine_tune(),
         }
+
+    def told_of_fine_tune(self) -> dict[str, Any]:
+        """Of the adapter, if there is one."""
+        return {"adapter": self.adapter.told(self.plan)} if self.adapter else {}
 
     def manifest(self) -> Manifest:
         options: dict[str, Any] = {
@@ -212,8 +227,12 @@ class Job:
             "variant": self.variant,
         }
         options |= self._recipe_options()
-        source = {"layout": "meta", "ranks": len(self.source.ranks), "sha256": self.source.fingerprint()}
+        source: dict[str, Any] = {"layout": "meta", "ranks": len(self.source.ranks)}
+        source |= {"sha256": self.source.fingerprint(), **self._adapter_source()}
         return Manifest(TOOL, source, options, list(self.plan.meta_keys), dict(self.plan.dropped))
+
+    def _adapter_source(self) -> dict[str, Any]:
+        return {"adapter": dict(self.adapter.fingerprint)} if self.adapter else {}
 
     def _recipe_options(self) -> dict[str, Any]:
         if self.recipe is None:
@@ -253,6 +272,7 @@ class Job:
             "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
             "warnings": self.warnings,
             **({"quantization": {"recipe": self.recipe.name, **describe_sizes(plan)}} if self.recipe else {}),
+            **self.told_of_fine_tune(),
         }
 
 
@@ -275,6 +295,14 @@ def load_recipe(name: str) -> Recipe:
         return load(name)
     except RecipeError as error:
         raise UsageError(str(error)) from error
+
+
+def load_adapter(path: Path | None) -> Adapter | None:
+    if path is None:
+        return None
+    from llama4_convert.adapters import Adapter
+
+    return Adapter.open(Path(path))
 
 
 def check_recipe(recipe: Recipe, plan: Plan) -> None:
@@ -338,7 +366,7 @@ def convert(
     progress: Progress = lambda n: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Convert Meta's checkpoint at `source` to a Transformers directory at `target`.
+    """Convert Meta's checkpoint, or a fine-tune in Transformers' layout, at `source` to a Transformers directory at `target`.
 
     `options` are the fields of `Request`. `max_memory` (bytes) bounds the process's own memory above an idle interpreter.
     `start(total, done)` and `progress(n)` count bytes of tensor data; `progress` may be called from another thread.
@@ -348,7 +376,8 @@ def convert(
     """
     request = Request(Path(source), **options)
     bounds = Bounds(max_memory, max_error, overwrite)
-    return execute(lambda: Job.of(request), Path(source), Path(target), bounds, warn, start, progress)
+    sources = [Path(path) for path in (source, request.adapter, request.vision_from) if path is not None]
+    return execute(lambda: Job.of(request), sources, Path(target), bounds, warn, start, progress)
 
 
 def notices(source: Path) -> dict[str, bytes]:

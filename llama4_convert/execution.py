@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class Bounds:
 
 def execute(
     make_job: Callable[[], Job],
-    source: Path,
+    sources: Sequence[Path],
     target: Path,
     bounds: Bounds,
     warn: Warn,
@@ -56,15 +56,16 @@ def execute(
 ) -> dict[str, Any]:
     """Own `target`, plan, and write; what was interrupted goes on, what is finished is left alone.
 
-    `make_job` is called once the lock is held, so that who comes second is told at once. Raises a ConvertError; the target then
-    holds nothing that loads as a model.
+    `sources` are directories that are only read. `make_job` is called once the lock is held, so that who comes second is told
+    at once. Raises a ConvertError; the target then holds nothing that loads as a model.
     """
     if bounds.max_memory < LEAST_MEMORY:
         raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
     # `original` is where a Transformers directory keeps params.json.
-    for ours, theirs in ((target, source), (target / "original", source), (target, source / "original")):
-        if ours.exists() and theirs.exists() and os.path.samefile(ours, theirs):
-            raise UsageError(f"the output would overwrite the source in {theirs}: choose another directory")
+    for source in sources:
+        for ours, theirs in ((target, source), (target / "original", source), (target, source / "original")):
+            if ours.exists() and theirs.exists() and os.path.samefile(ours, theirs):
+                raise UsageError(f"the output would overwrite the source in {theirs}: choose another directory")
     made_folder = _make_folder(target)
     try:
         with lock.owned(target):
@@ -98,10 +99,7 @@ class _Execution:
             self.warn(text)
         contents = self.job.contents()
         if (needed := self.job.peak_memory(LEAST_MEMORY)) > max(self.bounds.max_memory, 2 * LEAST_MEMORY):
-            raise UsageError(
-                f"max-memory must be at least {(needed >> 20) + 1} MiB: "
-                + ("a matrix is quantized whole" if self.job.recipe else "the source's tokenizer takes that")
-            )
+            raise UsageError(f"max-memory must be at least {(needed >> 20) + 1} MiB: " + self._what_takes_memory())
         self._check_target()
         resumed = self._look_at_target()
         if self._is_finished():
@@ -116,12 +114,19 @@ class _Execution:
                     self._write_small(name, data)
         overflows = self._write_weights()
         for name, n in overflows.items():
-            self.warn(f"{name}: {n} numbers were too large for {self.job.request.dtype} and became infinite")
+            self.warn(
+                f"{name}: {n} numbers were too large for {self.job.request.dtype or 'its dtype'} and became infinite"
+            )
         self._warn_of_nonfinite()
         self.manifest.add(self.marker, hashlib.sha256(self.marker_content).hexdigest(), len(self.marker_content))
         self.manifest.write(self.target)
         self._write_small(self.marker, self.marker_content)
         return self._result("converted", resumed)
+
+    def _what_takes_memory(self) -> str:
+        if self.job.plan.changed:
+            return "an adapter's matrix is multiplied whole"
+        return "a matrix is quantized whole" if self.job.recipe else "the source's tokenizer takes that"
 
     def _check_target(self) -> None:
         """Refuse an output where something stands in the way that is not to be removed, or written through."""

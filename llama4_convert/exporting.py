@@ -289,4 +289,4 @@ def export(
     """
     request = ExportRequest(Path(source), **options)
     bounds = Bounds(max_memory, None, overwrite)
-    return execute(lambda: ExportJob(request), Path(source), Path(target), bounds, warn, start, progress)
+    return execute(lambda: ExportJob(request), [Path(source)], Path(target), bounds, warn, start, progress)

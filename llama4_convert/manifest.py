@@ -112,7 +112,12 @@ class Manifest:
     def differences(self, other: Manifest) -> list[str]:
         """In words, what makes `other` another conversion than this one; empty if it is the same."""
         found = []
-        if self.source != other.source:
+        parts = {"adapter": "adapter", "vision_from": "base for --vision-from"}
+        for name, what in parts.items():
+            mine, its = self.source.get(name), other.source.get(name)
+            if mine != its:
+                found.append(f"no {what} there" if mine is None else f"another {what}" if its else f"no {what} now")
+        if any(self.source.get(k) != other.source.get(k) for k in {*self.source, *other.source} - parts.keys()):
             found.append("another source")
         for name in sorted(self.options.keys() | other.options.keys()):
             mine, its = self.options.get(name), other.options.get(name)

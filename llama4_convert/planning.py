@@ -11,13 +11,16 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Protocol
 
 from llama4.config import ConfigError, Llama4Config
 from llama4.geometry import Geometry
+from llama4_convert.adapters import Adapter
+from llama4_convert.changes import ChangePiece, Changes, most_bytes
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
-from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
+from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
 from llama4_convert.errors import BadInput
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.matrices import Matrix, matrices
@@ -73,7 +76,8 @@ class Part:
 class PlannedTensor:
     """One output tensor. `offset` is the position of its first byte in the file; `pieces` cover it exactly once.
 
-    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none.
+    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none. `changes` are
+    an adapter's, made to what the pieces bring; of an encoded matrix what is gathered has them.
     """
 
     name: str
@@ -82,6 +86,7 @@ class PlannedTensor:
     offset: int
     pieces: tuple[Piece, ...]
     part: Part | None = None
+    changes: tuple[ChangePiece, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -194,6 +199,17 @@ class Plan:
         return list(found.values())
 
     @property
+    def changed(self) -> list[PlannedTensor]:
+        """What an adapter changes, as it is gathered."""
+        found = {id(read): gathered(read) for file in self.files for read in file.reads()}
+        return [tensor for tensor in found.values() if tensor.changes]
+
+    @property
+    def change_bytes(self) -> int:
+        """The most that an adapter's values take in memory at once."""
+        return max((most_bytes(tensor.changes) for tensor in self.changed), default=0)
+
+    @property
     def output_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
@@ -228,6 +244,7 @@ def make_plan(
     allow_rank_mismatch: bool = False,
     recipe: Recipe | None = None,
     device: str = "cpu",
+    adapter: Adapter | None = None,
 ) -> Plan:
     """Plan the conversion of `source` to Transformers' layout; with a `recipe`, quantized as that says, on `device`.
 
@@ -241,12 +258,13 @@ def make_plan(
         claims = binding.claim(source.keys, text_only=text_only)
         check_tensors(binding, source)
         warnings, compare = check_replicas(binding, source, allow_rank_mismatch)
-        tensors = _output_tensors(binding, of_meta(binding, source, claims.spelling), dtype, recipe, device)
+        changes = adapter.changes(binding) if adapter else {}
+        tensors = output_tensors(binding, of_meta(binding, source, claims.spelling), changes, dtype, recipe, device)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
     streamed = streamed_records([tensor.pieces for tensor in tensors], source)
     skipped = {key for key, rule in claims.dropped.items() if rule.when == "text_only"}
-    files = _files(_groups(tensors, streamed), shard_size)
+    files = files_of(groups_of(tensors, streamed), shard_size)
     streamed = streamed_records([gathered(read).pieces for file in files for read in file.reads()], source)
     return Plan(
         geometry=geometry,
@@ -259,26 +277,31 @@ def make_plan(
         unread=unread_records(source, streamed, skipped),
         compare=tuple(compare),
         warnings=tuple(warnings),
-        linear_layers=tuple(_linear_layers(binding, recipe)) if recipe else (),
+        linear_layers=linear_layers(binding, recipe),
     )
 
 
-def plan_quantization(
-    source: SafetensorsSource, recipe: Recipe, shard_size: int = 5_000_000_000, device: str = "cpu"
+def plan_directory(
+    source: SafetensorsSource,
+    recipe: Recipe | None,
+    shard_size: int = 5_000_000_000,
+    device: str = "cpu",
+    adapter: Adapter | None = None,
 ) -> Plan:
-    """Plan the quantization of a Transformers directory, experts fused or linearized.
+    """Plan to write a Transformers directory anew, experts fused or linearized: with an adapter merged, quantized, or both.
 
     Raises BadInput where names and shapes do not fit config.json, naming the key.
     """
     try:
         config, binding = bind_directory(source)
-        tensors = _output_tensors(binding, of_transformers(binding, source), None, recipe, device)
+        changes = adapter.changes(binding) if adapter else {}
+        tensors = output_tensors(binding, of_transformers(binding, source), changes, None, recipe, device)
     except (MappingError, ConfigError) as error:
         raise BadInput(f"{source.path}: {error}") from error
     return Plan(
         geometry=config.to_geometry(),
         text_only=config.vision_config is None,
-        files=_files([[tensor] for tensor in tensors], shard_size),
+        files=files_of([[tensor] for tensor in tensors], shard_size),
         meta_keys=(),
         dropped={},
         base_evidence=(),
@@ -286,7 +309,7 @@ def plan_quantization(
         unread=(),
         compare=(),
         warnings=(),
-        linear_layers=tuple(_linear_layers(binding, recipe)),
+        linear_layers=linear_layers(binding, recipe),
     )
 
 
@@ -300,10 +323,15 @@ def bind_directory(source: SafetensorsSource) -> tuple[Llama4Config, Binding]:
     return config, load_table().bind(shape_of_config(config))
 
 
-def _linear_layers(binding: Binding, recipe: Recipe) -> Iterator[tuple[Matrix, Scheme | None]]:
-    for key in binding.transformers:
-        for matrix in matrices(binding, key):
-            yield matrix, recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
+def linear_layers(binding: Binding, recipe: Recipe | None) -> tuple[tuple[Matrix, Scheme | None], ...]:
+    """Every matrix that a recipe could name, and what it says of it. None without one."""
+    if recipe is None:
+        return ()
+    return tuple(
+        (matrix, recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert))
+        for key in binding.transformers
+        for matrix in matrices(binding, key)
+    )
 
 
 def bind_source(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
@@ -423,45 +451,58 @@ def mismatch(key: str, first: str, other: str) -> str:
 
 
 def planned_tensor(
-    name: str, shape: tuple[int, ...], targets: Sequence[Placement], holdings: Holdings, dtype: str | None = None
+    name: str,
+    shape: tuple[int, ...],
+    targets: Sequence[Placement],
+    holdings: Holdings,
+    dtype: str | None = None,
+    changes: Changes = MappingProxyType({}),
 ) -> PlannedTensor:
     """An output tensor with all pieces of it that the source holds. Raises MappingError where these do not make it up.
 
     `dtype` casts; None keeps the source's.
     """
     pieces: list[Piece] = []
+    changed: list[ChangePiece] = []
     for target in targets:
         for held in holdings[target.tensor]:
             copy = copies(target, held.placement)
             if copy is not None:
                 shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
                 pieces.append(Piece(held.file, held.key, held.stored, shifted))
+        for change, placement in changes.get(target.tensor, ()):
+            # Of many experts one is wanted, which the first axis tells at once.
+            apart = placement.box.start[0] >= target.box.start[0] + target.box.size[0]
+            if not apart and (change_copy := copies(target, placement)):
+                changed.append(ChangePiece(change, change_copy))
     dtypes = {piece.source.dtype for piece in pieces}
     if len(dtypes) > 1:
         raise MappingError(
             f"{name} is made of {' and '.join(sorted({p.key for p in pieces}))}, which differ in dtype"
             f" ({', '.join(sorted(dtypes))})"
         )
-    tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces))
+    tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces), changes=tuple(changed))
     _check_conserved(tensor)
     return tensor
 
 
-def _output_tensors(
-    binding: Binding, holdings: Holdings, dtype: str | None, recipe: Recipe | None, device: str
+def output_tensors(
+    binding: Binding, holdings: Holdings, changes: Changes, dtype: str | None, recipe: Recipe | None, device: str
 ) -> list[PlannedTensor]:
+    """Every tensor of a Transformers directory, made of what is held; as the recipe says, where it says something."""
     linear = {held.key for several in holdings.values() for held in several}
     tensors: list[PlannedTensor] = []
     for name in binding.transformers:
         to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
         for matrix, scheme in to_encode:
             # Schemes quantize bf16, which is what checkpoints are published in.
-            gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, "BF16" if scheme else dtype)
+            to = "BF16" if scheme else dtype
+            gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, to, changes)
             tensors += _encoded(matrix, scheme, device, gathered)
         if not to_encode:
             shape = binding.transformers_shape(name)
             targets = binding.transformers_placements(name)
-            tensors.append(planned_tensor(name, shape, targets, holdings, dtype))
+            tensors.append(planned_tensor(name, shape, targets, holdings, dtype, changes))
     return tensors
 
 
@@ -506,7 +547,14 @@ def _check_conserved(tensor: PlannedTensor) -> None:
         raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")
 
 
-def streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint) -> frozenset[tuple[int, str]]:
+class SourceFiles(Protocol):
+    """What a source is read from: its ranks, or its shards."""
+
+    @property
+    def ranks(self) -> Sequence[PthIndex | SafetensorsIndex]: ...
+
+
+def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) -> frozenset[tuple[int, str]]:
     """The records that are read once, whole and front to back, in this order, so that their CRC can be checked on the way."""
     users: Counter[tuple[int, str]] = Counter()
     for rank, index in enumerate(source.ranks):
@@ -547,7 +595,7 @@ def unread_records(
     )
 
 
-def _groups(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str]]) -> list[list[PlannedTensor]]:
+def groups_of(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str]]) -> list[list[PlannedTensor]]:
     """What stays in one file: the parts of a matrix, and neighbours that read the same record."""
     groups: list[list[PlannedTensor]] = []
     seen: set[tuple[int, str]] = set()
@@ -563,7 +611,7 @@ def _groups(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str
     return groups
 
 
-def _files(groups: Sequence[list[PlannedTensor]], shard_size: int) -> tuple[PlannedFile, ...]:
+def files_of(groups: Sequence[list[PlannedTensor]], shard_size: int) -> tuple[PlannedFile, ...]:
     contents: list[list[PlannedTensor]] = []
     room = 0
     for group in groups:

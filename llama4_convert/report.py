@@ -112,6 +112,7 @@ def plan_summary(plan: dict[str, Any]) -> str:
         f"memory   {plan['peak_memory_bytes'] / (1 << 20):.0f} MiB of its own",
     ]
     lines += dropped_lines(plan["dropped"])
+    lines += fine_tune_lines(plan)
     if "quantization" in plan:
         lines += quantization_summary(plan["quantization"])
     if "fit" in plan:
@@ -142,7 +143,20 @@ def convert_summary(result: dict[str, Any]) -> str:
         f" {len(weights)} file(s){resumed}, variant {result['variant']} ({result['variant_reason']})"
     )
     told = quantization_summary(result["quantization"]) if "quantization" in result else []
-    return "\n".join([line, *dropped, *told])
+    return "\n".join([line, *dropped, *fine_tune_lines(result), *told])
+
+
+def fine_tune_lines(told: dict[str, Any]) -> list[str]:
+    """What an adapter does, and how much of a config.json was repaired (the warnings say what)."""
+    lines = []
+    if adapter := told.get("adapter"):
+        ranks = ", ".join(map(str, adapter["ranks"]))
+        merged = f"{adapter['matrices_merged']:,} matrices of rank {ranks}" if adapter["ranks"] else "no matrices"
+        replaced = len(adapter["tensors_replaced"])
+        lines.append(f"adapter  {merged} merged" + (f", {replaced} tensors replaced" if replaced else ""))
+    if repaired := told.get("repaired"):
+        lines.append(f"repaired {', '.join(one['field'] for one in repaired)}")
+    return lines
 
 
 def export_summary(result: dict[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""A Transformers directory as the source of a conversion: its weights by a recipe, all else as it is. Fine-tunes come so."""
+"""A Transformers directory as the source of a conversion: its weights by a recipe, or with an adapter merged; all else as it is.
+
+Fine-tunes come so.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import Any
 from llama4_convert import config
 from llama4_convert.checkpoints.meta import is_file_name, read_small
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
-from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe, load_recipe
+from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
-from llama4_convert.planning import plan_quantization
+from llama4_convert.planning import plan_directory
 from llama4_convert.published import Digest, promised
 from llama4_convert.version import TOOL
 
@@ -39,22 +42,43 @@ def promises(source: SafetensorsSource) -> tuple[dict[Path, Digest], list[str]]:
     return found, [f"the source has no checksums: nothing says what {some} should be, and they are taken as they are"]
 
 
+def open_directory(request: Request) -> SafetensorsSource:
+    """The request's source. Raises UsageError for options that are not for it."""
+    for name, option in _META_ONLY.items():
+        if getattr(request, name):
+            raise UsageError(f"{option} is for Meta's layout: a Transformers directory keeps what it says")
+    source = SafetensorsSource.open(request.source)
+    if "quantization_config" in source.config:
+        raise UsageError(f"{request.source} is quantized already: take what it was made from")
+    return source
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """What a directory holds beside its weights, its index and config.json."""
+    made: dict[str, bytes] = {}
+    for path in sorted(folder.iterdir()):
+        is_notice = path.name.split(".")[0].upper() in SOURCE_NOTICES
+        wanted = path.name not in {"config.json", INDEX, NAME} and (is_notice or path.suffix in _KEPT)
+        if wanted and is_file_name(path.name) and path.is_file():
+            made[path.name] = read_small(path)
+    return made
+
+
 class TransformersJob(Job):
-    """Quantizes what is in Transformers' layout already, experts fused or linearized."""
+    """Quantizes what is in Transformers' layout already, experts fused or linearized, and merges an adapter into it."""
 
     def __init__(self, request: Request) -> None:
-        for name, option in _META_ONLY.items():
-            if getattr(request, name):
-                raise UsageError(f"{option} is for Meta's layout: a Transformers directory keeps what it says")
         self.request = request
-        self.source = SafetensorsSource.open(request.source)
-        if "quantization_config" in self.source.config:
-            raise UsageError(f"{request.source} is quantized already: quantize what it was made from")
-        if request.recipe is None:
-            raise UsageError(f"{request.source} is in Transformers' layout already: add --recipe to quantize it")
-        self.recipe = load_recipe(request.recipe)
-        self.plan = plan_quantization(self.source, self.recipe, request.shard_size, request.device)
-        check_recipe(self.recipe, self.plan)
+        self.source = source = open_directory(request)
+        if request.recipe is None and request.adapter is None:
+            raise UsageError(
+                f"{request.source} is in Transformers' layout already: add --recipe to quantize it, --adapter to merge one"
+            )
+        self.recipe = load_recipe(request.recipe) if request.recipe else None
+        self.adapter = load_adapter(request.adapter)
+        self.plan = plan_directory(source, self.recipe, request.shard_size, request.device, self.adapter)
+        if self.recipe:
+            check_recipe(self.recipe, self.plan)
         self.variant, self.variant_reason = "as the source", "all files but the weights are the source's"
         text: Any = self.source.config.get("text_config") or self.source.config
         self.max_position_embeddings = int(text.get("max_position_embeddings") or 131072)
@@ -64,14 +88,10 @@ class TransformersJob(Job):
         """The source's own small files, with config.json telling of the quantization."""
         from llama4_convert.quantization import quantization_config
 
-        assert self.recipe is not None
-        body = {**self.source.config, "quantization_config": quantization_config(self.recipe, self.plan)}
-        made = {"config.json": config.to_json(body)}
-        for path in sorted(self.request.source.iterdir()):
-            is_notice = path.name.split(".")[0].upper() in SOURCE_NOTICES
-            wanted = path.name not in {*made, INDEX, NAME} and (is_notice or path.suffix in _KEPT)
-            if wanted and is_file_name(path.name) and path.is_file():
-                made[path.name] = read_small(path)
+        body = dict(self.source.config)
+        if self.recipe:
+            body["quantization_config"] = quantization_config(self.recipe, self.plan)
+        made = {"config.json": config.to_json(body), **small_files(self.request.source)}
         params = self.request.source / "original" / "params.json"
         if params.is_file():
             made["original/params.json"] = read_small(params)
@@ -84,5 +104,5 @@ class TransformersJob(Job):
 
     def manifest(self) -> Manifest:
         options: dict[str, Any] = {"shard_size": self.request.shard_size, **self._recipe_options()}
-        source = {"layout": "transformers", "sha256": self.source.fingerprint()}
+        source = {"layout": "transformers", "sha256": self.source.fingerprint(), **self._adapter_source()}
         return Manifest(TOOL, json.loads(json.dumps(source)), options, [], {})

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from llama4_convert import nonfinite
 from llama4_convert.cast import cast
+from llama4_convert.changes import Merger
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
 from llama4_convert.nonfinite import NonFinite
@@ -46,6 +47,7 @@ _AHEAD = 16 << 20
 # Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch, the tokenizer's conversion.
 BASE_MEMORY = 64 << 20
 COMPILER_MEMORY = 96 << 20  # numba, and what it compiles
+MERGER_MEMORY = 256 << 20  # torch, which multiplies an adapter's factors
 
 
 class DamagedRecord(BadInput):
@@ -200,16 +202,16 @@ def write_file(
     allow_nonfinite: bool = False,
 ) -> None:
     """Stream one planned file into `writer`. `allow_nonfinite`: matrices with NaN or infinities are quantized, too."""
-    envelope, checksum = file.envelope(), _Checksum()
+    envelope, checksum, merger = file.envelope(), _Checksum(), Merger()
     with ThreadPoolExecutor(1, "gather") as thread:
-        encoder = _Encoder(plan, file, source, result, progress, thread, allow_nonfinite)
+        encoder = _Encoder(plan, file, source, result, progress, thread, allow_nonfinite, merger)
         _put(envelope.head(), writer)
         for tensor in file.tensors:
             _put(envelope.begin(), writer)
             if tensor.part:  # its matrix is counted as it is gathered
                 _put(encoder.take(tensor.part), writer)
             else:
-                fill = _filler(tensor, plan, source, result)
+                fill = _filler(tensor, plan, source, result, merger)
                 if tensor.name not in file.replicas:
                     fill = _counting(fill, tensor, result)
                 if envelope.has_checksums:
@@ -267,9 +269,9 @@ def _counting(fill: Fill, tensor: PlannedTensor, result: RunResult) -> Fill:
     return counted
 
 
-def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> Fill:
-    if tensor.dtype != tensor.source_dtype:
-        return _Cast(tensor, plan, source, result)
+def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult, merger: Merger) -> Fill:
+    if tensor.changes or tensor.dtype != tensor.source_dtype:
+        return _Cast(tensor, plan, source, result, merger)
     return _Gather(tensor, plan, source)
 
 
@@ -289,9 +291,10 @@ class _Encoder:
         progress: Progress,
         thread: Executor,
         allow_nonfinite: bool,
+        merger: Merger,
     ) -> None:
         self.plan, self.source, self.result, self.progress, self.thread = plan, source, result, progress, thread
-        self.allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite, self.merger = allow_nonfinite, merger
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._following = _following(file)
         self._held: dict[str, list[memoryview | None]] = {}
@@ -351,7 +354,7 @@ class _Encoder:
         if len(into) != tensor.nbytes:
             into = bytearray()  # never both
             into = bytearray(tensor.nbytes)
-        fill = _filler(tensor, self.plan, self.source, self.result)
+        fill = _filler(tensor, self.plan, self.source, self.result, self.merger)
         for start in range(0, tensor.nbytes, _GATHER):
             n = min(_GATHER, tensor.nbytes - start)
             fill(start, memoryview(into)[start : start + n])
@@ -465,11 +468,11 @@ class _Gather:
 
 
 class _Cast:
-    """The same through a cast: gathers the source's dtype, hands on the target's."""
+    """The same through a cast: gathers the source's dtype, hands on the target's. An adapter's changes are made in between."""
 
-    def __init__(self, tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> None:
+    def __init__(self, tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult, merger: Merger) -> None:
         self.gather = _Gather(tensor, plan, source)
-        self.tensor, self.result = tensor, result
+        self.tensor, self.result, self.merger = tensor, result, merger
         self.ratio = tensor.nbytes // tensor.numel, self.gather.item
 
     def __call__(self, start: int, into: memoryview) -> None:
@@ -477,10 +480,21 @@ class _Cast:
         for i in range(0, len(into), _SCRATCH):
             part = into[i : i + _SCRATCH]
             raw = bytearray(len(part) // target_item * source_item)
-            self.gather((start + i) // target_item * source_item, memoryview(raw))
-            part[:], lost = cast(bytes(raw), self.tensor.source_dtype, self.tensor.dtype)
+            first = (start + i) // target_item
+            self.gather(first * source_item, memoryview(raw))
+            part[:], lost = self._cast(first, raw)
             if lost:
                 self.result.overflows[self.tensor.name] = self.result.overflows.get(self.tensor.name, 0) + lost
+
+    def _cast(self, first: int, raw: bytearray) -> tuple[bytes | bytearray, int]:
+        tensor = self.tensor
+        bits = np.frombuffer(raw, f"u{self.gather.item}")
+        changed = self.merger.changed(tensor.changes, first, bits, tensor.source_dtype)
+        if changed is not None:
+            return cast(changed.data.cast("B"), "F32", tensor.dtype)
+        if tensor.dtype == tensor.source_dtype:
+            return raw, 0
+        return cast(bytes(raw), tensor.source_dtype, tensor.dtype)
 
 
 def _linear(target: int, rows: int, width: int, pitch: int) -> int:
@@ -568,4 +582,6 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
             for m in matrices
         )
         run += largest + COMPILER_MEMORY
+    if plan.changed:
+        run += MERGER_MEMORY + plan.change_bytes
     return max(run, (80 << 20) + 10 * tokenizer_bytes)

@@ -43,6 +43,19 @@ request_options = options(
         help="Quantize on the way: a built-in recipe (`llama4-convert recipes` lists them) or a TOML file.",
     ),
     click.option(
+        "--adapter",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Merge a PEFT LoRA adapter on the way, before any quantization. SRC may be in either layout.",
+    ),
+    click.option(
+        "--vision-from",
+        type=click.Path(path_type=Path),
+        metavar="BASE",
+        help="SRC is a text-only fine-tune: take vision tower and processor from BASE, in either layout,"
+        " and what config.json has lost.",
+    ),
+    click.option(
         "--allow-nonfinite",
         is_flag=True,
         help="Quantize matrices with NaN or infinities, too: as 0 and as the largest magnitude. Default: refused.",

@@ -77,7 +77,8 @@ def convert(
 ) -> None:
     """Convert Meta's checkpoint SRC (consolidated.NN.pth, params.json) to a Transformers directory DST.
 
-    With --recipe it is quantized on the way, and SRC may be a Transformers directory.
+    With --recipe it is quantized on the way, with --adapter a LoRA adapter is merged into it. SRC may then be a Transformers
+    directory, and with --vision-from it is a text-only one, which becomes whole again.
 
     An interrupted conversion goes on with the same command. Until its index file is there, DST does not load as a model.
 
@@ -85,6 +86,8 @@ def convert(
     Examples:
       llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-hf
       llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-int4 --recipe int4
+      llama4-convert convert scout-hf scout-tuned --adapter my-lora
+      llama4-convert convert my-text-tune scout-tuned --vision-from scout-hf
     """
     from llama4_convert.conversion import convert as run
 

@@ -1,0 +1,143 @@
+"""What training frameworks strip or get wrong in a fine-tune's config.json, put right from its tensors and from its base model.
+
+Sizes are the tensors' to say. What no tensor says (RoPE's scaling, chunks, which layers rotate ...) is the base model's: a
+fine-tune computes with it, whatever its config.json has made of it. Nothing is changed in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from llama4.config import Llama4Config, Llama4TextConfig, differences
+from llama4_convert.checkpoints.pth import StoredTensor
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_SIZES = (
+    *(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "intermediate_size_mlp",
+        "num_local_experts",
+    ),
+    *("moe_layers", "interleave_moe_layer_step"),
+)
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")  # tensors say their products only
+_A_LAYER = ("no_rope_layers", "layer_types")  # lists with an entry for each
+# Fields that are taken over together: several spellings, or one that is counted from another.
+_TOGETHER = {
+    "rope": ("rope_theta", "rope_scaling", "rope_parameters"),
+    "no_rope": ("no_rope_layers", "no_rope_layer_interval", "layer_types", "attention_chunk_size"),
+}
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Repair(NamedTuple):
+    """A field of config.json, what it was (None: not there), and what it is now."""
+
+    field: str
+    found: Any
+    used: Any
+
+
+def tensor_sizes(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """The fields of a text model's config.json that its tensors decide."""
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    found: dict[str, Any] = {}
+    if len(embeddings := shapes.get("model.embed_tokens.weight", ())) == 2:
+        found["vocab_size"], found["hidden_size"] = embeddings
+    layers: set[int] = set()
+    moe: set[int] = set()
+    for key, shape in shapes.items():
+        if not (match := _LAYER.fullmatch(key)) or not shape:
+            continue
+        layers.add(int(match[1]))
+        if match[2] == "feed_forward.router.weight":
+            moe.add(int(match[1]))
+            found["num_local_experts"] = shape[0]
+        elif match[2] == "feed_forward.shared_expert.gate_proj.weight":
+            found["intermediate_size"] = shape[0]
+        elif match[2] == "feed_forward.gate_proj.weight":
+            found["intermediate_size_mlp"] = shape[0]
+    if layers:
+        found["num_hidden_layers"] = max(layers) + 1
+        found["moe_layers"] = sorted(moe)
+    return found
+
+
+def repair_text(
+    found: Mapping[str, Any], base: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, Any], list[Repair]]:
+    """A fine-tune's text configuration and its base's, as config.json has them -> the repaired one. Raises ConfigError."""
+    text = dict(found)
+    expected = Llama4TextConfig.from_json(base)
+    for size in list(_sizes_that_differ(text, tensors)):
+        text[size.field] = size.used
+    if text.get("max_position_embeddings") is None:
+        _take(text, base, ("max_position_embeddings",))
+    _heads(text, expected, tensors)
+    for difference in list(differences(Llama4Config(expected), Llama4Config(Llama4TextConfig.from_json(text)))):
+        field = difference.field
+        a_layer = field.startswith("no_rope") or field in _A_LAYER
+        if field in (*_SIZES, *_HEADS) or (a_layer and expected.num_hidden_layers != _n_layers(text)):
+            continue
+        together = "rope" if field.startswith("rope_") else "no_rope" if field in _TOGETHER["no_rope"] else ""
+        _take(text, base, _TOGETHER.get(together, (field,)))
+    text |= wrong_tokens(text, base)
+    names = [*text, *(name for name in found if name not in text)]
+    told = [Repair(name, found.get(name), text.get(name)) for name in names if found.get(name) != text.get(name)]
+    return text, told
+
+
+def _sizes_that_differ(text: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Repair]:
+    now = Llama4TextConfig.from_json(text)
+    for field, used in tensor_sizes(tensors).items():
+        value = getattr(now, field)
+        if (list(value) if isinstance(value, tuple) else value) == used:
+            continue
+        yield Repair(field, text.get(field), used)
+        if field == "moe_layers":
+            step = used[0] + 1 if used else 0
+            yield Repair("interleave_moe_layer_step", text.get("interleave_moe_layer_step"), step)
+
+
+def _heads(text: dict[str, Any], base: Llama4TextConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """The base's heads, where the projections have as many rows as these make."""
+    rows = (base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim)
+    keys = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight")
+    if all(key in tensors and tensors[key].shape[:1] == (n,) for key, n in zip(keys, rows, strict=True)):
+        now = Llama4TextConfig.from_json(text)
+        text |= {name: getattr(base, name) for name in _HEADS if getattr(now, name) != getattr(base, name)}
+
+
+def wrong_tokens(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens that are missing or plain words, each with the base's.
+
+    Special tokens stand behind the words, the first of them begins a text. Another one of them is the fine-tune's to choose.
+    """
+    specials = [i for name in TOKENS for i in _ids(base.get(name))]
+    lowest = min(specials, default=0)
+    return {
+        name: base[name]
+        for name in TOKENS
+        if base.get(name) is not None and not any(i >= lowest for i in _ids(found.get(name)))
+    }
+
+
+def _ids(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def _take(text: dict[str, Any], base: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """As the base has them: a field that it leaves to readers' defaults is left to them here, too."""
+    for name in names:
+        text.pop(name, None)
+        if name in base:
+            text[name] = base[name]
+
+
+def _n_layers(text: Mapping[str, Any]) -> int:
+    return Llama4TextConfig.from_json(text).num_hidden_layers
