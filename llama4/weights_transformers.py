@@ -100,7 +100,7 @@ def _bind(reader: TensorReader, config: Llama4Config, name: str) -> LogicalTenso
             raise BindingError(f"no tensor {key}")
         return LogicalTensor(name, (key,), reader.dtype(key), partial(reader.read, key))
     if key in keys:
-        load = partial(_fused, reader, key, int(expert[2]), expert[3])
+        load = partial(expert_of_fused, reader, key, int(expert[2]), expert[3])
         return LogicalTensor(name, (key,), reader.dtype(key), load)
     stem = key.rpartition(".")[0]
     linear = f"{stem}.{expert[2]}.{expert[3]}_proj.weight"
@@ -109,7 +109,7 @@ def _bind(reader: TensorReader, config: Llama4Config, name: str) -> LogicalTenso
     return LogicalTensor(name, (linear,), reader.dtype(linear), partial(reader.read, linear))
 
 
-def _fused(reader: TensorReader, key: str, expert: int, part: str, rows: Rows | None) -> Bits:
+def expert_of_fused(reader: TensorReader, key: str, expert: int, part: str, rows: Rows | None) -> Bits:
     """One projection as [out, in], from [experts, in, out]; gate and up lie side by side, gate first."""
     shape = reader.shape(key)
     if len(shape) != 3 or expert >= shape[0]:

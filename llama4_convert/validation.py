@@ -98,7 +98,6 @@ def validate(
     run = _run(original, candidate, config, batch, runner, dtype, lambda part: progress(int(part * total)))
 
     failed_gates = sorted(name for name, limit in limits.items() if not _within(name, run.metrics[name], limit))
-    missing = next((fault for fault in faults if fault.is_missing), None)
     return {
         "passed": not (said or faults or failed_gates or run.failure),
         "path": str(path),
@@ -106,7 +105,7 @@ def validate(
         "runner": runner,
         "dtype": dtype,
         "config_differences": [difference._asdict() for difference in said],
-        "tensors_compared": len(sizes) if missing is None else list(sizes).index(missing.name),
+        "tensors_compared": len(sizes) - sum(fault.is_missing for fault in faults),
         "tensors_quantized": _quantized([finding for finding in findings if isinstance(finding, MatrixLoss)]),
         "tensors_different": [fault.to_json() for fault in faults],
         "tensors_unexpected": unexpected_tensors(candidate, config),
@@ -274,4 +273,4 @@ def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference],
     cause = "no tensor is to blame and no field: the two compute in different ways"
     if said:
         cause = f"the configuration says otherwise in {', '.join(difference.field for difference in said)}"
-    return {"layer": layer, "module": module, "tensor": None, "cause": cause}
+    return {"layer": layer, "module": module, "tensor": None, "cause": cause, "kind": None}

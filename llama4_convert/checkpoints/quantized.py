@@ -66,15 +66,19 @@ class QuantizedReader(DirectoryReader):
         matrix = self.quantized.get(key)
         if matrix is None:
             return super().read(key, rows)
-        part_rows = rows if matrix.by_rows else None
         try:
-            parts = {
-                suffix: super(QuantizedReader, self).read(part, part_rows) for suffix, part in matrix.parts.items()
-            }
-            bits: Bits = matrix.decoder.decode(parts, matrix.n, matrix.k)
+            bits: Bits = matrix.decoder.decode(
+                self.read_parts(key, rows if matrix.by_rows else None), matrix.n, matrix.k
+            )
         except ValueError as error:
             raise BadInput(f"{key}: its quantized parts do not fit together: {error}") from error
         return bits if rows is None or matrix.by_rows else bits[rows[0] : rows[1]]
+
+    def read_parts(self, key: str, rows: tuple[int, int] | None = None) -> dict[str, Bits]:
+        """The raw bits of what decoding the matrix reads, by suffix."""
+        return {
+            suffix: super(QuantizedReader, self).read(part, rows) for suffix, part in self.quantized[key].parts.items()
+        }
 
     def _int4(self, module: str) -> QuantizedMatrix:
         from quant.encoders import PackQuantized
