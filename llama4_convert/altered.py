@@ -62,14 +62,19 @@ class Region:
     def words(self) -> str:
         """Where that is, beginning with a blank; nothing for everywhere."""
         height, width = self.shape
-        parts = [f"{'rows' if width > 1 else 'elements'} {listed(self.rows)}"] if len(self.rows) < height else []
-        parts += [f"columns {listed(self.columns)}"] if len(self.columns) < width else []
+        line = "row" if width > 1 else "element"
+        parts = [_named(line, self.rows)] if len(self.rows) < height else []
+        parts += [_named("column", self.columns)] if len(self.columns) < width else []
         return f" in {' and '.join(parts)}" if parts else ""
 
     def numbers(self) -> tuple[Floats, Floats]:
         """Of both, from no more than some of the rows."""
         rows = np.unique(np.linspace(0, len(self.x) - 1, min(len(self.x), _ROWS)).astype(np.intp))
         return floats(self.x[rows], self.dtype), floats(self.y[rows], self.dtype)
+
+
+def _named(line: str, numbers: NDArray[np.intp]) -> str:
+    return f"{line}{'s' if len(numbers) > 1 else ''} {listed(numbers)}"
 
 
 def _cut(x: Array, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Array:
@@ -136,10 +141,10 @@ def constants(region: Region) -> Diagnosis | None:
     size = region.shape[0] * region.shape[1]
     if value and count == 1 and size > 1:
         return None
-    amount = "all" if count * 2 > size or not region.words else f"{count:,} of them"
+    where = region.words or (" everywhere" if count * 2 > size else "")
     if value == 0:
-        return Diagnosis("zeros", f"{amount} zeros{region.words}")
-    return Diagnosis("constant", f"{amount} one value, {value:.6g}{region.words}")
+        return Diagnosis("zeros", f"zeros{where}")
+    return Diagnosis("constant", f"all one value, {value:.6g},{where or ' here and there'}")
 
 
 def other_reading(region: Region) -> Diagnosis | None:

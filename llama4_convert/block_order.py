@@ -106,7 +106,7 @@ def told(found: Blocks, axis: Axis) -> Diagnosis:
     role, order = axis.role(found.n, found.height), found.order
     places = np.arange(len(order))
     zero = np.flatnonzero(order == _ZERO)
-    extent = "" if found.height == 1 else f" of {found.height} {axis.line}s each"
+    extent = "" if found.height == 1 else f" ({found.height} {axis.line}s each)"
     if len(zero):
         missing = sorted(set(range(found.n)) - set(order.tolist()))
         where = f"{axis.line}s {listed(np.concatenate([i * found.height + np.arange(found.height) for i in zero]))}"
@@ -117,26 +117,23 @@ def told(found: Blocks, axis: Axis) -> Diagnosis:
         which = f"{role} {listed(zero)}: " if role in ("head", "expert") else ""
         return Diagnosis("zeros", f"{which}{where} {'are' if len(zero) * found.height > 1 else 'is'} all zeros")
     if len(set(order.tolist())) < len(order):
-        counts = np.bincount(order)
-        twice = np.flatnonzero(counts > 1)
+        twice = np.flatnonzero(np.bincount(order) > 1)
         lost = sorted(set(range(found.n)) - set(order.tolist()))
-        words = (
-            f"{role} repeated: the numbers of {role} {listed(twice)} of {found.n} stand there more than once{extent}"
-        )
-        if lost:
-            words += f", those of {role} {listed(lost)} are missing"
+        words = f"{role} repeated: {role} {listed(twice)} of {found.n}{extent} stands there more than once"
+        words += f", {role} {listed(lost)} is missing" if lost else ""
         kind = {"expert": "experts_reordered", "row": "rows_permuted", "column": "columns_permuted"}
         return Diagnosis(kind.get(role, "rank_repeated"), words)
     moved = np.flatnonzero(order != places)
     if len(moved) == 2:
-        words = f"{role}s reordered: {moved[0]} and {moved[1]} are exchanged"
+        words = f"{moved[0]} and {moved[1]} of {found.n}{extent} are exchanged"
     elif np.array_equal(order, places[::-1]):
-        words = f"{role}s reordered: the last comes first"
+        words = f"the last of {found.n}{extent} comes first"
     else:
-        words = f"{role}s reordered: in the order {listed(order, 16)}"
+        words = f"{found.n}{extent} in the order {listed(order, 16)}"
     if role == "expert":
         words += f"; {role} {moved[0]} holds the numbers of expert {order[moved[0]]}"
-    return Diagnosis(_REORDERED.get(role, f"{axis.line}s_permuted"), f"{words} ({found.n}{extent})")
+    verb = "reordered" if role in _REORDERED else "permuted"
+    return Diagnosis(_REORDERED.get(role, f"{axis.line}s_permuted"), f"{role}s {verb}: {words}")
 
 
 def block_order(x: Array, y: Array, same: Same, axis: Axis) -> Diagnosis | None:
@@ -160,13 +157,10 @@ def row_order(x: Array, y: Array, same: Same, axis: Axis, head_dim: int = 0) -> 
     moved = shifts[shifts != 0]
     if len(moved):
         shift = int(np.bincount(moved + n).argmax()) - n
-        shifted = np.flatnonzero(order - np.arange(n) == shift)
+        shifted = np.flatnonzero((order - np.arange(n) == shift) & (order >= 0))
         if len(shifted) > n // 2 and not axis.of_experts and same(x[shifted + shift], y[shifted]):
-            rest = (
-                ""
-                if len(shifted) == n
-                else f"; {axis.line}s {listed(np.flatnonzero(order - np.arange(n) != shift))} are others"
-            )
+            others = np.setdiff1d(np.arange(n), shifted)
+            rest = f"; {axis.line} {listed(others)} is another" if len(others) else ""
             return Diagnosis("shifted", f"{axis.line}s shifted by {-shift}{rest}")
     if _UNMATCHED in order or not same(_arranged(x, order, n), y):
         return None

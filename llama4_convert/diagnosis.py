@@ -110,7 +110,8 @@ class Diagnoser:
                 continue
             diagnosis = hypothesis(self, case)
             if diagnosis:
-                self._last[stem] = hypothesis, diagnosis.kind
+                if hypothesis is not Diagnoser.near_or_unrelated:  # which fits what others explain better
+                    self._last[stem] = hypothesis, diagnosis.kind
                 self._worked.add(hypothesis)
                 return diagnosis
         return None
@@ -144,7 +145,7 @@ class Diagnoser:
         if name in SLICED:
             return self._sliced(name, dtype, axes)
         x, y = self._load(name, same)
-        if x.shape == y.shape:
+        if x.shape == y.shape or x.ndim == y.ndim == 1:
             x, y = rearranged.as_matrix(x), rearranged.as_matrix(y)
         return Case(name, same, dtype, x, y, axes, head_dim if axis == 0 else 0)
 
@@ -301,6 +302,12 @@ class Diagnoser:
     def transposed(self, case: Case) -> Diagnosis | None:
         return rearranged.transposed(case.x, case.y, case.same) if case.thin is None else None
 
+    def permuted_patches(self, case: Case) -> Diagnosis | None:
+        vision = self.config.vision_config
+        if vision is None or case.name != "vision.patch_embedding":
+            return None
+        return rearranged.patches_permuted(case.x, case.y, case.same, vision.patch_size)
+
     def wrong_axis(self, case: Case) -> Diagnosis | None:
         return rearranged.wrong_axis(*(case.thin or (case.x, case.y)), case.same)
 
@@ -344,6 +351,7 @@ _EXACT: tuple[Hypothesis, ...] = (
     Diagnoser.in_a_pair,
     Diagnoser.in_blocks,
     Diagnoser.constant_somewhere,
+    Diagnoser.permuted_patches,
     Diagnoser.wrong_axis,
     Diagnoser.read_otherwise,
     Diagnoser.cut_from_qkv,

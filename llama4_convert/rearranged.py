@@ -51,8 +51,9 @@ EXACT = Same()
 
 def relative_error(x: Array, y: Array) -> float:
     """Squared difference over x squared, of numbers; infinite where x is zero and y is not."""
-    difference = (y - x).ravel()
-    error, power = float(np.vdot(difference, difference)), float(np.vdot(x, x))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = (y - x).ravel()
+        error, power = float(np.vdot(difference, difference)), float(np.vdot(x, x))
     return error / power if power else (0.0 if error == 0 else np.inf)
 
 
@@ -187,12 +188,29 @@ def shifted(x: Array, y: Array, same: Same) -> Diagnosis | None:
             first, last = max(begin, -shift), min(size, size - shift)
             if (last - first) * 2 > size - begin and source[first + shift : last + shift] == found[first:last]:
                 item = x.itemsize
-                steps = f"{abs(shift) // item:,} elements" if shift % item == 0 else f"{abs(shift):,} bytes"
+                steps = f"{abs(shift):,} bytes" if shift % item else f"{abs(shift) // item:,} elements"
+                if shift % (row := item * a.shape[1]) == 0 and a.shape[1] > 1:
+                    steps = f"{abs(shift) // row:,} {'rows' if a is x else 'columns'} ({steps})"
                 start = "" if begin < max(item, -shift + item) else f", from element {begin // item:,} on"
                 way = "towards the front" if shift > 0 else "towards the end"
                 return Diagnosis(
                     "shifted", f"shifted by {steps} {way}{start}: its data offset is wrong or part of it is lost"
                 )
+    return None
+
+
+def patches_permuted(x: Array, y: Array, same: Same, patch: int) -> Diagnosis | None:
+    """A patch embedding [D, 3 * patch * patch], whose columns are a colour after the other."""
+    d = len(x)
+    for axes, words in (
+        ((0, 2, 3, 1), "colours last, as pictures lie in memory"),
+        ((0, 1, 3, 2), "height and width exchanged"),
+        ((0, 3, 2, 1), "width first and colours last"),
+    ):
+        if Move((d, 3, patch, patch), axes).explains(x, y, same):
+            return Diagnosis("columns_permuted", f"columns permuted: {words}")
+    if np.array_equal(x.reshape(d, 3, -1)[:, ::-1].reshape(x.shape), y):
+        return Diagnosis("columns_permuted", "columns permuted: blue, green, red for red, green, blue")
     return None
 
 

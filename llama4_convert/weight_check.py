@@ -181,7 +181,8 @@ def _compare(
         n = int(np.count_nonzero(unequal))
         if n:
             differing += n
-            largest = max(largest, _largest_difference(a[unequal], b[unequal], found.dtype))
+            difference = _largest_difference(a[unequal], b[unequal], found.dtype)
+            largest = largest if difference <= largest else difference  # NaN stays
     if not differing:
         return None
     return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}"

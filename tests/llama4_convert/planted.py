@@ -296,7 +296,9 @@ def of_attention(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("rope_permuted", "k for half-rotation", K, half_rotation(d))
     yield one("rope_permuted", "q the other way", Q, interleaved_pairs(d))
     yield one("rope_permuted", "k the other way", K, interleaved_pairs(d))
-    yield one("rope_permuted", "q in one head", Q, lambda t: torch.cat([t[:d], half_rotation(d)(t[d : 2 * d]), t[2 * d :]]))
+    yield one(
+        "rope_permuted", "q in one head", Q, lambda t: torch.cat([t[:d], half_rotation(d)(t[d : 2 * d]), t[2 * d :]])
+    )
     yield one("heads_reordered", "q heads exchanged", Q, heads(s.q_heads, exchanged(0, 1)))
     yield one("heads_reordered", "o heads exchanged", O, heads(s.q_heads, exchanged(1, 2), 1))
     yield one("heads_reordered", "q heads rolled", Q, heads(s.q_heads, lambda n: [*n[1:], n[0]]))
@@ -364,7 +366,7 @@ def of_norms(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("rank_repeated", "norm half repeated", NORM_2, first_half_repeated(0))
     yield one("truncated", "norm truncated", NORM, lambda t: t[:-3])
     yield one("nonfinite", "norm", NORM_2, put(math.nan, 3))
-    yield one("other_tensor", "norm of another layer", NORM, lambda t: t)[:3] + (of_next_layer,)
+    yield (*one("other_tensor", "norm of another layer", NORM, lambda t: t)[:3], of_next_layer)
     yield "other_tensor", "the norms exchanged", (NORM, NORM_2), exchange
 
 
@@ -405,8 +407,8 @@ def of_experts(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("rank_missing", "shared up", SHARED[1], parts(2, 0, [None, 1]))
     yield one("transposed", "shared down", SHARED[2], transposed)
     yield one("wrong_axis", "shared down", SHARED[2], columns_as_rows(2))
-    yield one("other_tensor", "another layer's shared down", SHARED[2], lambda t: t)[:3] + (of_next_layer,)
-    yield one("other_tensor", "another layer's experts", DOWN, lambda t: t)[:3] + (of_next_layer,)
+    yield (*one("other_tensor", "another layer's shared down", SHARED[2], lambda t: t)[:3], of_next_layer)
+    yield (*one("other_tensor", "another layer's experts", DOWN, lambda t: t)[:3], of_next_layer)
 
 
 def of_dense(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
@@ -455,9 +457,14 @@ def of_vision(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("wrong_axis", "vision fc2", FC2, columns_as_rows(2))
     yield one("zeros", "vision q bias", WQ.replace("weight", "bias"), torch.zeros_like)
     yield one("rank_repeated", "vision fc1 bias", FC1.replace("weight", "bias"), first_half_repeated(0))
-    yield one("other_tensor", "vision o bias of another layer", WO.replace("weight", "bias"), lambda t: t)[:3] + (of_next_layer,)
+    yield (*one("other_tensor", "vision o bias of another layer", WO.replace("weight", "bias"), lambda t: t)[:3], of_next_layer)
     yield "other_tensor", "vision k and v", (WK, WV), exchange
-    yield "other_tensor", "vision norm and its bias", ("vision_model.layernorm_pre.weight", "vision_model.layernorm_pre.bias"), exchange
+    yield (
+        "other_tensor",
+        "vision norm and its bias",
+        ("vision_model.layernorm_pre.weight", "vision_model.layernorm_pre.bias"),
+        exchange,
+    )
     yield one("scaled", "vision layernorm", "vision_model.layernorm_post.weight", lambda t: t * 2)
     yield one("nonfinite", "class embedding", "vision_model.class_embedding", put(math.nan, 5))
     yield one("columns_permuted", "patch embedding, colours last", "vision_model.patch_embedding.linear.weight",
