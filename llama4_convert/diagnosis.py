@@ -19,6 +19,7 @@ from llama4_convert import altered, block_order, quantized_faults, rearranged
 from llama4_convert.altered import Region, floats
 from llama4_convert.block_order import Axis
 from llama4_convert.checkpoints.quantized import QuantizedReader
+from llama4_convert.checkpoints.readers import DirectoryReader
 from llama4_convert.rearranged import Array, Diagnosis, Same
 from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
 
@@ -26,7 +27,7 @@ from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
 SLICED = {"tok_embeddings", "output"}
 SLICE = 4096
 FLOATS = {"BF16", "F16", "F32", "F64"}
-_THOROUGH = 200  # faults that every hypothesis is tried on; of those behind them only what has explained one before
+_THOROUGH = 1000  # faults that every hypothesis is tried on; of those behind them only what has explained one before
 _COLUMNS = 64  # of a sliced matrix that stand for all
 _PAIR = re.compile(r"(.+)\.(gate|up)")
 _QKV = re.compile(r"(.+\.)(q|k|v)")
@@ -85,19 +86,21 @@ class Diagnoser:
         self.ours, self.found, self.wrong, self.config, self.sketches = ours, found, wrong, config, sketches
         self.quantized, self.limits = quantized, limits
         self._tried = 0
-        self._last: dict[str, tuple[Hypothesis, str]] = {}  # what explained the tensor of this kind before
+        self._last: dict[str, tuple[Hypothesis, str]] = {}  # what explained the expert before
         self._worked: set[Hypothesis] = set()
         self._pairs: dict[str, Diagnosis | None] = {}
 
     def of(self, name: str) -> Diagnosis | None:
         """None where no hypothesis fits. Raises BindingError."""
         ours, found = self.ours[name], self.found[name]
+        if self.quantized and found.keys[0] in self.quantized.damaged:
+            return self._of_damaged(name, self.quantized)
         if not {ours.dtype, found.dtype} <= FLOATS:
             return Diagnosis("dtype", f"its dtype is {found.dtype}, not {ours.dtype}")
         case = self._case(name)
         if case.x.shape != case.y.shape:
             return self._of_shape(case)
-        stem = re.sub(r"\d+", "*", name)
+        stem = re.sub(r"experts\.\d+", "experts", name)
         if stem in self._last:
             hypothesis, kind = self._last[stem]
             again = hypothesis(self, case)
@@ -259,9 +262,31 @@ class Diagnoser:
             if self.found[other].keys and self._same(other) == case.same:
                 x, y = self._load(other, case.same)
                 first, second = ((case.x, case.y), (x, y)) if mine.endswith("gate") else ((x, y), (case.x, case.y))
-                if first[1].ndim == second[1].ndim == 2 and first[1].shape[1] == second[1].shape[1]:
-                    self._pairs[pair[1]] = rearranged.paired((first[0], second[0]), (first[1], second[1]), case.same)
+                xs, ys = (first[0], second[0]), (first[1], second[1])
+                if ys[0].ndim == ys[1].ndim == 2 and ys[0].shape[1] == ys[1].shape[1]:
+                    together = rearranged.paired(xs, ys, case.same)
+                    if together is None and ys[0].shape != xs[0].shape:
+                        whole = np.concatenate(xs), np.concatenate(ys)
+                        together = block_order.other_shape(*whole, case.same, (Axis("row"), Axis("column")))
+                    self._pairs[pair[1]] = together
         return self._pairs[pair[1]]
+
+    def in_blocks_of_a_pair(self, case: Case) -> Diagnosis | None:
+        """Blocks of a fused gate and up, whose halves no one told apart."""
+        pair = _PAIR.fullmatch(case.name)
+        if pair is None:
+            return None
+        other = f"{pair[1]}.{'up' if pair[2] == 'gate' else 'gate'}"
+        if not self.found[other].keys or self._same(other) != case.same:
+            return None
+        x, y = self._load(other, case.same)
+        if x.shape != y.shape or x.shape != case.x.shape:
+            return None
+        mine, theirs = (case.x, case.y), (x, y)
+        gate, up = (mine, theirs) if pair[2] == "gate" else (theirs, mine)
+        a, b = np.concatenate([gate[0], up[0]]), np.concatenate([gate[1], up[1]])
+        found = block_order.block_order(a, b, case.same, Axis("row"))
+        return Diagnosis(found.kind, f"{found.cause}, gate and up together") if found else None
 
     def cut_from_qkv(self, case: Case) -> Diagnosis | None:
         """Rows of q, k and v mistaken together."""
@@ -279,11 +304,27 @@ class Diagnoser:
         others = bool(re.search(r"attention\.[qk]|w[qk]\.", case.name))
         return rearranged.rope_permuted(case.x, case.y, case.same, case.head_dim, others)
 
+    def _of_damaged(self, name: str, reader: QuantizedReader) -> Diagnosis | None:
+        module = self.found[name].keys[0].removesuffix(".weight")
+        tensors = reader.checkpoint.tensors
+        shapes = {key.removeprefix(f"{module}."): tensors[key].shape for key in tensors if key.startswith(f"{module}.")}
+        ours = self.ours[name]
+        return quantized_faults.damaged(
+            floats(np.ascontiguousarray(ours.load(None)), ours.dtype),
+            shapes,
+            lambda suffix: DirectoryReader.read(reader, f"{module}.{suffix}"),
+            {kind: Same(limit) for kind, limit in self.limits.items()},
+        )
+
     def of_scales(self, case: Case) -> Diagnosis | None:
         if self.quantized is None or (matrix := self.quantized.quantized.get(self.found[case.name].keys[0])) is None:
             return None
         parts = self.quantized.read_parts(self.found[case.name].keys[0])
         args = (case.x, case.y, matrix, parts, case.same)
+        within = rearranged.relative_error(case.x, case.y) <= case.same.limit
+        few = quantized_faults.suspicion(*args[:4]) if within else None
+        if few and few.kind != "scale":
+            return few
         return quantized_faults.wrong_scales(*args) or quantized_faults.wrong_packing(*args)
 
     # -------------------- hypotheses on the numbers alone
@@ -320,7 +361,9 @@ class Diagnoser:
         return next(filter(None, found), None)
 
     def shifted(self, case: Case) -> Diagnosis | None:
-        return rearranged.shifted(case.x, case.y, case.same)
+        return rearranged.shifted(
+            case.x, case.y, case.same, turned=".experts." in case.name or case.name.endswith("router")
+        )
 
     def read_otherwise(self, case: Case) -> Diagnosis | None:
         return altered.other_reading(case.region)
@@ -350,6 +393,7 @@ _EXACT: tuple[Hypothesis, ...] = (
     Diagnoser.permuted_for_rope,
     Diagnoser.in_a_pair,
     Diagnoser.in_blocks,
+    Diagnoser.in_blocks_of_a_pair,
     Diagnoser.constant_somewhere,
     Diagnoser.permuted_patches,
     Diagnoser.wrong_axis,
@@ -367,6 +411,7 @@ _LOSSY: tuple[Hypothesis, ...] = (
     Diagnoser.transposed,
     Diagnoser.in_a_pair,
     Diagnoser.in_blocks,
+    Diagnoser.in_blocks_of_a_pair,
     Diagnoser.constant_somewhere,
     Diagnoser.of_scales,
     Diagnoser.wrong_axis,

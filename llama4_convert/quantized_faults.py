@@ -1,4 +1,7 @@
-"""How a quantized matrix is wrong: scales that are not its codes', or codes that are packed in another way. Pure, on arrays."""
+"""How a quantized matrix is wrong: scales that are not its codes', codes that are packed in another way. Pure, on arrays.
+
+What a whole matrix may lose hides wrong scales and single wrong codes: `suspicion` looks for these in the groups.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,74 @@ _WORDS = {
 }
 
 
+# A group's ratio to the weights is 1 less its error. Over the groups it varies by some percent, by wrong scales five times so.
+_USUAL_SPREAD = 0.05
+_LARGEST_RATIO, _SMALLEST_RATIO = 1.3, 0.4
+# Half a step of the codes, as parts of a scale or of the number itself, and a fifth more.
+_HALF_STEP = 0.6
+_FEW = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
+
+
+def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> Diagnosis | None:
+    """Scales that are not the codes', or a few codes that no rounding makes, in a matrix whose error is not too large."""
+    stored, gain, _ = _scales(a, b, matrix, parts)
+    known = gain[gain != 0]
+    if known.size > 8 and (
+        1.4826 * np.median(np.abs(known - np.median(known))) > _USUAL_SPREAD
+        or known.max() > _LARGEST_RATIO
+        or known.min() < _SMALLEST_RATIO
+    ):
+        return Diagnosis("scale", f"scale: {_ratios(gain)}")
+    places = _wrong_codes(a, b, stored, matrix)
+    if not 0 < len(places) <= max(4, _FEW * a.size):
+        return None
+    row, column = (int(i) for i in places[0])
+    words = f"element [{row}, {column}] is read as {b[row, column]:.4g} for {a[row, column]:.4g}"
+    many = (
+        f"{len(places)} flipped bits, or codes overwritten"
+        if len(places) > 1
+        else "a flipped bit, or a code overwritten"
+    )
+    return Diagnosis("flipped_bit", f"{many}: no rounding makes them; {words}")
+
+
+def _wrong_codes(a: Floats, b: Floats, stored: Floats, matrix: QuantizedMatrix) -> Array:
+    """Places of codes that are not the nearest to their weights, [n, 2]."""
+    error = np.abs(a - b)
+    none = np.empty((0, 2), np.intp)
+    if matrix.kind == "int4":
+        size = a.shape[1] // stored.shape[1]
+        scale = np.abs(stored)
+        groups = np.argwhere(error.reshape(*scale.shape, size).max(2) > _HALF_STEP * scale)
+        found = []
+        for row, group in groups[: 1 << 16]:
+            some = slice(group * size, (group + 1) * size)
+            weights, step = a[row, some] / stored[row, group], b[row, some] / stored[row, group]
+            nearest = np.clip(np.rint(weights), -8, 7)
+            wrong = np.abs(weights - step) > np.abs(weights - nearest) + 2 * (_HALF_STEP - 0.5)
+            found += [(row, some.start + column) for column in np.flatnonzero(wrong)]
+        return np.array(found, np.intp) if found else none
+    if matrix.kind == "fp8":
+        high, wide = (-(-n // m) for n, m in zip(a.shape, stored.shape, strict=True))
+        scale = np.repeat(np.repeat(np.abs(stored), high, 0)[: len(a)], wide, 1)[:, : a.shape[1]]
+        return np.argwhere((error > 0.07 * np.abs(b) + scale / 512) & (np.abs(b) < 447 * scale))
+    return none
+
+
+def _ratios(gain: Floats) -> str:
+    return f"its scales are {gain.min():.3g} to {gain.max():.3g} times what they should be"
+
+
 def wrong_scales(
     a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
 ) -> Diagnosis | None:
     """Whether each group of `b` is `a`'s times a factor: then the codes are right, and the scales that they need are known."""
     stored, gain, spread = _scales(a, b, matrix, parts)
-    if not np.isfinite(gain).all() or relative_error(b, a * spread) > same.limit:
+    expected = a * spread
+    if not np.isfinite(gain).all() or relative_error(b, expected) > same.limit:
         return None
+    if (np.square(expected - b).sum(1) > 2 * same.limit * np.square(b).sum(1)).any():
+        return None  # rows that no scale puts right
     with np.errstate(all="ignore"):
         right = stored / gain
     codes = "the codes are right"
@@ -49,19 +113,13 @@ def wrong_scales(
         for shift in (1, -1, 2, -2):
             if len(x) > abs(shift) and _explains(np.roll(x, shift, 0), x, y):
                 return Diagnosis("scale", f"scale: the scales are shifted by {shift} {lines}(s); {codes}")
-        found = (
-            blocks(x, y, _SCALES, [*divisors(len(x)), len(x)])
-            if len(x) > 1 and _SCALES.limit < relative_error(x, y)
-            else None
-        )
-        if found:
+        found = blocks(x, y, _SCALES, [*divisors(len(x)), len(x)]) if x.shape[1] > 1 and len(x) > 1 else None
+        if found and len(set(found.order.tolist())) == found.n:
             return Diagnosis("scale", f"scale: the scales' {told(found, Axis(lines)).cause}; {codes}")
     for shift in (1, -1, 2, -2):
         if _explains(np.roll(right.ravel(), shift).reshape(right.shape), right, stored):
             return Diagnosis("scale", f"scale: the scales are shifted by {shift}; {codes}")
-    return Diagnosis(
-        "scale", f"scale: its scales are {gain.min():.3g} to {gain.max():.3g} times what they should be; {codes}"
-    )
+    return Diagnosis("scale", f"scale: {_ratios(gain)}; {codes}")
 
 
 def _explains(moved: Floats, right: Floats, stored: Floats) -> bool:
@@ -114,4 +172,31 @@ def wrong_packing(
             return Diagnosis(
                 "packing", "packing: the codes count from 8 as zero where 0 is meant (unsigned for signed)"
             )
+    return None
+
+
+def damaged(a: Floats, shapes: Mapping[str, tuple[int, ...]], read: Any, same: Mapping[str, Same]) -> Diagnosis | None:
+    """Whether the scales of an int4 or FP8 matrix lie transposed, shape and all; `read` reads a part by its suffix."""
+    from quant.encoders import FloatQuantized, PackQuantized
+    from quant.schemes.fp8 import Fp8
+    from quant.schemes.int4 import GROUP_SIZES, Int4
+
+    n, k = a.shape
+    scale = shapes.get("weight_scale")
+    if scale is None or len(scale) != 2:
+        return None
+    kinds: list[tuple[str, Any, str]] = []
+    if shapes.get("weight_packed") == (n, k // 8):
+        kinds += [
+            ("int4", PackQuantized(Int4(size)), "weight_packed") for size in GROUP_SIZES if scale == (k // size, n)
+        ]
+    elif shapes.get("weight") == (n, k):
+        schemes = (Fp8("channel"), Fp8("block"))
+        kinds += [("fp8", FloatQuantized(one), "weight") for one in schemes if one.shapes(n, k)[1] == scale[::-1]]
+    for kind, decoder, codes in kinds:
+        parts = {codes: read(codes), "weight_scale": np.ascontiguousarray(read("weight_scale").T)}
+        right = "; transposed they fit" if same[kind](a, floats(decoder.decode(parts, n, k), "BF16")) else ""
+        return Diagnosis(
+            "scale_axis", f"scale on the wrong axis: the scales are {list(scale)}, not {list(scale[::-1])}{right}"
+        )
     return None

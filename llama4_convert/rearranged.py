@@ -167,11 +167,13 @@ def rope_permuted(x: Array, y: Array, same: Same, head_dim: int, others: bool = 
     return None
 
 
-def shifted(x: Array, y: Array, same: Same) -> Diagnosis | None:
-    """All numbers a constant number of elements, or bytes, away: a wrong offset."""
+def shifted(x: Array, y: Array, same: Same, turned: bool) -> Diagnosis | None:
+    """All numbers a constant number of elements, or bytes, away: a wrong offset. `turned`: the matrix may lie as [in, out]."""
     if same.limit:
         return None
     for a, b in both_ways(x, y):
+        if a is not x and not turned:
+            break
         source, found = a.tobytes(), b.tobytes()
         size = len(source)
         unequal = np.frombuffer(source, np.uint8) != np.frombuffer(found, np.uint8)
@@ -179,7 +181,7 @@ def shifted(x: Array, y: Array, same: Same) -> Diagnosis | None:
         length = min(32, (size - begin) // 4)
         if length < 8:
             return None
-        for place in (begin + (size - begin) // 2, begin + (size - begin) // 4, size - 2 * length):
+        for place in (begin + (size - begin) // 2, size - 2 * length):
             at = source.find(found[place : place + length])
             shift = at - place
             if at < 0 or shift == 0:

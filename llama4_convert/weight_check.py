@@ -15,6 +15,7 @@ import numpy as np
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
 from llama4.weights_transformers import expert_of_fused, transformers_key
+from llama4_convert.altered import floats
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.diagnosis import FLOATS, SLICED, Diagnoser, cast, slices
 from llama4_convert.rearranged import as_matrix, listed, relative_error
@@ -80,6 +81,8 @@ def compare_weights(
     theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
     ours: dict[str, LogicalTensor] = {}
     quantized = {} if reference.quantized else candidate.quantized
+    reader = candidate.readers[0] if quantized or not reference.quantized else None
+    reader = reader if isinstance(reader, QuantizedReader) else None
     sketches, wrong = Sketches(), dict[str, str]()
     for tensor in reference.logical_tensors(config):
         ours[tensor.name], found = tensor, theirs[tensor.name]
@@ -88,7 +91,8 @@ def compare_weights(
             if kind is None:
                 cause = _compare(tensor, found, config, advance, sketches)
             else:
-                loss, cause = _loss(tensor, found, kind, advance, sketches)
+                assert isinstance(reader, QuantizedReader)
+                loss, cause = _loss(tensor, found, reader, advance, sketches)
                 yield MatrixLoss(found.keys[0], kind, loss)
         except ShapeError as error:
             cause = str(error)
@@ -98,8 +102,6 @@ def compare_weights(
             cause = str(error)
         if cause:
             wrong[tensor.name] = cause
-    reader = candidate.readers[0] if quantized else None
-    assert reader is None or isinstance(reader, QuantizedReader)
     diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS)
     unexpected = unexpected_tensors(candidate, config)
     for name, cause in wrong.items():
@@ -115,7 +117,7 @@ def compare_weights(
         if diagnosis is None:
             yield WeightFault(name, key, cause)
         else:
-            yield WeightFault(name, key, f"{diagnosis.cause}; {cause}", diagnosis.kind)
+            yield WeightFault(name, key, f"{diagnosis.cause}; {cause.rpartition('; ')[2]}", diagnosis.kind)
 
 
 def unexpected_tensors(candidate: Checkpoint, config: Llama4Config) -> list[str]:
@@ -189,11 +191,16 @@ def _compare(
 
 
 def _loss(
-    ours: LogicalTensor, found: LogicalTensor, kind: str, advance: Callable[[int], None], sketches: Sketches
+    ours: LogicalTensor,
+    found: LogicalTensor,
+    reader: QuantizedReader,
+    advance: Callable[[int], None],
+    sketches: Sketches,
 ) -> tuple[float, str | None]:
     """Relative squared error, and what is wrong with it. Raises ShapeError."""
-    from llama4_convert.altered import floats
+    from llama4_convert.quantized_faults import suspicion
 
+    matrix = reader.quantized[found.keys[0]]
     a = ours.load(None)
     advance(a.nbytes)
     _sketch(ours, a, sketches)
@@ -201,14 +208,15 @@ def _loss(
     if a.shape != b.shape:
         raise ShapeError(f"its shape is {list(b.shape)}, not {list(a.shape)}")
     x, y = floats(a, ours.dtype), floats(b, found.dtype)
-    loss, limit = relative_error(x, y), _LARGEST_LOSS[kind]
+    loss, limit = relative_error(x, y), _LARGEST_LOSS[matrix.kind]
     if not loss <= limit:
-        return loss, f"a relative squared error of {loss:.3g}: {kind} makes no more than {limit:g}"
+        return loss, f"a relative squared error of {loss:.3g}: {matrix.kind} makes no more than {limit:g}"
     error, power = np.square(y - x).sum(1), np.square(x).sum(1)
     rows = np.flatnonzero(error > _LARGEST_ROW_LOSS * power)
     if len(rows):
         return loss, f"a relative squared error of {float((error[rows] / power[rows]).max()):.3g} in row {listed(rows)}"
-    return loss, None
+    few = suspicion(x, y, matrix, reader.read_parts(found.keys[0]))
+    return loss, f"{few.cause}; a relative squared error of {loss:.3g} on the whole" if few else None
 
 
 def _sketch(tensor: LogicalTensor, bits: Bits, sketches: Sketches) -> None:

@@ -129,6 +129,7 @@ def bytes_swapped(tensor: Tensor) -> Tensor:
 
 
 def read_as_float16(tensor: Tensor) -> Tensor:
+    assert tensor.dtype == torch.bfloat16
     return tensor.view(torch.float16).to(torch.bfloat16)
 
 
@@ -324,6 +325,8 @@ def of_attention(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("constant", "k ones", K, torch.ones_like)
     yield one("nonfinite", "q a row of NaN", Q, put(math.nan, 0))
     yield one("nonfinite", "v one infinity", V, put(math.inf, 2, 3))
+    yield one("overwritten", "q, one number", Q, put(77.0, 3, 4))
+    yield one("unrelated", "o, two rows", O, lambda t: torch.cat([t[:4], random_again(t[4:6]), t[6:]]))
     yield one("scaled", "q by the root of its heads", Q, lambda t: t * d**-0.5)
     yield one("scaled", "k by 1.1", K, lambda t: t * 1.1)
     yield one("scaled", "one head doubled", Q, lambda t: torch.cat([t[:d] * 2, t[d:]]))
@@ -375,6 +378,9 @@ def of_experts(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("gate_up_interleaved", "fused interleaved", FUSED, fused_interleaved)
     yield one("gate_up_interleaved", "fused taken apart", FUSED, fused_taken_apart)
     yield one("gate_up_interleaved", "fused joined by rank", FUSED, fused_by_rank(2))
+    yield one("ranks_reordered", "fused, its ranks in another order", FUSED, parts(4, 2, [3, 1, 2, 0]))
+    yield one("rank_repeated", "fused, a rank twice", FUSED, parts(4, 2, [0, 1, 1, 3]))
+    yield one("wrong_axis", "fused, joined on the inputs", FUSED, lambda t: torch.cat(t.chunk(2, 2), 1))
     yield one("transposed", "fused under its shape", FUSED, transposed)
     yield one("transposed", "fused turned, shape and all", FUSED, turned)
     yield one("transposed", "down under its shape", DOWN, transposed)
@@ -457,7 +463,10 @@ def of_vision(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("wrong_axis", "vision fc2", FC2, columns_as_rows(2))
     yield one("zeros", "vision q bias", WQ.replace("weight", "bias"), torch.zeros_like)
     yield one("rank_repeated", "vision fc1 bias", FC1.replace("weight", "bias"), first_half_repeated(0))
-    yield (*one("other_tensor", "vision o bias of another layer", WO.replace("weight", "bias"), lambda t: t)[:3], of_next_layer)
+    yield (
+        *one("other_tensor", "vision o bias of another layer", WO.replace("weight", "bias"), lambda t: t)[:3],
+        of_next_layer,
+    )
     yield "other_tensor", "vision k and v", (WK, WV), exchange
     yield (
         "other_tensor",
