@@ -55,6 +55,15 @@ class ShapeError(BindingError):
     """A tensor has not the shape that the configuration calls for; the message names the key."""
 
 
+def absent(name: str, error: BindingError) -> LogicalTensor:
+    """A tensor that a checkpoint lacks: it has no keys, and to load it raises `error`."""
+
+    def load(rows: Rows | None) -> Bits:
+        raise error
+
+    return LogicalTensor(name, (), "", load)
+
+
 def cut(bits: Bits, rows: Rows | None) -> Bits:
     """Some rows of a matrix; None: all."""
     return bits if rows is None else bits[rows[0] : rows[1]]

@@ -9,8 +9,9 @@ import numpy as np
 
 from llama4.config import Llama4Config, Llama4TextConfig
 from llama4.geometry import Geometry
-from llama4.weights import BindingError, Bits, LogicalTensor, Rows, TensorReader, cut, first_key
+from llama4.weights import BindingError, Bits, LogicalTensor, Rows, TensorReader, absent, cut, first_key
 
+_FLAT = ("_eD_F", "_eF_D")  # endings of the keys that stack the experts on one axis
 _VISION_LAYER = "vision_embeddings.vision_encoder.transformer.resblocks."
 
 
@@ -35,9 +36,14 @@ def complete(ranks: Sequence[TensorReader], g: Geometry) -> Geometry:
     )
 
 
-def logical_tensors(ranks: Sequence[TensorReader], config: Llama4Config) -> Iterator[LogicalTensor]:
-    """Every logical tensor of a checkpoint of any number of ranks, in model order. Raises BindingError."""
-    c, bind = config.text_config, _Binder(ranks)
+def logical_tensors(
+    ranks: Sequence[TensorReader], config: Llama4Config, lenient: bool = False
+) -> Iterator[LogicalTensor]:
+    """Every logical tensor of a checkpoint of any number of ranks, in model order.
+
+    Raises BindingError; if `lenient` what is missing is `absent`.
+    """
+    c, bind = config.text_config, _Binder(ranks, lenient)
     yield bind.joined("tok_embeddings", 0, "tok_embeddings.weight")
     for layer in range(c.num_hidden_layers):
         at = f"layers.{layer}."
@@ -76,21 +82,26 @@ def logical_tensors(ranks: Sequence[TensorReader], config: Llama4Config) -> Iter
 class _Binder:
     """Makes logical tensors from what the ranks hold; of several spellings it takes the one that is there."""
 
-    def __init__(self, ranks: Sequence[TensorReader]) -> None:
-        self.ranks, self.keys = ranks, ranks[0].keys()
+    def __init__(self, ranks: Sequence[TensorReader], lenient: bool) -> None:
+        self.ranks, self.keys, self.lenient = ranks, ranks[0].keys(), lenient
 
-    def tensor(self, name: str, key: str, load: Callable[[Rows | None], Bits]) -> LogicalTensor:
-        return LogicalTensor(name, (key,), self.ranks[0].dtype(key), load)
+    def tensor(self, name: str, load: Callable[[str, Rows | None], Bits], *spellings: str) -> LogicalTensor:
+        """`load` is told the spelling. Raises BindingError unless it is lenient."""
+        try:
+            key = first_key(self.keys, *spellings)
+        except BindingError as error:
+            if not self.lenient:
+                raise
+            return absent(name, error)
+        return LogicalTensor(name, (key,), self.ranks[0].dtype(key), partial(load, key))
 
     def whole(self, name: str, *spellings: str) -> LogicalTensor:
         """Every rank holds all of it."""
-        key = first_key(self.keys, *spellings)
-        return self.tensor(name, key, partial(self.ranks[0].read, key))
+        return self.tensor(name, self.ranks[0].read, *spellings)
 
     def joined(self, name: str, axis: int, *spellings: str) -> LogicalTensor:
         """The ranks share `axis`."""
-        key = first_key(self.keys, *spellings)
-        return self.tensor(name, key, partial(self._read_rows if axis == 0 else self._read_columns, key))
+        return self.tensor(name, self._read_rows if axis == 0 else self._read_columns, *spellings)
 
     def block(self, name: str, fused: tuple[str, int, Sequence[int]], plain: str) -> LogicalTensor:
         """Rows of the blocks that every rank stacks on dimension 0; sizes are the full model's. Or a key of its own."""
@@ -100,11 +111,11 @@ class _Binder:
         local = [size // len(self.ranks) for size in sizes]
         start = sum(local[:index])
 
-        def load(rows: Rows | None) -> Bits:
+        def load(key: str, rows: Rows | None) -> Bits:
             parts = [rank.read(key, (start, start + local[index])) for rank in self.ranks]
             return cut(np.concatenate(parts), rows)
 
-        return self.tensor(name, key, load)
+        return self.tensor(name, load, key)
 
     def _read_columns(self, key: str, rows: Rows | None) -> Bits:
         return np.concatenate([rank.read(key, rows) for rank in self.ranks], axis=-1)
@@ -122,13 +133,12 @@ class _Binder:
 
 
 def _experts(bind: _Binder, c: Llama4TextConfig, ffn: str) -> Iterator[LogicalTensor]:
-    router = first_key(bind.keys, f"{ffn}router_DE")
-    yield bind.tensor(f"{ffn}router", router, lambda rows: cut(bind.ranks[0].read(router).T, rows))
+    yield bind.tensor(f"{ffn}router", lambda key, rows: cut(bind.ranks[0].read(key).T, rows), f"{ffn}router_DE")
     d, width = c.hidden_size, c.intermediate_size // len(bind.ranks)
 
-    def expert(key: str, flat: bool, height: int, e: int, axis: int, rows: Rows | None) -> Bits:
+    def expert(height: int, e: int, axis: int, key: str, rows: Rows | None) -> Bits:
         """Expert `e` as [out, in]; it lies as [in, out], in the flattened 2-D key or in the 3-D one."""
-        if flat:
+        if key.endswith(_FLAT):
             parts = [rank.read(key, (e * height, (e + 1) * height)) for rank in bind.ranks]
         else:
             parts = [rank.read(key, (e, e + 1))[0] for rank in bind.ranks]
@@ -140,9 +150,8 @@ def _experts(bind: _Binder, c: Llama4TextConfig, ffn: str) -> Iterator[LogicalTe
             ("up", "moe_w_swiglu_eD_F", "w3", d, 1),
             ("down", "moe_w_out_eF_D", "w2", width, 0),
         ):
-            key = first_key(bind.keys, f"{ffn}experts.{flat}", f"{ffn}experts.{stacked}")
-            load = partial(expert, key, key.endswith(flat), height, e, axis)
-            yield bind.tensor(f"{ffn}experts.{e}.{name}", key, load)
+            spellings = (f"{ffn}experts.{flat}", f"{ffn}experts.{stacked}")
+            yield bind.tensor(f"{ffn}experts.{e}.{name}", partial(expert, height, e, axis), *spellings)
 
 
 def _vision(bind: _Binder, n_layers: int) -> Iterator[LogicalTensor]:

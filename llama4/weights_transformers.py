@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from functools import partial
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError, TensorReader, cut, parameter_shapes
+from llama4.weights import (
+    BindingError,
+    Bits,
+    LogicalTensor,
+    Rows,
+    ShapeError,
+    TensorReader,
+    absent,
+    cut,
+    parameter_shapes,
+)
 
 _TEXT_PREFIX = "language_model."  # where there is a vision tower
 _EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|down)")
@@ -67,30 +77,39 @@ def transformers_key(name: str, has_vision: bool) -> str:
     return prefix + _TEXT_NAMES[name]
 
 
-def logical_tensors(reader: TensorReader, config: Llama4Config) -> Iterator[LogicalTensor]:
-    """Every logical tensor of a directory, in model order. Raises BindingError."""
-    keys, has_vision = reader.keys(), config.vision_config is not None
+def logical_tensors(reader: TensorReader, config: Llama4Config, lenient: bool = False) -> Iterator[LogicalTensor]:
+    """Every logical tensor of a directory, in model order. Raises BindingError; if `lenient` what is missing is `absent`."""
     for name in parameter_shapes(config):
-        key = transformers_key(name, has_vision)
-        if name == "output" and key not in keys and config.text_config.tie_word_embeddings:
-            key = transformers_key("tok_embeddings", has_vision)
-        expert = _EXPERT.fullmatch(name)
-        if expert is None:
-            if key not in keys:
-                raise BindingError(f"no tensor {key}")
-            yield LogicalTensor(name, (key,), reader.dtype(key), partial(reader.read, key))
-        elif key in keys:
-            load = partial(_fused, reader, key, int(expert[2]), expert[3])
-            yield LogicalTensor(name, (key,), reader.dtype(key), load)
-        else:
-            stem = key.rpartition(".")[0]
-            linear = f"{stem}.{expert[2]}.{expert[3]}_proj.weight"
-            if linear not in keys:
-                raise BindingError(f"no tensor {key} or {linear}")
-            yield LogicalTensor(name, (linear,), reader.dtype(linear), partial(reader.read, linear))
+        try:
+            yield _bind(reader, config, name)
+        except BindingError as error:
+            if not lenient:
+                raise
+            yield absent(name, error)
 
 
-def _fused(reader: TensorReader, key: str, expert: int, part: str, rows: Rows | None) -> Bits:
+def _bind(reader: TensorReader, config: Llama4Config, name: str) -> LogicalTensor:
+    """Raises BindingError."""
+    keys, has_vision = reader.keys(), config.vision_config is not None
+    key = transformers_key(name, has_vision)
+    if name == "output" and key not in keys and config.text_config.tie_word_embeddings:
+        key = transformers_key("tok_embeddings", has_vision)
+    expert = _EXPERT.fullmatch(name)
+    if expert is None:
+        if key not in keys:
+            raise BindingError(f"no tensor {key}")
+        return LogicalTensor(name, (key,), reader.dtype(key), partial(reader.read, key))
+    if key in keys:
+        load = partial(expert_of_fused, reader, key, int(expert[2]), expert[3])
+        return LogicalTensor(name, (key,), reader.dtype(key), load)
+    stem = key.rpartition(".")[0]
+    linear = f"{stem}.{expert[2]}.{expert[3]}_proj.weight"
+    if linear not in keys:
+        raise BindingError(f"no tensor {key} or {linear}")
+    return LogicalTensor(name, (linear,), reader.dtype(linear), partial(reader.read, linear))
+
+
+def expert_of_fused(reader: TensorReader, key: str, expert: int, part: str, rows: Rows | None) -> Bits:
     """One projection as [out, in], from [experts, in, out]; gate and up lie side by side, gate first."""
     shape = reader.shape(key)
     if len(shape) != 3 or expert >= shape[0]:

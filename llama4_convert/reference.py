@@ -68,12 +68,15 @@ class Checkpoint:
         """The method of a quantized directory whose matrices we cannot read, as its config.json calls it."""
         return getattr(self.readers[0], "unknown_method", None)
 
-    def logical_tensors(self, config: Llama4Config | None = None) -> Iterator[LogicalTensor]:
-        """Every tensor, in model order, bound for this checkpoint's configuration or another. Raises BindingError."""
+    def logical_tensors(self, config: Llama4Config | None = None, *, lenient: bool = False) -> Iterator[LogicalTensor]:
+        """Every tensor, in model order, bound for this checkpoint's configuration or another.
+
+        Raises BindingError; if `lenient` what is missing is `llama4.weights.absent`.
+        """
         config = config or self.config
         if self.layout == "meta":
-            return weights_meta.logical_tensors(self.readers, config)
-        return weights_transformers.logical_tensors(self.readers[0], config)
+            return weights_meta.logical_tensors(self.readers, config, lenient)
+        return weights_transformers.logical_tensors(self.readers[0], config, lenient)
 
 
 def load_reference(

@@ -106,7 +106,6 @@ def validate(
 
     chosen = {**kind.gates, **(gates or {})}
     failed = sorted(name for name, limit in chosen.items() if not limits.within(name, run.metrics[name], limit))
-    missing = next((fault for fault in faults if fault.is_missing), None)
     length = max(len(prompt.tokens) for prompt in batch.prompts)
     sees = batch.pixel_values is not None
     options: dict[str, tuple[Any, Any]] = {
@@ -132,7 +131,7 @@ def validate(
         "kind": kind_name,
         "config_differences": [told(one, config, candidate.config, length, sees) for one in differences],
         "weights_not_compared": uncompared,
-        "tensors_compared": 0 if uncompared else len(sizes) if missing is None else list(sizes).index(missing.name),
+        "tensors_compared": 0 if uncompared else len(sizes) - sum(fault.is_missing for fault in faults),
         "tensors_quantized": _quantized(losses),
         "tensors_different": [fault.to_json() for fault in faults],
         "tensors_unexpected": [] if uncompared else unexpected_tensors(candidate, config),
@@ -400,4 +399,4 @@ def _first_divergence(faults: Sequence[WeightFault], said: Sequence[Difference],
     cause = "no tensor is to blame and no field: the two compute in different ways"
     if said:
         cause = f"the configuration says otherwise in {', '.join(difference.field for difference in said)}"
-    return {"layer": layer, "module": module, "tensor": None, "cause": cause}
+    return {"layer": layer, "module": module, "tensor": None, "cause": cause, "kind": None}

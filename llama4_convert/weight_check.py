@@ -1,28 +1,26 @@
 """The streamed bit comparison: every tensor of two checkpoints, each through its own layout's binding.
 
-What differs by a single bit is found with certainty, whatever logits make of it.
+What differs by a single bit is found with certainty, whatever logits make of it; how it is wrong is `diagnosis`'s to say.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError
-from llama4.weights_transformers import transformers_key
-from llama4_convert.metrics import nmse
+from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
+from llama4.weights_transformers import expert_of_fused, transformers_key
+from llama4_convert.altered import floats
+from llama4_convert.checkpoints.quantized import QuantizedReader
+from llama4_convert.diagnosis import FLOATS, SLICED, Diagnoser, cast, slices
+from llama4_convert.rearranged import as_matrix, listed, relative_error
 from llama4_convert.reference import Checkpoint
-
-# The two vocabulary matrices have 2 GB each in Scout; all others are read whole.
-_SLICED = {"tok_embeddings", "output"}
-_ROWS = 4096
-_FLOATS = {"BF16", "F16", "F32", "F64"}
+from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class WeightFault:
     name: str
     tensor: str  # the Transformers key, fused form
     cause: str
+    kind: str | None = None  # the cause in a word; None where no hypothesis fits
     is_missing: bool = False
 
     @property
@@ -46,11 +45,19 @@ class WeightFault:
         return re.sub(r"layers\.\d+\.", "", self.name)
 
     def to_json(self) -> dict[str, Any]:
-        return {"layer": self.layer, "module": self.module, "tensor": self.tensor, "cause": self.cause}
+        return {
+            "layer": self.layer,
+            "module": self.module,
+            "tensor": self.tensor,
+            "cause": self.cause,
+            "kind": self.kind,
+        }
 
 
 # No scheme of ours errs so much on any weights that are trained: docs/validate.md. A wrong tensor errs by 1 to 2.
 _LARGEST_LOSS = {"int4": 0.2, "fp8": 0.005, "nf4": 0.1}
+# Nor does any in one output: a group of 128 int4 codes errs by no more than 128 * (1 / 15) ** 2 of its largest weight's square.
+_LARGEST_ROW_LOSS = 0.6
 
 
 @dataclass(frozen=True)
@@ -65,103 +72,157 @@ class MatrixLoss:
 def compare_weights(
     reference: Checkpoint, candidate: Checkpoint, config: Llama4Config, advance: Callable[[int], None]
 ) -> Iterator[WeightFault | MatrixLoss]:
-    """The faults of `candidate`, in model order, and the loss of every quantized matrix; `config` says what there must be.
+    """The loss of every quantized matrix, then the faults of `candidate`, in model order; `config` says what there must be.
 
-    A missing tensor ends the comparison of those behind it. What is quantized cannot be equal: it is a fault only beyond what
-    its scheme can lose. `advance` is told the bytes of the reference as they are read.
+    What is quantized cannot be equal: it is a fault only beyond what its scheme can lose. `advance` is told the bytes of the
+    reference as they are read; what is wrong is read a second time, to say how.
     """
     has_vision = config.vision_config is not None
-    theirs = candidate.logical_tensors(config)
+    theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
+    ours: dict[str, LogicalTensor] = {}
     quantized = {} if reference.quantized else candidate.quantized
-    for ours in reference.logical_tensors(config):
-        key = transformers_key(ours.name, has_vision)
-        try:
-            found = next(theirs)
-        except BindingError as error:
-            yield WeightFault(ours.name, key, str(error), is_missing=True)
-            return
-        assert found.name == ours.name
-        kind = quantized.get(found.keys[0])
+    reader = candidate.readers[0] if quantized or not reference.quantized else None
+    reader = reader if isinstance(reader, QuantizedReader) else None
+    sketches, wrong = Sketches(), dict[str, str]()
+    for tensor in reference.logical_tensors(config):
+        ours[tensor.name], found = tensor, theirs[tensor.name]
+        kind = quantized.get(found.keys[0]) if found.keys else None
         try:
             if kind is None:
-                cause = _compare(ours, found, advance)
+                cause = _compare(tensor, found, config, advance, sketches)
             else:
-                loss = _loss(ours, found, advance)
+                assert isinstance(reader, QuantizedReader)
+                loss, cause = _loss(tensor, found, reader, advance, sketches)
                 yield MatrixLoss(found.keys[0], kind, loss)
-                cause = None
-                if not loss <= _LARGEST_LOSS[kind]:
-                    cause = f"a relative squared error of {loss:.3g}: {kind} makes no more than {_LARGEST_LOSS[kind]:g}"
         except ShapeError as error:
             cause = str(error)
+        except BindingError as error:
+            if found.keys:
+                raise
+            cause = str(error)
         if cause:
-            yield WeightFault(ours.name, key, cause)
+            wrong[tensor.name] = cause
+    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS)
+    unexpected = unexpected_tensors(candidate, config)
+    for name, cause in wrong.items():
+        key = transformers_key(name, has_vision)
+        if not theirs[name].keys:
+            elsewhere = _under_another_name(ours[name], config, candidate, unexpected)
+            yield WeightFault(name, key, f"{cause}{elsewhere}", "missing", is_missing=True)
+            continue
+        try:
+            diagnosis = diagnoser.of(name)
+        except BindingError:
+            diagnosis = None
+        if diagnosis is None:
+            yield WeightFault(name, key, cause)
+        else:
+            yield WeightFault(name, key, f"{diagnosis.cause}; {cause.rpartition('; ')[2]}", diagnosis.kind)
 
 
 def unexpected_tensors(candidate: Checkpoint, config: Llama4Config) -> list[str]:
     """Keys of a Transformers directory that hold no tensor of the model."""
     if candidate.layout != "transformers":
         return []
-    used: set[str] = set()
-    try:
-        for tensor in candidate.logical_tensors(config):
-            used.update(tensor.keys)
-    except BindingError:
-        return []  # what is missing is the news, and it may be there under a name that is off
+    used = {key for tensor in candidate.logical_tensors(config, lenient=True) for key in tensor.keys}
     return sorted(set(candidate.readers[0].keys()) - used)
 
 
-def _compare(ours: LogicalTensor, found: LogicalTensor, advance: Callable[[int], None]) -> str | None:
-    """What is wrong with `found`, in words. Raises ShapeError."""
+def _under_another_name(
+    ours: LogicalTensor, config: Llama4Config, candidate: Checkpoint, unexpected: Collection[str]
+) -> str:
+    """For a tensor that is missing: which of the unexpected ones it may be."""
+    if not unexpected:
+        return ""
+    reader = candidate.readers[0]
+    shape = parameter_shapes(config)[ours.name]
+    expert = re.fullmatch(r".+\.experts\.(\d+)\.(gate|up|down)", ours.name)
+    fitting = []
+    for key in unexpected:
+        found = reader.shape(key)
+        if found != shape:
+            doubled = (1 if expert is None or expert[2] == "down" else 2) * shape[0]
+            if expert is None or found != (config.text_config.num_local_experts, shape[1], doubled):
+                continue
+        fitting.append(key)
+    for key in fitting if ours.name not in SLICED else ():
+        bits = (
+            expert_of_fused(reader, key, int(expert[1]), expert[2], None)
+            if expert and len(reader.shape(key)) == 3
+            else reader.read(key)
+        )
+        if reader.dtype(key) in FLOATS and np.array_equal(cast(ours.load(None), ours.dtype, reader.dtype(key)), bits):
+            return f": it is there under the name {key}"
+    return f": maybe it is there under the name {' or '.join(fitting[:3])}" if fitting else ""
+
+
+def _compare(
+    ours: LogicalTensor, found: LogicalTensor, config: Llama4Config, advance: Callable[[int], None], sketches: Sketches
+) -> str | None:
+    """How much of `found` is wrong, in words. Raises ShapeError, and BindingError if there is none."""
     differing, elements, largest = 0, 0, 0.0
-    for rows in _blocks(ours.name):
+    shape = parameter_shapes(config)[ours.name]
+    if ours.name in SLICED:
+        sketches.add(ours.name, (shape[0], shape[1]), sketch_of_rows(ours, (shape[0], shape[1])))
+    for rows in slices(ours.name, shape[0]):
         a = ours.load(rows)
         advance(a.nbytes)
+        if ours.name not in SLICED:
+            _sketch(ours, a, sketches)
         b = found.load(rows)
         if a.shape != b.shape:
             if rows is not None and a.shape[1:] == b.shape[1:]:
                 return f"it has {'fewer' if len(b) < len(a) else 'more'} rows than the reference's"
             return f"its shape is {list(b.shape)}, not {list(a.shape)}"
-        if not a.size:
-            break
         elements += a.size
         if ours.dtype != found.dtype:
-            if not {ours.dtype, found.dtype} <= _FLOATS:
+            if not {ours.dtype, found.dtype} <= FLOATS:
                 return f"its dtype is {found.dtype}, not {ours.dtype}"
-            a = _cast(a, ours.dtype, found.dtype)
+            a = cast(a, ours.dtype, found.dtype)
         unequal = a != b
         n = int(np.count_nonzero(unequal))
         if n:
             differing += n
-            largest = max(largest, _largest_difference(a[unequal], b[unequal], found.dtype))
+            difference = _largest_difference(a[unequal], b[unequal], found.dtype)
+            largest = largest if difference <= largest else difference  # NaN stays
     if not differing:
         return None
     return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}"
 
 
-def _loss(ours: LogicalTensor, found: LogicalTensor, advance: Callable[[int], None]) -> float:
-    """Relative squared error. Raises ShapeError."""
-    from llama4.loading import to_tensor
+def _loss(
+    ours: LogicalTensor,
+    found: LogicalTensor,
+    reader: QuantizedReader,
+    advance: Callable[[int], None],
+    sketches: Sketches,
+) -> tuple[float, str | None]:
+    """Relative squared error, and what is wrong with it. Raises ShapeError."""
+    from llama4_convert.quantized_faults import suspicion
 
+    matrix = reader.quantized[found.keys[0]]
     a = ours.load(None)
     advance(a.nbytes)
+    _sketch(ours, a, sketches)
     b = found.load(None)
     if a.shape != b.shape:
         raise ShapeError(f"its shape is {list(b.shape)}, not {list(a.shape)}")
-    return nmse(to_tensor(a, ours.dtype).float().numpy(), to_tensor(b, found.dtype).float().numpy())
+    x, y = floats(a, ours.dtype), floats(b, found.dtype)
+    loss, limit = relative_error(x, y), _LARGEST_LOSS[matrix.kind]
+    if not loss <= limit:
+        return loss, f"a relative squared error of {loss:.3g}: {matrix.kind} makes no more than {limit:g}"
+    error, power = np.square(y - x).sum(1), np.square(x).sum(1)
+    rows = np.flatnonzero(error > _LARGEST_ROW_LOSS * power)
+    if len(rows):
+        return loss, f"a relative squared error of {float((error[rows] / power[rows]).max()):.3g} in row {listed(rows)}"
+    few = suspicion(x, y, matrix, reader.read_parts(found.keys[0]))
+    return loss, f"{few.cause}; a relative squared error of {loss:.3g} on the whole" if few else None
 
 
-def _blocks(name: str) -> Iterator[Rows | None]:
-    """Row ranges to read one after another, until one is empty; None for all at once."""
-    if name not in _SLICED:
-        return iter((None,))
-    return ((start, start + _ROWS) for start in count(0, _ROWS))
-
-
-def _cast(bits: Bits, source: str, target: str) -> Bits:
-    """As a conversion with `--dtype` rounds."""
-    from llama4.loading import DTYPES, to_bits, to_tensor
-
-    return to_bits(to_tensor(bits, source).to(DTYPES[target]))
+def _sketch(tensor: LogicalTensor, bits: Bits, sketches: Sketches) -> None:
+    x = as_matrix(bits)
+    if tensor.dtype in FLOATS and x.size:
+        sketches.add(tensor.name, (x.shape[0], x.shape[1]), sketch(x, tensor.dtype))
 
 
 def _largest_difference(a: Bits, b: Bits, dtype: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llama4.weights import Bits
+from llama4.weights import Bits, ShapeError
 from llama4_convert.checkpoints.readers import DirectoryReader
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 _NF4 = ".weight.quant_state.bitsandbytes__nf4"
 _METHODS = ("compressed-tensors", "bitsandbytes")
+
+
+class DamagedMatrix(BadInput, ShapeError):
+    """The parts of a quantized matrix do not fit together; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,10 @@ class QuantizedReader(DirectoryReader):
     """Beside the plain tensors of a directory, `MODULE.weight` of every quantized one, as bf16."""
 
     def __init__(self, checkpoint: TransformersCheckpoint) -> None:
-        """Raises BadInput for a matrix whose parts do not fit together, naming it."""
+        """A matrix whose parts do not fit together is `damaged`: to read it raises DamagedMatrix."""
         super().__init__(checkpoint)
         self.quantized: dict[str, QuantizedMatrix] = {}
+        self.damaged: dict[str, DamagedMatrix] = {}
         method = checkpoint.config["quantization_config"].get("quant_method")
         self.unknown_method = None if method in _METHODS else str(method)  # Transformers may know it
         for key in checkpoint.tensors if self.unknown_method is None else ():
@@ -48,36 +53,47 @@ class QuantizedReader(DirectoryReader):
                 try:
                     self.quantized[f"{module}.weight"] = bind(module)
                 except (ValueError, KeyError, IndexError) as error:
-                    raise BadInput(f"{module}: its quantized parts do not fit together: {error}") from error
+                    self.damaged[f"{module}.weight"] = DamagedMatrix(
+                        f"{module}: its quantized parts do not fit together: {error}"
+                    )
         hidden = {key for matrix in self.quantized.values() for key in matrix.parts.values()}
         hidden |= {
             f"{key.removesuffix('.weight')}{_SHAPE}" for key, matrix in self.quantized.items() if matrix.kind == "int4"
         }
-        self._keys = (checkpoint.tensors.keys() - hidden) | self.quantized.keys()
+        hidden |= {key for key in checkpoint.tensors if f"{key.partition('.weight')[0]}.weight" in self.damaged}
+        self._keys = (checkpoint.tensors.keys() - hidden) | self.quantized.keys() | self.damaged.keys()
 
     def keys(self) -> Collection[str]:
         return self._keys
 
     def dtype(self, key: str) -> str:
-        return "BF16" if key in self.quantized else super().dtype(key)
+        return "BF16" if key in self.quantized or key in self.damaged else super().dtype(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
+        if key in self.damaged:
+            raise self.damaged[key]
         matrix = self.quantized.get(key)
         return (matrix.n, matrix.k) if matrix else super().shape(key)
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
+        if key in self.damaged:
+            raise self.damaged[key]
         matrix = self.quantized.get(key)
         if matrix is None:
             return super().read(key, rows)
-        part_rows = rows if matrix.by_rows else None
         try:
-            parts = {
-                suffix: super(QuantizedReader, self).read(part, part_rows) for suffix, part in matrix.parts.items()
-            }
-            bits: Bits = matrix.decoder.decode(parts, matrix.n, matrix.k)
+            bits: Bits = matrix.decoder.decode(
+                self.read_parts(key, rows if matrix.by_rows else None), matrix.n, matrix.k
+            )
         except ValueError as error:
-            raise BadInput(f"{key}: its quantized parts do not fit together: {error}") from error
+            raise DamagedMatrix(f"{key}: its quantized parts do not fit together: {error}") from error
         return bits if rows is None or matrix.by_rows else bits[rows[0] : rows[1]]
+
+    def read_parts(self, key: str, rows: tuple[int, int] | None = None) -> dict[str, Bits]:
+        """The raw bits of what decoding the matrix reads, by suffix."""
+        return {
+            suffix: super(QuantizedReader, self).read(part, rows) for suffix, part in self.quantized[key].parts.items()
+        }
 
     def _int4(self, module: str) -> QuantizedMatrix:
         from quant.encoders import PackQuantized

@@ -82,14 +82,16 @@ class Nf4Matrix:
                 raise ValueError(f"{output.suffix} is {list(found)}, not {list(output.shape)}")
         if not np.array_equal(parts[_MAP].view(np.float32), NF4):
             raise ValueError(f"{_MAP} holds other values than NF4's, which runtimes do not read")
-        if self.scheme.double_quant:
-            offset = float(_read_state(parts[_STATE].tobytes())["nested_offset"])
-            nested, values = (parts[name].view(np.float32) for name in (_NESTED_ABSMAX, _NESTED_MAP))
-            scales = self.scheme.scales(parts[_ABSMAX], nested, offset, values)
-        else:
-            scales = self.scheme.scales(parts[_ABSMAX].view(np.float32))
-        result: Bits = self.scheme.dequantize(parts["weight"], scales, (n, k), threads=threads)
+        result: Bits = self.scheme.dequantize(parts["weight"], self.scales(parts), (n, k), threads=threads)
         return result
+
+    def scales(self, parts: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The scales as they are read, float32 [N * K / block], from the raw bits of the outputs by suffix."""
+        if not self.scheme.double_quant:
+            return self.scheme.scales(parts[_ABSMAX].view(np.float32))
+        offset = float(_read_state(parts[_STATE].tobytes())["nested_offset"])
+        nested, values = (parts[name].view(np.float32) for name in (_NESTED_ABSMAX, _NESTED_MAP))
+        return self.scheme.scales(parts[_ABSMAX], nested, offset, values)
 
     def _state(self, n: int, k: int, offset: float | None) -> bytes:
         """The JSON, in the bytes of Python's json.dumps and then spaces; `offset` None: as long as it may become."""

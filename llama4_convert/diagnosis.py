@@ -1,0 +1,453 @@
+"""How a tensor is wrong: hypotheses tried on its numbers, from the commonest mistakes of converters to a single bit.
+
+What can be told of one matrix alone is in `altered` (numbers are others), `rearranged` and `block_order` (they lie elsewhere) and
+`quantized_faults`. Here is what needs the tensor's name, its siblings, or the rest of the checkpoint, and the order of all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from llama4.config import Llama4Config
+from llama4.weights import BindingError, Bits, LogicalTensor
+from llama4_convert import altered, block_order, quantized_faults, rearranged
+from llama4_convert.altered import Region, floats
+from llama4_convert.block_order import Axis
+from llama4_convert.checkpoints.quantized import QuantizedReader
+from llama4_convert.checkpoints.readers import DirectoryReader
+from llama4_convert.rearranged import Array, Diagnosis, Same
+from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
+
+# The two vocabulary matrices have 2 GB each in Scout: they are read in slices of rows, all others whole.
+SLICED = {"tok_embeddings", "output"}
+SLICE = 4096
+FLOATS = {"BF16", "F16", "F32", "F64"}
+_THOROUGH = 1000  # faults that every hypothesis is tried on; of those behind them only what has explained one before
+_COLUMNS = 64  # of a sliced matrix that stand for all
+_PAIR = re.compile(r"(.+)\.(gate|up)")
+_QKV = re.compile(r"(.+\.)(q|k|v)")
+_EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|down)")
+
+
+def slices(name: str, height: int) -> Iterator[tuple[int, int] | None]:
+    """Row ranges to read one after another, to one behind the last, where nothing should be; None for all at once."""
+    if name not in SLICED:
+        yield None
+    else:
+        yield from ((start, start + SLICE) for start in range(0, height + 1, SLICE))
+
+
+@dataclass
+class Case:
+    """A wrong tensor: x is what the reference holds and y what was found, raw bits of one dtype, or numbers if it is lossy.
+
+    Of a sliced matrix x and y are the first rows; `thin` has some columns of all rows.
+    """
+
+    name: str
+    same: Same
+    dtype: str
+    x: Array
+    y: Array
+    axes: tuple[Axis, Axis]
+    head_dim: int = 0
+    thin: tuple[Array, Array] | None = None
+    sparse: Region | None = None  # of a sliced matrix: some of the rows and columns that differ
+
+    @cached_property
+    def region(self) -> Region:
+        return self.sparse or Region.of(self.x, self.y, self.dtype, self.same)
+
+    def turned(self) -> Iterator[tuple[Array, Array, Axis]]:
+        """For tests of rows: as it is, and for its columns."""
+        yield *(self.thin or (self.x, self.y)), self.axes[0]
+        if self.x.shape[1] > 1:
+            yield self.x.T, self.y.T, self.axes[1]
+
+
+class Diagnoser:
+    """Of the faults of one candidate. `limits`: what each scheme may lose, as a relative squared error."""
+
+    def __init__(
+        self,
+        ours: Mapping[str, LogicalTensor],
+        found: Mapping[str, LogicalTensor],
+        wrong: Collection[str],
+        config: Llama4Config,
+        sketches: Sketches,
+        quantized: QuantizedReader | None,
+        limits: Mapping[str, float],
+    ) -> None:
+        self.ours, self.found, self.wrong, self.config, self.sketches = ours, found, wrong, config, sketches
+        self.quantized, self.limits = quantized, limits
+        self._tried = 0
+        self._last: dict[str, tuple[Hypothesis, str]] = {}  # what explained the expert before
+        self._worked: set[Hypothesis] = set()
+        self._pairs: dict[str, Diagnosis | None] = {}
+
+    def of(self, name: str) -> Diagnosis | None:
+        """None where no hypothesis fits. Raises BindingError."""
+        ours, found = self.ours[name], self.found[name]
+        if self.quantized and found.keys[0] in self.quantized.damaged:
+            return self._of_damaged(name, self.quantized)
+        if not {ours.dtype, found.dtype} <= FLOATS:
+            return Diagnosis("dtype", f"its dtype is {found.dtype}, not {ours.dtype}")
+        case = self._case(name)
+        if case.x.shape != case.y.shape:
+            return self._of_shape(case)
+        stem = re.sub(r"experts\.\d+", "experts", name)
+        if stem in self._last:
+            hypothesis, kind = self._last[stem]
+            again = hypothesis(self, case)
+            if again and again.kind == kind:
+                return again
+        self._tried += 1
+        hypotheses = _LOSSY if case.same.limit else _EXACT
+        for hypothesis in hypotheses:
+            if self._tried > _THOROUGH and hypothesis not in self._worked:
+                continue
+            diagnosis = hypothesis(self, case)
+            if diagnosis:
+                if hypothesis is not Diagnoser.near_or_unrelated:  # which fits what others explain better
+                    self._last[stem] = hypothesis, diagnosis.kind
+                self._worked.add(hypothesis)
+                return diagnosis
+        return None
+
+    # -------------------- reading
+
+    def _same(self, name: str) -> Same:
+        found = self.found[name]
+        matrix = self.quantized.quantized.get(found.keys[0]) if self.quantized else None
+        return Same(self.limits[matrix.kind] if matrix else 0.0)
+
+    def _load(self, name: str, same: Same) -> tuple[Array, Array]:
+        """The reference's and the candidate's, comparable. Not for sliced ones."""
+        return self._reference(name, same, self.found[name].dtype), self._candidate(name, same)
+
+    def _reference(self, name: str, same: Same, dtype: str) -> Array:
+        ours = self.ours[name]
+        bits = np.ascontiguousarray(ours.load(None))
+        return floats(bits, ours.dtype) if same.limit else cast(bits, ours.dtype, dtype)
+
+    def _candidate(self, name: str, same: Same) -> Array:
+        found = self.found[name]
+        bits = np.ascontiguousarray(found.load(None))
+        return floats(bits, found.dtype) if same.limit else bits
+
+    def _case(self, name: str) -> Case:
+        axis, heads, head_dim = _heads(name, self.config)
+        rows = Axis("row", heads if axis == 0 else 0, of_experts=name.endswith(".router"))
+        axes = rows, Axis("column", heads if axis == 1 else 0)
+        same, dtype = self._same(name), self.found[name].dtype
+        if name in SLICED:
+            return self._sliced(name, dtype, axes)
+        x, y = self._load(name, same)
+        if x.shape == y.shape or x.ndim == y.ndim == 1:
+            x, y = rearranged.as_matrix(x), rearranged.as_matrix(y)
+        return Case(name, same, dtype, x, y, axes, head_dim if axis == 0 else 0)
+
+    def _sliced(self, name: str, dtype: str, axes: tuple[Axis, Axis]) -> Case:
+        """Both read once, for some columns of all rows, and where they differ."""
+        ours, found = self.ours[name], self.found[name]
+        thin: tuple[list[Array], list[Array]] = ([], [])
+        first: tuple[Array, Array] | None = None
+        differing: list[Array] = []
+        pieces: list[tuple[Array, Array]] = []
+        start = 0
+        while True:
+            span = (start, start + SLICE)
+            x, y = cast(ours.load(span), ours.dtype, dtype), found.load(span)
+            if y.ndim != 2 or x.shape[1] != y.shape[1]:
+                return Case(name, Same(), dtype, x, y, axes)
+            first = first or (x, y)
+            columns = rearranged.some_of(x.shape[1], _COLUMNS)
+            for part, bits in zip(thin, (x, y), strict=True):
+                part.append(bits[:, columns])
+            n = min(len(x), len(y))
+            rows = np.flatnonzero((x[:n] != y[:n]).any(1))
+            if sum(map(len, differing)) < SLICE:
+                pieces.append((x[rows], y[rows]))
+            differing.append(rows + start)
+            if max(len(x), len(y)) < SLICE:
+                break
+            start += SLICE
+        whole = np.concatenate(thin[0]), np.concatenate(thin[1])
+        if whole[0].shape != whole[1].shape:
+            return Case(name, Same(), dtype, whole[0], whole[1], axes)
+        a, b = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        inner = Region.of(a, b, dtype)
+        region = Region(
+            np.concatenate(differing), inner.columns, (len(whole[0]), first[0].shape[1]), dtype, inner.x, inner.y
+        )
+        return Case(name, Same(), dtype, first[0], first[1], axes, thin=whole, sparse=region)
+
+    # -------------------- hypotheses that need to know what the tensor is
+
+    def _of_shape(self, case: Case) -> Diagnosis | None:
+        pair = _PAIR.fullmatch(case.name)
+        return (
+            (self.in_a_pair(case) if pair else None)
+            or block_order.other_shape(case.x, case.y, case.same, case.axes)
+            or self._another(case.name, case.y, case.same)
+        )
+
+    def another_tensor(self, case: Case) -> Diagnosis | None:
+        """Another tensor's numbers under this name."""
+        return self._another(case.name, case.y, case.same)
+
+    def _another(self, name: str, y: Array, same: Same) -> Diagnosis | None:
+        if y.ndim != 2 or not y.size:
+            return None
+        shape = (self._vocabulary if name in SLICED else y.shape[0], y.shape[1])
+        made = sketch_of_rows(self.found[name], shape) if name in SLICED else sketch(y, self.found[name].dtype)
+        names = [other for other in self.sketches.like(made, shape, same) if other != name]
+        names.sort(key=lambda other: (_layer(other) != _layer(name), _stem(other) != _stem(name)))
+        other = next((other for other in names[:3] if self._holds(name, other, same)), None)
+        return self._named_other(name, other, same) if other else None
+
+    def _holds(self, name: str, other: str, same: Same) -> bool:
+        """Whether the candidate's `name` is the reference's `other`."""
+        found, theirs = self.found[name], self.ours[other]
+        if name not in SLICED:
+            return same(self._reference(other, same, found.dtype), self._candidate(name, same))
+        return all(
+            np.array_equal(cast(theirs.load(span), theirs.dtype, found.dtype), found.load(span))
+            for span in slices(name, self._vocabulary)
+        )
+
+    def _named_other(self, name: str, other: str, same: Same) -> Diagnosis:
+        exchanged = other in self.wrong and self._is_exchanged(name, other, same)
+        pair, expert, its = _PAIR.fullmatch(name), _EXPERT.fullmatch(name), _EXPERT.fullmatch(other)
+        if exchanged and pair and other == f"{pair[1]}.{'up' if pair[2] == 'gate' else 'gate'}":
+            return Diagnosis("gate_up_swapped", "gate and up swapped: each holds the other's numbers")
+        also = " (the two are exchanged)" if exchanged else ""
+        if expert and its and expert[1] == its[1] and expert[3] == its[3]:
+            return Diagnosis("experts_reordered", f"experts reordered: it holds expert {its[2]}'s numbers{also}")
+        layer = _layer(other)
+        if _stem(name) == _stem(other) and layer is not None and layer != _layer(name):
+            return Diagnosis("other_tensor", f"another tensor's numbers: it holds layer {layer}'s, {other}{also}")
+        return Diagnosis("other_tensor", f"another tensor's numbers: it holds those of {other}{also}")
+
+    def _is_exchanged(self, name: str, other: str, same: Same) -> bool:
+        """Whether the candidate's `other` is the reference's `name`, as far as a sketch tells."""
+        try:
+            mine, theirs = self._sketch(self.ours[name]), self._sketch(self.found[other])
+        except BindingError:
+            return False
+        return (same if same.limit else Same(1e-4)).near(mine, theirs)
+
+    def _sketch(self, tensor: LogicalTensor) -> altered.Floats:
+        if tensor.name in SLICED:
+            return sketch_of_rows(tensor, (self._vocabulary, self.config.text_config.hidden_size))
+        return sketch(rearranged.as_matrix(tensor.load(None)), tensor.dtype)
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.config.text_config.vocab_size
+
+    def in_a_pair(self, case: Case) -> Diagnosis | None:
+        """Gate and up mistaken together."""
+        pair = _PAIR.fullmatch(case.name)
+        if pair is None or not {f"{pair[1]}.gate", f"{pair[1]}.up"} <= set(self.wrong):
+            return None
+        if pair[1] not in self._pairs:
+            mine, other = case.name, f"{pair[1]}.{'up' if pair[2] == 'gate' else 'gate'}"
+            self._pairs[pair[1]] = None
+            if self.found[other].keys and self._same(other) == case.same:
+                x, y = self._load(other, case.same)
+                first, second = ((case.x, case.y), (x, y)) if mine.endswith("gate") else ((x, y), (case.x, case.y))
+                xs, ys = (first[0], second[0]), (first[1], second[1])
+                if ys[0].ndim == ys[1].ndim == 2 and ys[0].shape[1] == ys[1].shape[1]:
+                    together = rearranged.paired(xs, ys, case.same)
+                    if together is None and ys[0].shape != xs[0].shape:
+                        whole = np.concatenate(xs), np.concatenate(ys)
+                        together = block_order.other_shape(*whole, case.same, (Axis("row"), Axis("column")))
+                    self._pairs[pair[1]] = together
+        return self._pairs[pair[1]]
+
+    def in_blocks_of_a_pair(self, case: Case) -> Diagnosis | None:
+        """Blocks of a fused gate and up, whose halves no one told apart."""
+        pair = _PAIR.fullmatch(case.name)
+        if pair is None:
+            return None
+        other = f"{pair[1]}.{'up' if pair[2] == 'gate' else 'gate'}"
+        if not self.found[other].keys or self._same(other) != case.same:
+            return None
+        x, y = self._load(other, case.same)
+        if x.shape != y.shape or x.shape != case.x.shape:
+            return None
+        mine, theirs = (case.x, case.y), (x, y)
+        gate, up = (mine, theirs) if pair[2] == "gate" else (theirs, mine)
+        a, b = np.concatenate([gate[0], up[0]]), np.concatenate([gate[1], up[1]])
+        found = block_order.block_order(a, b, case.same, Axis("row"))
+        return Diagnosis(found.kind, f"{found.cause}, gate and up together") if found else None
+
+    def cut_from_qkv(self, case: Case) -> Diagnosis | None:
+        """Rows of q, k and v mistaken together."""
+        one = _QKV.fullmatch(case.name)
+        if one is None or case.same.limit:
+            return None
+        dtype, text = self.found[case.name].dtype, self.config.text_config
+        parts = [self._reference(f"{one[1]}{part}", case.same, dtype) for part in "qkv"]
+        most = max(block_order.MOST_RANKS, text.num_key_value_heads)
+        return rearranged.stacked(parts, case.y, "qkv".index(one[2]), case.same, most)
+
+    def permuted_for_rope(self, case: Case) -> Diagnosis | None:
+        if not case.head_dim:
+            return None
+        others = bool(re.search(r"attention\.[qk]|w[qk]\.", case.name))
+        return rearranged.rope_permuted(case.x, case.y, case.same, case.head_dim, others)
+
+    def _of_damaged(self, name: str, reader: QuantizedReader) -> Diagnosis | None:
+        module = self.found[name].keys[0].removesuffix(".weight")
+        tensors = reader.checkpoint.tensors
+        shapes = {key.removeprefix(f"{module}."): tensors[key].shape for key in tensors if key.startswith(f"{module}.")}
+        ours = self.ours[name]
+        return quantized_faults.damaged(
+            floats(np.ascontiguousarray(ours.load(None)), ours.dtype),
+            shapes,
+            lambda suffix: DirectoryReader.read(reader, f"{module}.{suffix}"),
+            {kind: Same(limit) for kind, limit in self.limits.items()},
+        )
+
+    def of_scales(self, case: Case) -> Diagnosis | None:
+        if self.quantized is None or (matrix := self.quantized.quantized.get(self.found[case.name].keys[0])) is None:
+            return None
+        parts = self.quantized.read_parts(self.found[case.name].keys[0])
+        args = (case.x, case.y, matrix, parts, case.same)
+        within = rearranged.relative_error(case.x, case.y) <= case.same.limit
+        few = quantized_faults.suspicion(*args[:4]) if within else None
+        if few and few.kind != "scale":
+            return few
+        return quantized_faults.wrong_scales(*args) or quantized_faults.wrong_packing(*args)
+
+    # -------------------- hypotheses on the numbers alone
+
+    def flipped(self, case: Case) -> Diagnosis | None:
+        return altered.flipped_bits(case.region)
+
+    def constant(self, case: Case) -> Diagnosis | None:
+        if case.region.x.size and (not case.region.words or not case.y.any()):
+            return altered.constants(case.region)
+        return None
+
+    def constant_somewhere(self, case: Case) -> Diagnosis | None:
+        return altered.constants(case.region)
+
+    def transposed(self, case: Case) -> Diagnosis | None:
+        return rearranged.transposed(case.x, case.y, case.same) if case.thin is None else None
+
+    def permuted_patches(self, case: Case) -> Diagnosis | None:
+        vision = self.config.vision_config
+        if vision is None or case.name != "vision.patch_embedding":
+            return None
+        return rearranged.patches_permuted(case.x, case.y, case.same, vision.patch_size)
+
+    def wrong_axis(self, case: Case) -> Diagnosis | None:
+        return rearranged.wrong_axis(*(case.thin or (case.x, case.y)), case.same)
+
+    def in_blocks(self, case: Case) -> Diagnosis | None:
+        found = (block_order.block_order(x, y, case.same, axis) for x, y, axis in case.turned())
+        return next(filter(None, found), None)
+
+    def in_rows(self, case: Case) -> Diagnosis | None:
+        found = (block_order.row_order(x, y, case.same, axis, case.head_dim) for x, y, axis in case.turned())
+        return next(filter(None, found), None)
+
+    def shifted(self, case: Case) -> Diagnosis | None:
+        return rearranged.shifted(
+            case.x, case.y, case.same, turned=".experts." in case.name or case.name.endswith("router")
+        )
+
+    def read_otherwise(self, case: Case) -> Diagnosis | None:
+        return altered.other_reading(case.region)
+
+    def rounded(self, case: Case) -> Diagnosis | None:
+        ours = self.ours[case.name]
+        narrowed = ours.dtype == "F32" and case.dtype == "BF16" and case.thin is None
+        if narrowed and np.array_equal(rearranged.as_matrix(ours.load(None)) >> 16, case.y):
+            return Diagnosis("rounded", "rounded: the lower bits are cut off where they should be rounded to nearest")
+        return altered.rounded(case.region)
+
+    def recalculated(self, case: Case) -> Diagnosis | None:
+        return altered.recalculated(case.region, case.same)
+
+    def near_or_unrelated(self, case: Case) -> Diagnosis | None:
+        return altered.near_or_unrelated(case.region)
+
+
+Hypothesis = Callable[[Diagnoser, Case], Diagnosis | None]
+
+# The surest first: what is told of the whole before what is told of rows, what is held bit by bit before what is measured.
+_EXACT: tuple[Hypothesis, ...] = (
+    Diagnoser.flipped,
+    Diagnoser.constant,
+    Diagnoser.another_tensor,
+    Diagnoser.transposed,
+    Diagnoser.permuted_for_rope,
+    Diagnoser.in_a_pair,
+    Diagnoser.in_blocks,
+    Diagnoser.in_blocks_of_a_pair,
+    Diagnoser.constant_somewhere,
+    Diagnoser.permuted_patches,
+    Diagnoser.wrong_axis,
+    Diagnoser.read_otherwise,
+    Diagnoser.cut_from_qkv,
+    Diagnoser.shifted,
+    Diagnoser.in_rows,
+    Diagnoser.rounded,
+    Diagnoser.recalculated,
+    Diagnoser.near_or_unrelated,
+)
+_LOSSY: tuple[Hypothesis, ...] = (
+    Diagnoser.constant,
+    Diagnoser.another_tensor,
+    Diagnoser.transposed,
+    Diagnoser.in_a_pair,
+    Diagnoser.in_blocks,
+    Diagnoser.in_blocks_of_a_pair,
+    Diagnoser.constant_somewhere,
+    Diagnoser.of_scales,
+    Diagnoser.wrong_axis,
+    Diagnoser.in_rows,
+    Diagnoser.recalculated,
+    Diagnoser.near_or_unrelated,
+)
+
+
+def cast(bits: Bits, source: str, target: str) -> Bits:
+    """As a conversion with `--dtype` rounds. Raises BindingError for what is no float."""
+    if source == target:
+        return bits
+    from llama4.loading import DTYPES, to_bits, to_tensor
+
+    if target not in DTYPES:
+        raise BindingError(f"a tensor of dtype {target}")
+    return to_bits(to_tensor(bits, source).to(DTYPES[target]))
+
+
+def _heads(name: str, config: Llama4Config) -> tuple[int, int, int]:
+    """The axis that attention heads share, their number and size; no heads: 0, 0, 0."""
+    text, vision = config.text_config, config.vision_config
+    if found := re.fullmatch(r"layers\.\d+\.attention\.([qkvo])", name):
+        heads = text.num_key_value_heads if found[1] in "kv" else text.num_attention_heads
+        return int(found[1] == "o"), heads, text.head_dim
+    if vision and (found := re.fullmatch(r"vision\.layers\.\d+\.w(?:([qkv])\.\w+|o\.weight)", name)):
+        heads = vision.num_attention_heads
+        return int(found[1] is None), heads, vision.hidden_size // heads
+    return 0, 0, 0
+
+
+def _layer(name: str) -> int | None:
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"layers\.\d+\.", "layers.", name)

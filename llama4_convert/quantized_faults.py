@@ -1,0 +1,202 @@
+"""How a quantized matrix is wrong: scales that are not its codes', codes that are packed in another way. Pure, on arrays.
+
+What a whole matrix may lose hides wrong scales and single wrong codes: `suspicion` looks for these in the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llama4_convert.altered import Floats, floats, group_gain
+from llama4_convert.block_order import Axis, blocks, told
+from llama4_convert.checkpoints.quantized import QuantizedMatrix
+from llama4_convert.rearranged import Array, Diagnosis, Same, divisors, relative_error
+
+# Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
+_SCALES = Same(0.003)
+# Orders of eight codes in a word that other packers use: reversed, as AWQ deals them out, halves of bytes exchanged.
+_WORDS = {
+    "in the reverse order": (7, 6, 5, 4, 3, 2, 1, 0),
+    "in AWQ's order": (0, 2, 4, 6, 1, 3, 5, 7),
+    "in AWQ's order undone": (0, 4, 1, 5, 2, 6, 3, 7),
+    "with the halves of each byte exchanged": (1, 0, 3, 2, 5, 4, 7, 6),
+    "with the bytes in the other order": (6, 7, 4, 5, 2, 3, 0, 1),
+}
+
+
+# A group's ratio to the weights is 1 less its error. Over the groups it varies by some percent, by wrong scales five times so.
+_USUAL_SPREAD = 0.05
+_LARGEST_RATIO, _SMALLEST_RATIO = 1.3, 0.4
+# Half a step of the codes, as parts of a scale or of the number itself, and a fifth more.
+_HALF_STEP = 0.6
+_FEW = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
+
+
+def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> Diagnosis | None:
+    """Scales that are not the codes', or a few codes that no rounding makes, in a matrix whose error is not too large."""
+    stored, gain, _ = _scales(a, b, matrix, parts)
+    known = gain[gain != 0]
+    if known.size > 8 and (
+        1.4826 * np.median(np.abs(known - np.median(known))) > _USUAL_SPREAD
+        or known.max() > _LARGEST_RATIO
+        or known.min() < _SMALLEST_RATIO
+    ):
+        return Diagnosis("scale", f"scale: {_ratios(gain)}")
+    places = _wrong_codes(a, b, stored, matrix)
+    if not 0 < len(places) <= max(4, _FEW * a.size):
+        return None
+    row, column = (int(i) for i in places[0])
+    words = f"element [{row}, {column}] is read as {b[row, column]:.4g} for {a[row, column]:.4g}"
+    many = (
+        f"{len(places)} flipped bits, or codes overwritten"
+        if len(places) > 1
+        else "a flipped bit, or a code overwritten"
+    )
+    return Diagnosis("flipped_bit", f"{many}: no rounding makes them; {words}")
+
+
+def _wrong_codes(a: Floats, b: Floats, stored: Floats, matrix: QuantizedMatrix) -> Array:
+    """Places of codes that are not the nearest to their weights, [n, 2]."""
+    error = np.abs(a - b)
+    none = np.empty((0, 2), np.intp)
+    if matrix.kind == "int4":
+        size = a.shape[1] // stored.shape[1]
+        scale = np.abs(stored)
+        groups = np.argwhere(error.reshape(*scale.shape, size).max(2) > _HALF_STEP * scale)
+        found = []
+        for row, group in groups[: 1 << 16]:
+            some = slice(group * size, (group + 1) * size)
+            weights, step = a[row, some] / stored[row, group], b[row, some] / stored[row, group]
+            nearest = np.clip(np.rint(weights), -8, 7)
+            wrong = np.abs(weights - step) > np.abs(weights - nearest) + 2 * (_HALF_STEP - 0.5)
+            found += [(row, some.start + column) for column in np.flatnonzero(wrong)]
+        return np.array(found, np.intp) if found else none
+    if matrix.kind == "fp8":
+        high, wide = (-(-n // m) for n, m in zip(a.shape, stored.shape, strict=True))
+        scale = np.repeat(np.repeat(np.abs(stored), high, 0)[: len(a)], wide, 1)[:, : a.shape[1]]
+        return np.argwhere((error > 0.07 * np.abs(b) + scale / 512) & (np.abs(b) < 447 * scale))
+    return none
+
+
+def _ratios(gain: Floats) -> str:
+    return f"its scales are {gain.min():.3g} to {gain.max():.3g} times what they should be"
+
+
+def wrong_scales(
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+) -> Diagnosis | None:
+    """Whether each group of `b` is `a`'s times a factor: then the codes are right, and the scales that they need are known."""
+    stored, gain, spread = _scales(a, b, matrix, parts)
+    expected = a * spread
+    if not np.isfinite(gain).all() or relative_error(b, expected) > same.limit:
+        return None
+    if (np.square(expected - b).sum(1) > 2 * same.limit * np.square(b).sum(1)).any():
+        return None  # rows that no scale puts right
+    with np.errstate(all="ignore"):
+        right = stored / gain
+    codes = "the codes are right"
+    if np.ptp(gain) <= 0.15 * np.abs(gain).mean() or gain.size == 1:
+        return Diagnosis("scale", f"scale: all its scales are {gain.mean():.3g} times what they should be; {codes}")
+    if not np.isfinite(right).all():
+        return Diagnosis("scale", f"scale: {np.count_nonzero(gain == 0):,} of its scales are zero; {codes}")
+    if stored.size > 1 and np.ptp(stored) == 0:
+        return Diagnosis("scale", f"scale: all its scales are one value, {stored.flat[0]:.3g}; {codes}")
+    if 1 not in right.shape:
+        for moved in (right.T.reshape(right.shape), right.reshape(right.shape[::-1]).T):
+            if _explains(moved, right, stored):
+                return Diagnosis("scale_axis", f"scale on the wrong axis: the scales' data lie transposed; {codes}")
+    for turned, lines in ((False, "row"), (True, "column")):
+        x, y = (right.T, stored.T) if turned else (right, stored)
+        for shift in (1, -1, 2, -2):
+            if len(x) > abs(shift) and _explains(np.roll(x, shift, 0), x, y):
+                return Diagnosis("scale", f"scale: the scales are shifted by {shift} {lines}(s); {codes}")
+        found = blocks(x, y, _SCALES, [*divisors(len(x)), len(x)]) if x.shape[1] > 1 and len(x) > 1 else None
+        if found and len(set(found.order.tolist())) == found.n:
+            return Diagnosis("scale", f"scale: the scales' {told(found, Axis(lines)).cause}; {codes}")
+    for shift in (1, -1, 2, -2):
+        if _explains(np.roll(right.ravel(), shift).reshape(right.shape), right, stored):
+            return Diagnosis("scale", f"scale: the scales are shifted by {shift}; {codes}")
+    return Diagnosis("scale", f"scale: {_ratios(gain)}; {codes}")
+
+
+def _explains(moved: Floats, right: Floats, stored: Floats) -> bool:
+    return relative_error(moved, stored) < min(0.15 * relative_error(right, stored), 0.02)
+
+
+def _scales(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> tuple[Floats, Floats, Floats]:
+    """The scales as they are read, what they are times what they should be, and that for each weight."""
+    decoder: Any = matrix.decoder
+    n, k = a.shape
+    if matrix.kind == "nf4":
+        block = decoder.scheme.block_size
+        scales: Floats = decoder.scales(parts)
+        of_block = group_gain(a.reshape(-1, block), b.reshape(-1, block), block)
+        shape = (n, k // block) if k % block == 0 else of_block.shape
+        return scales.reshape(shape), of_block.reshape(shape), np.repeat(of_block, block, 1).reshape(n, k)
+    stored = floats(parts["weight_scale"], "BF16")
+    if matrix.kind == "int4":
+        groups = group_gain(a, b, decoder.scheme.group_size)
+        return stored, groups, np.repeat(groups, decoder.scheme.group_size, 1)
+    high, wide = {"channel": (1, k), "tensor": (n, k), "block": (128, 128)}[decoder.scheme.granularity]
+    power = np.maximum(_block_sums(a * a, high, wide), 1e-30)
+    gain = (_block_sums(a * b, high, wide) / power).astype(np.float32)
+    spread = np.repeat(np.repeat(gain, high, 0)[:n], wide, 1)[:, :k]
+    return stored.reshape(gain.shape), gain, spread
+
+
+def _block_sums(x: Floats, high: int, wide: int) -> Floats:
+    sums: Floats = np.add.reduceat(
+        np.add.reduceat(x, np.arange(0, x.shape[0], high), 0), np.arange(0, x.shape[1], wide), 1
+    )
+    return sums
+
+
+def wrong_packing(
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+) -> Diagnosis | None:
+    """Codes in another order within their words, or with another zero."""
+    n, k = a.shape
+    some = slice(0, 64)
+    if matrix.kind != "fp8" and k % 8 == 0:
+        for words, order in _WORDS.items():
+            for turn in (np.array(order), np.argsort(order)):
+                moved = a[some].reshape(-1, k // 8, 8)[:, :, turn].reshape(-1, k)
+                if same.near(moved, b[some]) and same(a.reshape(n, k // 8, 8)[:, :, turn].reshape(n, k), b):
+                    return Diagnosis("packing", f"packing: the codes lie {words}")
+    if matrix.kind == "int4":
+        flipped = {**parts, "weight_packed": parts["weight_packed"] ^ np.uint32(0x88888888)}
+        if same(a, floats(matrix.decoder.decode(flipped, n, k), "BF16")):
+            return Diagnosis(
+                "packing", "packing: the codes count from 8 as zero where 0 is meant (unsigned for signed)"
+            )
+    return None
+
+
+def damaged(a: Floats, shapes: Mapping[str, tuple[int, ...]], read: Any, same: Mapping[str, Same]) -> Diagnosis | None:
+    """Whether the scales of an int4 or FP8 matrix lie transposed, shape and all; `read` reads a part by its suffix."""
+    from quant.encoders import FloatQuantized, PackQuantized
+    from quant.schemes.fp8 import Fp8
+    from quant.schemes.int4 import GROUP_SIZES, Int4
+
+    n, k = a.shape
+    scale = shapes.get("weight_scale")
+    if scale is None or len(scale) != 2:
+        return None
+    kinds: list[tuple[str, Any, str]] = []
+    if shapes.get("weight_packed") == (n, k // 8):
+        kinds += [
+            ("int4", PackQuantized(Int4(size)), "weight_packed") for size in GROUP_SIZES if scale == (k // size, n)
+        ]
+    elif shapes.get("weight") == (n, k):
+        schemes = (Fp8("channel"), Fp8("block"))
+        kinds += [("fp8", FloatQuantized(one), "weight") for one in schemes if one.shapes(n, k)[1] == scale[::-1]]
+    for kind, decoder, codes in kinds:
+        parts = {codes: read(codes), "weight_scale": np.ascontiguousarray(read("weight_scale").T)}
+        right = "; transposed they fit" if same[kind](a, floats(decoder.decode(parts, n, k), "BF16")) else ""
+        return Diagnosis(
+            "scale_axis", f"scale on the wrong axis: the scales are {list(scale)}, not {list(scale[::-1])}{right}"
+        )
+    return None
