@@ -311,9 +311,9 @@ class _Execution:
         plan, recipe = self.job.plan, self.job.recipe
         if recipe is None:
             return {}
-        errors = {module: (pair[0], pair[1]) for module, pair in self.manifest.errors.items()}
-        told = {"recipe": recipe.name, **describe_sizes(plan), **describe_errors(plan.matrices, errors)}
-        return {"quantization": told}
+        return {
+            "quantization": {"recipe": recipe.name, **describe_sizes(plan), **describe_errors(self.manifest.errors)}
+        }
 
 
 def _make_folder(target: Path) -> bool:
