@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llama4_convert.exporting import export as export
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
+    from llama4_convert.model_card import card as card
     from llama4_convert.reference import load_reference as load_reference
     from llama4_convert.synthesis import synth as synth
     from llama4_convert.validation import validate as validate
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 _HOME = {
+    "card": "model_card",
     "convert": "conversion",
     "plan": "conversion",
     "export": "exporting",
@@ -39,6 +41,7 @@ _HOME = {
 
 __all__ = [
     "__version__",
+    "card",
     "convert",
     "export",
     "generate",

@@ -40,6 +40,11 @@ def kind_of(key: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(key)), "other")
 
 
+def words(kind: str) -> str:
+    """A kind for people."""
+    return kind.replace("_", " ").replace("mlp", "MLP")
+
+
 @dataclass
 class Share:
     """`parameters`: numbers of the model, each once, whatever they are stored as. `bytes`: what is stored, of all ranks."""

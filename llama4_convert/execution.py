@@ -118,6 +118,8 @@ class _Execution:
         for name, n in overflows.items():
             self.warn(f"{name}: {n} numbers were too large for {self.job.request.dtype} and became infinite")
         self._warn_of_nonfinite()
+        for name, data in self.job.closing(self.manifest).items():
+            self._write_small(name, data)
         self.manifest.add(self.marker, hashlib.sha256(self.marker_content).hexdigest(), len(self.marker_content))
         self.manifest.write(self.target)
         self._write_small(self.marker, self.marker_content)

@@ -126,8 +126,8 @@ def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
         nbytes = sum(index.tensors[key].numel * tensor.itemsize for index in checkpoint.ranks)
         shares[kinds.get(key, "dropped")].add(1, 0, nbytes)
         dtypes[tensor.dtype].add(1, 0, nbytes)
-    for planned in plan.tensors:
-        shares[kind_of(planned.name)].parameters += planned.numel
+    for kind, parameters in plan.parameters_by_kind().items():
+        shares[kind].parameters += parameters
     binding, _ = bind_source(checkpoint.geometry, checkpoint)
     return {
         "path": str(checkpoint.path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llama4_convert.composition import words
 from llama4_convert.report import gigabytes, parameters
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -58,10 +59,6 @@ def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
 def billions(n: int) -> str:
     """A number of parameters for a column."""
     return parameters(n).removesuffix(" parameters") if n >= 1e6 else f"{n:,}"
-
-
-def words(kind: str) -> str:
-    return kind.replace("_", " ").replace("mlp", "MLP")
 
 
 def _value(value: Any) -> str:

@@ -18,6 +18,7 @@ from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.composition import kind_of
 from llama4_convert.errors import BadInput
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.matrices import Matrix, matrices
@@ -199,8 +200,17 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        plain = sum(tensor.numel for tensor in self.tensors if tensor.part is None)
-        return plain + sum(m.matrix.n * m.matrix.k for m in self.matrices)
+        return sum(self.parameters_by_kind().values())
+
+    def parameters_by_kind(self) -> Mapping[str, int]:
+        """Numbers of the model, whatever they are stored as, by the kinds of `composition`."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            if tensor.part is None:
+                counts[kind_of(tensor.name)] += tensor.numel
+        for planned in self.matrices:
+            counts[kind_of(planned.matrix.key)] += planned.matrix.n * planned.matrix.k
+        return counts
 
     @property
     def main_dtype(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe, load_recipe
 from llama4_convert.errors import UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
+from llama4_convert.model_card import CARD, SOURCE_CARD
 from llama4_convert.planning import plan_quantization
 from llama4_convert.published import Digest, promised
 from llama4_convert.version import TOOL
@@ -60,18 +63,33 @@ class TransformersJob(Job):
         self.max_position_embeddings = int(text.get("max_position_embeddings") or 131072)
         self.promised, self.warnings = promises(self.source)
 
-    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
-        """The source's own small files, with config.json telling of the quantization."""
+    @cached_property
+    def config(self) -> dict[str, Any]:
         from llama4_convert.quantization import quantization_config
 
         assert self.recipe is not None
-        body = {**self.source.config, "quantization_config": quantization_config(self.recipe, self.plan)}
-        made = {"config.json": config.to_json(body)}
+        return {**self.source.config, "quantization_config": quantization_config(self.recipe, self.plan)}
+
+    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+        """The source's own small files, with config.json telling of the quantization.
+
+        The card is of these files and is ours. One that the source brings is kept beside it under another name, unless it is
+        ours as well: it would tell of other files.
+        """
+        made = {"config.json": config.to_json(self.config)}
         for path in sorted(self.request.source.iterdir()):
             is_notice = path.name.split(".")[0].upper() in SOURCE_NOTICES
             wanted = path.name not in {*made, INDEX, NAME} and (is_notice or path.suffix in _KEPT)
             if wanted and is_file_name(path.name) and path.is_file():
                 made[path.name] = read_small(path)
+        if theirs := made.pop(CARD, None):
+            before = Manifest.read(self.request.source)
+            entry = before.files.get(CARD, {}) if before else {}
+            if entry.get("sha256") != hashlib.sha256(theirs).hexdigest():
+                name = SOURCE_CARD
+                while name in made:
+                    name = f"{name.removesuffix('.md')}.source.md"
+                made[name] = theirs
         params = self.request.source / "original" / "params.json"
         if params.is_file():
             made["original/params.json"] = read_small(params)
