@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
     from llama4_convert.model_card import card as card
+    from llama4_convert.pushing import push as push
     from llama4_convert.reference import load_reference as load_reference
     from llama4_convert.synthesis import synth as synth
     from llama4_convert.validation import validate as validate
@@ -30,6 +31,7 @@ _HOME = {
     "card": "model_card",
     "convert": "conversion",
     "plan": "conversion",
+    "push": "pushing",
     "export": "exporting",
     "generate": "generation",
     "inspect": "inspection",
@@ -48,6 +50,7 @@ __all__ = [
     "inspect",
     "load_reference",
     "plan",
+    "push",
     "synth",
     "validate",
     "verify",

@@ -27,7 +27,7 @@ from quant.recipe import FORMATS
 
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"  # what a source calls README.md
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _LICENCE = "https://www.llama.com/llama4/license/"
 # Layers, width, experts, layers with experts, dense width: the models that Meta published, without the variant.
 _PUBLISHED = {
@@ -421,7 +421,7 @@ def _manifest(path: Path) -> Manifest:
 def _card(path: Path, manifest: Manifest, validation: str | os.PathLike[str] | None, base_model: str | None) -> str:
     from llama4_convert.inspection import inspect
 
-    if base_model is not None and not _ID.fullmatch(base_model):
+    if base_model is not None and not REPOSITORY_ID.fullmatch(base_model):
         raise UsageError(f"{base_model!r:.80} is no id of a model on the Hub: write OWNER/NAME")
     told = _read_validation(Path(validation), path) if validation is not None else None
     counts = inspect(path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from llama4_convert import report
 from llama4_convert.commands.options import as_json, file_path, show
 from llama4_convert.errors import UsageError
 
@@ -60,3 +62,61 @@ def card(
         return
     text = model_card.card(path, **options)
     show({"output": str(path), "card": text}, as_json, lambda r: r["card"].rstrip("\n"))
+
+
+@click.command()
+@_output
+@click.argument("repository", metavar="REPO")
+@click.option("--revision", metavar="BRANCH", help="Commit to this branch.  [default: main]")
+@click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--create", is_flag=True, help="Make the repository, and the branch, if they are not there.")
+@click.option("--private", is_flag=True, help="With --create: make it private.")
+@click.option("--no-verify", is_flag=True, help="Do not read every byte of DST first.")
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; no network.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@as_json
+def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool, as_json: bool, **options: Any) -> None:
+    """Upload an output to the Hugging Face Hub, REPO being OWNER/NAME, in one commit.
+
+    DST is verified first, then its files (those of the manifest, never another) are sent, then the Hub's ids are compared with
+    the manifest. The same command goes on after an interruption. It needs `pip install 'llama4-convert[hub]'`; the token is that
+    of `hf auth login` or HF_TOKEN.
+
+    \b
+    Examples:
+      llama4-convert push scout-int4 me/Llama-4-Scout-int4 --dry-run
+      llama4-convert push scout-int4 me/Llama-4-Scout-int4 --create --private
+    """
+    from llama4_convert import pushing
+
+    told = pushing.outgoing(path, repository)
+    for text in told["warnings"]:
+        report.warn(text)
+    if dry_run:
+        show(told, as_json, _would_push)
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                f"{repository} is asked for on a terminal only: --yes goes on without, --dry-run says what"
+            )
+        report.say(_would_push(told))
+        if not click.confirm("Upload?", err=True):
+            raise UsageError("nothing was pushed: you said no")
+    with report.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
+        quiet = not sys.stderr.isatty()
+        result = pushing.push(
+            path, repository, verify=not no_verify, quiet=quiet, start=bar.start, progress=bar.advance, **options
+        )
+    for text in result["warnings"][len(told["warnings"]) :]:
+        report.warn(text)
+    show(result, as_json, lambda r: f"{r['url']}: {_size(r)}, on the Hub as the manifest says")
+
+
+def _size(told: dict[str, Any]) -> str:
+    return f"{len(told['files'])} files, {report.gigabytes(told['bytes'])}"
+
+
+def _would_push(told: dict[str, Any]) -> str:
+    lines = [f"{report.gigabytes(file['size']):>12}  {file['file']}" for file in told["files"]]
+    return "\n".join([*lines, f"{_size(told)} to {told['repository']}"])
