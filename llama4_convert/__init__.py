@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llama4_convert.fitting import fit as fit
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
+    from llama4_convert.model_card import card as card
+    from llama4_convert.pushing import push as push
     from llama4_convert.reference import load_reference as load_reference
     from llama4_convert.synthesis import synth as synth
     from llama4_convert.validation import validate as validate
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 _HOME = {
+    "card": "model_card",
     "convert": "conversion",
     "plan": "conversion",
+    "push": "pushing",
     "export": "exporting",
     "fit": "fitting",
     "generate": "generation",
@@ -41,6 +45,7 @@ _HOME = {
 
 __all__ = [
     "__version__",
+    "card",
     "convert",
     "export",
     "fit",
@@ -48,6 +53,7 @@ __all__ = [
     "inspect",
     "load_reference",
     "plan",
+    "push",
     "synth",
     "validate",
     "verify",

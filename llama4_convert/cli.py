@@ -8,6 +8,7 @@ import sys
 import click
 
 from llama4_convert.commands.fit import fit
+from llama4_convert.commands.hub import card, push
 from llama4_convert.commands.reading import inspect, verify
 from llama4_convert.commands.trying import demo, generate, synth
 from llama4_convert.commands.validate import validate
@@ -28,7 +29,21 @@ def cli() -> None:
     """Meta's original Llama 4 checkpoints to Transformers directories: planned, streamed in bounded memory, checked."""
 
 
-for command in (plan, convert, export, recipes, fit, inspect, verify, validate, generate, synth, demo):
+for command in (
+    plan,
+    convert,
+    export,
+    recipes,
+    fit,
+    inspect,
+    verify,
+    validate,
+    generate,
+    card,
+    push,
+    synth,
+    demo,
+):
     cli.add_command(command)
 
 

@@ -149,17 +149,14 @@ class Job:
             )
         return found
 
-    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
-        """Files around the weights, in groups: a name of each group -> a function that makes the group's files.
-
-        Everything that can be wrong with the source has been found out by the time this returns.
-        """
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
         from llama4_convert import config
         from llama4_convert.quantization import quantization_config
 
-        g, source = self.plan.geometry, self.source
         body = config.model_config(
-            g,
+            self.plan.geometry,
             self.token_ids,
             variant=self.variant,
             dtype=self.plan.main_dtype,
@@ -167,8 +164,18 @@ class Job:
         )
         if self.recipe:
             body["quantization_config"] = quantization_config(self.recipe, self.plan)
+        return body
+
+    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+        """Files around the weights, in groups: a name of each group -> a function that makes the group's files.
+
+        Everything that can be wrong with the source has been found out by the time this returns.
+        """
+        from llama4_convert import config
+
+        g, source = self.plan.geometry, self.source
         made: dict[str, bytes] = {
-            "config.json": config.to_json(body),
+            "config.json": config.to_json(self.config),
             "generation_config.json": config.to_json(config.generation_config(self.token_ids, self.variant)),
             "original/params.json": source.small_files["params.json"],
         }
@@ -182,6 +189,15 @@ class Job:
         if "tokenizer.model" in source.small_files:
             groups["tokenizer.json"] = self._tokenizer
         return groups
+
+    def closing(self, manifest: Manifest) -> dict[str, bytes]:
+        """Files that tell what became of the weights, once these are written and `manifest` has their errors: the model card."""
+        from llama4_convert.composition import active_parameters
+        from llama4_convert.model_card import CARD, Facts, render
+
+        counts, g = self.plan.parameters_by_kind(), self.plan.geometry
+        active = active_parameters(counts, g.n_experts, g.top_k)
+        return {CARD: render(Facts(manifest, self.config, sum(counts.values()), active)).encode()}
 
     def _tokenizer(self) -> dict[str, bytes]:
         from llama4_convert.tokenizer import tokenizer_files

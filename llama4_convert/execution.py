@@ -118,6 +118,8 @@ class _Execution:
                 f"{name}: {n} numbers were too large for {self.job.request.dtype or 'its dtype'} and became infinite"
             )
         self._warn_of_nonfinite()
+        for name, data in self.job.closing(self.manifest).items():
+            self._write_small(name, data)
         self.manifest.add(self.marker, hashlib.sha256(self.marker_content).hexdigest(), len(self.marker_content))
         self.manifest.write(self.target)
         self._write_small(self.marker, self.marker_content)
@@ -316,9 +318,9 @@ class _Execution:
         plan, recipe = self.job.plan, self.job.recipe
         if recipe is None:
             return {}
-        errors = {module: (pair[0], pair[1]) for module, pair in self.manifest.errors.items()}
-        told = {"recipe": recipe.name, **describe_sizes(plan), **describe_errors(plan.matrices, errors)}
-        return {"quantization": told}
+        return {
+            "quantization": {"recipe": recipe.name, **describe_sizes(plan), **describe_errors(self.manifest.errors)}
+        }
 
 
 def _make_folder(target: Path) -> bool:

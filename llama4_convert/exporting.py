@@ -216,6 +216,9 @@ class ExportJob(Job):
             )
         return data
 
+    def closing(self, manifest: Manifest) -> dict[str, bytes]:
+        return {}  # Meta's layout has no card
+
     def marker_content(self) -> bytes:
         return self.params
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,10 @@ from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersCheckpoint
+from llama4_convert.composition import Share, active_parameters, kind_of, listed, quantization, spelling
 from llama4_convert.errors import BadInput
 from llama4_convert.manifest import Manifest
-from llama4_convert.planning import Plan, make_plan
+from llama4_convert.planning import Plan, bind_source, make_plan
 
 if TYPE_CHECKING:
     from llama4_convert.checkpoints.readers import DirectoryReader
@@ -32,11 +33,13 @@ def inspect(
     start: Start = lambda total, done: None,
     progress: Progress = lambda n: None,
 ) -> dict[str, Any]:
-    """Layout, geometry, parameter count, bytes and tensors of `path`. Raises UsageError, BadInput or EnvironmentFailed.
+    """What is in `path`, as the JSON of the design says. Raises UsageError, BadInput or EnvironmentFailed.
 
-    Geometry fields have the names of config.json. In Meta's layout a tensor's shape is one rank's, and `parameters` counts
-    what a conversion keeps. `nonfinite` lists the tensors with NaN or infinities, and whether quantization has replaced them;
-    None where nobody has counted.
+    Geometry fields have the names of config.json. In Meta's layout a tensor's shape is one rank's, `parameters` counts
+    what a conversion keeps, and `bytes` all ranks. `by_kind` shares both out (see `composition`), `active_parameters` are
+    those that a token of text meets; `spelling`, `quantization` and `manifest` are None where there is no such thing.
+    `nonfinite` lists the tensors with NaN or infinities, and whether quantization has replaced them; None where nobody has
+    counted.
 
     `stats` reads everything and tells of each tensor `min`, `max`, `mean`, `std`, `zeros`, `nan`, `inf` and a `histogram`
     (see `tensor_statistics`), in Meta's layout over all ranks; a quantized matrix is told of as the weight that it stands for.
@@ -55,17 +58,21 @@ def inspect(
         reader = _directory_reader(directory)
         told, quantized = _transformers(directory, reader), getattr(reader, "quantized", ())
         readers = {key: [reader] for key in reader.keys()}  # noqa: SIM118
-    listed: list[dict[str, Any]] = []
+    nonfinite: list[dict[str, Any]] = []
+    told["manifest"] = None
     if manifest := Manifest.read(path):
-        listed = [
+        told["manifest"] = _told_by(manifest)
+        nonfinite = [
             {"tensor": key, "nan": nan, "inf": inf, "replaced": key in quantized}
             for key, (nan, inf) in sorted(manifest.nonfinite().items())
         ]
-        told["nonfinite"] = listed
+        told["nonfinite"] = nonfinite
     if stats:
         told["stats"] = found = _stats(readers, start, progress)
         counted = [{"tensor": s["tensor"], "nan": s["nan"], "inf": s["inf"], "replaced": False} for s in found]
-        told["nonfinite"] = [one for one in counted if one["nan"] or one["inf"]] + [o for o in listed if o["replaced"]]
+        told["nonfinite"] = [one for one in counted if one["nan"] or one["inf"]] + [
+            o for o in nonfinite if o["replaced"]
+        ]
     return told
 
 
@@ -112,6 +119,16 @@ def _stats(readers: dict[str, list[TensorReader]], start: Start, progress: Progr
 def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
     g = plan.geometry
     first = checkpoint.ranks[0]
+    # A key's kind is that of what it becomes.
+    kinds = {piece.key: kind_of(tensor.name) for tensor in plan.tensors for piece in tensor.pieces}
+    shares, dtypes = defaultdict[str, Share](Share), defaultdict[str, Share](Share)
+    for key, tensor in first.tensors.items():
+        nbytes = sum(index.tensors[key].numel * tensor.itemsize for index in checkpoint.ranks)
+        shares[kinds.get(key, "dropped")].add(1, 0, nbytes)
+        dtypes[tensor.dtype].add(1, 0, nbytes)
+    for kind, parameters in plan.parameters_by_kind().items():
+        shares[kind].parameters += parameters
+    binding, _ = bind_source(checkpoint.geometry, checkpoint)
     return {
         "path": str(checkpoint.path),
         "layout": "meta",
@@ -133,7 +150,12 @@ def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
             "vision_layers": g.vision.n_layers if g.vision else None,
         },
         "parameters": plan.parameters,
-        "bytes": sum(t.numel * t.itemsize for index in checkpoint.ranks for t in index.tensors.values()),
+        "active_parameters": _active(shares, g.n_experts, g.top_k),
+        "bytes": sum(share.bytes for share in shares.values()),
+        "by_kind": listed(shares),
+        "dtypes": _by_dtype(dtypes),
+        "spelling": spelling(binding, plan.meta_keys, kinds),
+        "quantization": None,
         "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in first.tensors.items()],
         "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
         "nonfinite": None,
@@ -141,6 +163,8 @@ def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
 
 
 def _transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader) -> dict[str, Any]:
+    from llama4_convert.checkpoints.quantized import QuantizedReader
+
     config = checkpoint.config
     text = config.get("text_config") or config
     if not isinstance(text, dict):
@@ -156,17 +180,58 @@ def _transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader) -
         geometry["moe_layers"] = len(geometry["moe_layers"])
     geometry["vision_layers"] = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
     tensors = checkpoint.tensors
-    matrices: dict[str, Any] = getattr(reader, "quantized", {})
-    quantized = Counter(matrix.kind for matrix in matrices.values())
+    shares, dtypes = defaultdict[str, Share](Share), defaultdict[str, Share](Share)
+    for key, tensor in tensors.items():
+        shares[kind_of(key)].add(1, 0, tensor.nbytes)
+        dtypes[tensor.dtype].add(1, 0, tensor.nbytes)
+    for key in reader.keys():  # noqa: SIM118
+        # Packed words are no parameters: what they stand for is.
+        shares[kind_of(key)].parameters += prod(reader.shape(key))
+    told = quantization(reader) if isinstance(reader, QuantizedReader) else None
+    matrices: Counter[str] = Counter()
+    for group in told["groups"] if told else ():
+        matrices[group["scheme"]] += group["matrices"]
     return {
         "path": str(checkpoint.path),
         "layout": "transformers",
         "files": len(checkpoint.files),
         "geometry": geometry,
-        # Packed words are no parameters: what they stand for is.
-        "parameters": sum(prod(reader.shape(key)) for key in reader.keys()),  # noqa: SIM118
-        "quantized": dict(sorted(quantized.items())),
+        "parameters": sum(share.parameters for share in shares.values()),
+        "active_parameters": _active(shares, geometry["num_local_experts"], geometry["num_experts_per_tok"]),
         "bytes": sum(t.nbytes for t in tensors.values()),
+        "by_kind": listed(shares),
+        "dtypes": _by_dtype(dtypes),
+        "spelling": None,
+        "quantization": told,
+        "quantized": dict(sorted(matrices.items())),
         "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in tensors.items()],
         "nonfinite": None,
     }
+
+
+def _active(shares: Mapping[str, Share], experts: object, top_k: object) -> int | None:
+    return active_parameters({kind: share.parameters for kind, share in shares.items()}, experts, top_k)
+
+
+def _by_dtype(shares: Mapping[str, Share]) -> dict[str, dict[str, int]]:
+    largest = sorted(shares.items(), key=lambda item: (-item[1].bytes, item[0]))
+    return {dtype: {"tensors": share.tensors, "bytes": share.bytes} for dtype, share in largest}
+
+
+def _told_by(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest says of the output: {tool, source, options, recipe, files, complete, errors}; without its digests."""
+    recipe = manifest.options.get("recipe")
+    told = {
+        "tool": manifest.tool,
+        "source": dict(manifest.source),
+        "options": {name: value for name, value in manifest.options.items() if name != "recipe"},
+        "recipe": recipe,
+        "files": len(manifest.files),
+        "complete": manifest.marker in manifest.files,
+        "errors": None,
+    }
+    if manifest.errors:
+        from llama4_convert.quantization import describe_errors
+
+        told["errors"] = describe_errors(manifest.errors)
+    return told

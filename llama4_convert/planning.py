@@ -21,6 +21,7 @@ from llama4_convert.changes import ChangePiece, Changes, most_bytes
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
+from llama4_convert.composition import kind_of
 from llama4_convert.errors import BadInput
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.matrices import Matrix, matrices
@@ -215,8 +216,17 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        plain = sum(tensor.numel for tensor in self.tensors if tensor.part is None)
-        return plain + sum(m.matrix.n * m.matrix.k for m in self.matrices)
+        return sum(self.parameters_by_kind().values())
+
+    def parameters_by_kind(self) -> Mapping[str, int]:
+        """Numbers of the model, whatever they are stored as, by the kinds of `composition`."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            if tensor.part is None:
+                counts[kind_of(tensor.name)] += tensor.numel
+        for planned in self.matrices:
+            counts[kind_of(planned.matrix.key)] += planned.matrix.n * planned.matrix.k
+        return counts
 
     @property
     def main_dtype(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from llama4_convert.planning import Plan, PlannedMatrix
+from llama4_convert.composition import kind_of
+from llama4_convert.planning import Plan
 from quant.config import Module, compressed_tensors_config
 from quant.recipe import Recipe
 
@@ -24,14 +25,13 @@ def sqnr_db(relative: float) -> float | None:
     return -10 * math.log10(relative) if relative > 0 else None
 
 
-def describe_errors(matrices: Iterable[PlannedMatrix], errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """Of every matrix in `errors` (module -> sums of squares, error and weight): overall, by family and scheme, and the worst."""
-    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for planned in matrices:
-        if planned.scheme and planned.matrix.module in errors:
-            groups[planned.matrix.family].append(errors[planned.matrix.module])
+def describe_errors(errors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Of every matrix in `errors` (module -> sums of squares, error and weight): overall, by family, and the worst."""
+    groups: dict[str, list[Sequence[float]]] = defaultdict(list)
+    for module, pair in errors.items():
+        groups[kind_of(f"{module}.weight")].append(pair)
 
-    def summed(pairs: Iterable[tuple[float, float]]) -> dict[str, Any]:
+    def summed(pairs: Iterable[Sequence[float]]) -> dict[str, Any]:
         pairs = list(pairs)
         relative = relative_mse(math.fsum(e for e, _ in pairs), math.fsum(s for _, s in pairs))
         return {"matrices": len(pairs), "relative_mse": relative, "sqnr_db": sqnr_db(relative)}

@@ -186,49 +186,6 @@ def quantization_summary(told: dict[str, Any]) -> list[str]:
     return lines
 
 
-def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
-    geometry = result["geometry"]
-    lines = [
-        f"{result['path']}: {result['layout']} layout, {result['ranks']} rank(s)"
-        if result["layout"] == "meta"
-        else f"{result['path']}: {result['layout']} layout, {result['files']} file(s)",
-        f"{parameters(result['parameters'])} in {len(result['tensors'])} tensors, {gigabytes(result['bytes'])}",
-        *(f"  {name:24} {'-' if value is None else value}" for name, value in geometry.items()),
-    ]
-    if result.get("quantized"):
-        lines.append("  quantized                " + ", ".join(f"{n} in {k}" for k, n in result["quantized"].items()))
-    if result["nonfinite"] is not None:
-        named = [
-            f"{one['tensor']} ({one['nan']:,} NaN, {one['inf']:,} infinite{', replaced' if one['replaced'] else ''})"
-            for one in result["nonfinite"]
-        ]
-        lines.append("  not finite               " + ("\n                           ".join(named) or "none"))
-    if tensors:
-        if result.get("ranks", 1) > 1:
-            lines.append(f"each tensor as rank 0 of {result['ranks']} has it:")
-        lines += [f"{t['name']}  {t['dtype']} {t['shape']}" for t in result["tensors"]]
-    if "stats" in result:
-        lines += stats_lines(result["stats"])
-    return "\n".join(lines)
-
-
-_BARS = "▁▂▃▄▅▆▇█"
-
-
-def stats_lines(stats: list[dict[str, Any]]) -> list[str]:
-    """A line a tensor, and the share of its numbers in each power of two, from 2^-24 to 2^7, as bars."""
-    columns = ("min", "max", "mean", "std")
-    lines = ["".join(f"{name:>11}" for name in columns) + f"{'zeros':>12}  2^-24 to 2^7" + " " * 20 + "  tensor"]
-    for one in stats:
-        numbers = "".join(f"{'-' if one[name] is None else format(one[name], '.3g'):>11}" for name in columns)
-        found = dict(one["histogram"])
-        largest = max(found.values(), default=1)
-        heights = [found.get(exponent, 0) for exponent in range(-24, 8)]
-        bars = "".join(" " if not n else _BARS[n * (len(_BARS) - 1) // largest] for n in heights)
-        lines.append(f"{numbers}{one['zeros']:>12,}  {bars}  {one['tensor']}")
-    return lines
-
-
 def verify_summary(result: dict[str, Any]) -> str:
     lines = []
     for file in result["files"]:

@@ -5,8 +5,10 @@ Fine-tunes come so.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
+from llama4_convert.model_card import CARD, SOURCE_CARD
 from llama4_convert.planning import plan_directory
 from llama4_convert.published import Digest, promised
 from llama4_convert.version import TOOL
@@ -54,13 +57,25 @@ def open_directory(request: Request) -> SafetensorsSource:
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """What a directory holds beside its weights, its index and config.json."""
+    """What a directory holds beside its weights, its index and config.json.
+
+    The card of what is made of it is ours. One that the directory brings is kept under another name, unless it is ours as
+    well: it would tell of other files.
+    """
     made: dict[str, bytes] = {}
     for path in sorted(folder.iterdir()):
         is_notice = path.name.split(".")[0].upper() in SOURCE_NOTICES
         wanted = path.name not in {"config.json", INDEX, NAME} and (is_notice or path.suffix in _KEPT)
         if wanted and is_file_name(path.name) and path.is_file():
             made[path.name] = read_small(path)
+    if theirs := made.pop(CARD, None):
+        before = Manifest.read(folder)
+        entry = before.files.get(CARD, {}) if before else {}
+        if entry.get("sha256") != hashlib.sha256(theirs).hexdigest():
+            name = SOURCE_CARD
+            while name in made:
+                name = f"{name.removesuffix('.md')}.source.md"
+            made[name] = theirs
     return made
 
 
@@ -84,14 +99,18 @@ class TransformersJob(Job):
         self.max_position_embeddings = int(text.get("max_position_embeddings") or 131072)
         self.promised, self.warnings = promises(self.source)
 
-    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
-        """The source's own small files, with config.json telling of the quantization."""
+    @cached_property
+    def config(self) -> dict[str, Any]:
         from llama4_convert.quantization import quantization_config
 
         body = dict(self.source.config)
         if self.recipe:
             body["quantization_config"] = quantization_config(self.recipe, self.plan)
-        made = {"config.json": config.to_json(body), **small_files(self.request.source)}
+        return body
+
+    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+        """The source's own small files, with config.json telling of the quantization."""
+        made = {"config.json": config.to_json(self.config), **small_files(self.request.source)}
         params = self.request.source / "original" / "params.json"
         if params.is_file():
             made["original/params.json"] = read_small(params)

@@ -234,7 +234,8 @@ class VisionJob(TransformersJob):
         self.repaired += [Repair(f"{_GENERATION}: {name}", body.get(name), used) for name, used in wrong.items()]
         return config.to_json({**body, **wrong})
 
-    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+    @cached_property
+    def config(self) -> dict[str, Any]:
         from llama4_convert.quantization import quantization_config
 
         name = "dtype" if "dtype" in self.base.body else "torch_dtype"
@@ -249,7 +250,10 @@ class VisionJob(TransformersJob):
         }
         if self.recipe:
             body["quantization_config"] = quantization_config(self.recipe, self.plan)
-        made = {"config.json": config.to_json(body), **self._files}
+        return body
+
+    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+        made = {"config.json": config.to_json(self.config), **self._files}
         return {name: lambda name=name: {name: made[name]} for name in made}  # type: ignore[misc]
 
     def told_of_fine_tune(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class QuantizedMatrix:
     decoder: Decoder
     parts: Mapping[str, str]  # those that decoding reads
     by_rows: bool  # whether rows of the parts make rows of the matrix
+    settings: Mapping[str, int | bool | str]  # what shares a scale, as recipes say it
 
 
 class QuantizedReader(DirectoryReader):
@@ -52,7 +53,7 @@ class QuantizedReader(DirectoryReader):
                     continue
                 try:
                     self.quantized[f"{module}.weight"] = bind(module)
-                except (ValueError, KeyError, IndexError) as error:
+                except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
                     self.damaged[f"{module}.weight"] = DamagedMatrix(
                         f"{module}: its quantized parts do not fit together: {error}"
                     )
@@ -111,7 +112,7 @@ class QuantizedReader(DirectoryReader):
         if shape != [n, k]:
             raise ValueError(f"{_SHAPE[1:]} says {shape}, and the codes are {[n, k]}")
         parts = {"weight_packed": module + _PACKED, "weight_scale": module + _SCALE}
-        return QuantizedMatrix("int4", n, k, PackQuantized(scheme), parts, True)
+        return QuantizedMatrix("int4", n, k, PackQuantized(scheme), parts, True, {"group_size": scheme.group_size})
 
     def _fp8(self, module: str) -> QuantizedMatrix:
         from quant.encoders import FloatQuantized
@@ -125,7 +126,8 @@ class QuantizedReader(DirectoryReader):
         for granularity in ("channel", "tensor", "block"):
             scheme = Fp8(granularity)
             if scheme.shapes(n, k)[1] == scale:
-                return QuantizedMatrix("fp8", n, k, FloatQuantized(scheme), parts, granularity == "channel")
+                by_rows, settings = granularity == "channel", {"granularity": granularity}
+                return QuantizedMatrix("fp8", n, k, FloatQuantized(scheme), parts, by_rows, settings)
         raise ValueError(f"scales of shape {list(scale)} for {[n, k]} weights")
 
     def _nf4(self, module: str) -> QuantizedMatrix:
@@ -134,4 +136,5 @@ class QuantizedReader(DirectoryReader):
         n, k, decoder = open_nf4(super().read(module + _NF4).tobytes())
         keys = {output.suffix: f"{module}.{output.suffix}" for output in decoder.outputs(n, k)}
         parts = {suffix: key for suffix, key in keys.items() if key in self.checkpoint.tensors}
-        return QuantizedMatrix("nf4", n, k, decoder, parts, False)
+        settings = {"block_size": decoder.scheme.block_size, "double_quant": decoder.scheme.double_quant}
+        return QuantizedMatrix("nf4", n, k, decoder, parts, False, settings)

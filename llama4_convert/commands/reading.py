@@ -20,9 +20,11 @@ from llama4_convert.errors import CheckFailed
 )
 @as_json
 def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
-    """Show what a checkpoint in either layout holds: geometry, sizes, tensors. Without --stats it reads no tensor data.
+    """Show what a checkpoint in either layout holds. Without --stats it reads no tensor data.
 
-    Tensors with NaN or infinities are named, where a conversion has counted them, and with --stats.
+    Geometry, parameters (and those that a token meets), bytes by kind, dtypes, how Meta's keys are spelled, what is quantized
+    and how, and what the manifest of an output tells. Tensors with NaN or infinities are named, where a conversion has
+    counted them, and with --stats.
 
     \b
     Examples:
@@ -30,10 +32,11 @@ def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
       llama4-convert inspect scout-hf --stats
     """
     from llama4_convert import inspect as run
+    from llama4_convert.inspection_report import inspect_summary
 
     with report.ProgressBar("inspect", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(path, stats=stats, start=bar.start, progress=bar.advance)
-    show(result, as_json, lambda r: report.inspect_summary(r, tensors))
+    show(result, as_json, lambda r: inspect_summary(r, tensors))
 
 
 @click.command()
