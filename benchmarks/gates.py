@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from llama4_convert import convert, synth, validate
-from llama4_convert.validation import DTYPES, GATE_NAMES
+from llama4_convert.parity.validation import DTYPES, GATE_NAMES
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
     from llama4_convert.model_card import card as card
+    from llama4_convert.parity.validation import validate as validate
     from llama4_convert.pushing import push as push
     from llama4_convert.reference import load_reference as load_reference
     from llama4_convert.synthesis import synth as synth
-    from llama4_convert.validation import validate as validate
     from llama4_convert.verification import verify as verify
 
 __version__ = VERSION
@@ -39,7 +39,7 @@ _HOME = {
     "inspect": "inspection",
     "load_reference": "reference",
     "synth": "synthesis",
-    "validate": "validation",
+    "validate": "parity.validation",
     "verify": "verification",
 }
 

@@ -55,7 +55,7 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-# The model computes with torch; what describes it and binds its layouts does not.
+# The model computes with torch, and parity with the model; what describes it and binds its layouts does not.
 MODEL = {"loading", "text", "cache", "moe", "vision", "image", "chat", "model", "generate"}
 
 
@@ -64,7 +64,7 @@ def may_import(path: Path) -> set[str]:
     if path.parent.name == "llama4" and path.stem in MODEL:
         return {"torch"}
     parts = path.relative_to(REPOSITORY).parts
-    if parts[:2] == ("quant", "torch_backend"):
+    if parts[:2] in {("quant", "torch_backend"), ("llama4_convert", "parity")}:
         return {"torch"}
     compiled = parts[:2] in {("quant", "kernels"), ("quant", "schemes")} or parts[:2] == ("quant", "encoders.py")
     return {"numba"} if compiled or parts == ("quant", "formats", "bitsandbytes.py") else set()

@@ -87,7 +87,7 @@ def validate(
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original
     """
     from llama4_convert import validate as run
-    from llama4_convert.parity_cache import default_folder
+    from llama4_convert.parity.cache import default_folder
 
     if no_cache and cache is not None:
         raise UsageError("--cache and --no-cache contradict each other: leave one out")

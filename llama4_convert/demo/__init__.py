@@ -116,7 +116,7 @@ def _complete_in_transformers(output: Path) -> str:
     import torch
     from transformers import AutoTokenizer
 
-    from llama4_convert.transformers_runner import load_transformers, quiet
+    from llama4_convert.parity.transformers_runner import load_transformers, quiet
 
     with quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(output)

@@ -14,7 +14,7 @@ import torch
 
 from llama4.generate import generate, sample
 from llama4_convert import convert, load_reference
-from llama4_convert.transformers_runner import load_transformers
+from llama4_convert.parity.transformers_runner import load_transformers
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
 

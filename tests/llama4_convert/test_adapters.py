@@ -26,7 +26,7 @@ from torch import Tensor
 from llama4_convert import convert, plan
 from llama4_convert.changes import row_blocks
 from llama4_convert.errors import BadInput
-from llama4_convert.transformers_runner import load_transformers
+from llama4_convert.parity.transformers_runner import load_transformers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WEIGHTS = "adapter_model.safetensors"

@@ -23,8 +23,8 @@ from llama4_convert import convert, export, inspect, synth, verify
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.params import params_json
+from llama4_convert.parity.transformers_runner import load_transformers
 from llama4_convert.tokenizer import tokenizer_files, tokenizer_model
-from llama4_convert.transformers_runner import load_transformers
 
 GEOMETRIES = list(meta_model.GEOMETRIES)
 DROPPED = ("rope.freqs", "_extra_state", "gate_stats_3E", "expert_activation_DE")

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama4_convert.gates import AT_LEAST, EXACT, GATE_NAMES, within
-from llama4_convert.metrics import LogitComparison, finite, nmse
+from llama4_convert.parity.gates import AT_LEAST, EXACT, GATE_NAMES, within
+from llama4_convert.parity.metrics import LogitComparison, finite, nmse
 
 POSITIONS, VOCABULARY = 7, 23
 

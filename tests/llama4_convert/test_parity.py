@@ -15,11 +15,12 @@ from torch import Tensor
 
 from llama4.config import Llama4Config
 from llama4.text import Llama4TextModel
-from llama4_convert import convert, parity_cache, validate
+from llama4_convert import convert, validate
 from llama4_convert.checkpoints import quantized
-from llama4_convert.config_check import matters_from
 from llama4_convert.errors import UsageError
-from llama4_convert.parity_memory import budget
+from llama4_convert.parity import cache as parity_cache
+from llama4_convert.parity.config_check import matters_from
+from llama4_convert.parity.memory import budget
 from llama4_convert.reference import Checkpoint
 
 WEIGHTS = "model-00001-of-00001.safetensors"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from llama4_convert import convert, inspect, load_reference, plan, validate
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError
-from llama4_convert.transformers_runner import load_transformers
+from llama4_convert.parity.transformers_runner import load_transformers
 from quant.schemes.int4 import Int4
 
 RECIPES = ("int4", "int4-experts", "int4-signed", "fp8", "mixed", "nf4")

@@ -18,7 +18,7 @@ from torch import Tensor
 from llama4.config import Llama4Config, differences
 from llama4_convert import convert, plan, validate
 from llama4_convert.errors import BadInput, UsageError
-from llama4_convert.transformers_runner import load_transformers
+from llama4_convert.parity.transformers_runner import load_transformers
 
 TEXT = "language_model."
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llama4.model import Llama4ForCausalLM
 from llama4.moe import choose, swiglu
-from llama4_convert.metrics import nmse
-from llama4_convert.parity import candidate_steps
+from llama4_convert.parity.metrics import nmse
+from llama4_convert.parity.walk import candidate_steps
 
 # What a module makes of its inputs, in any model of ours.
 Run = Callable[[Llama4ForCausalLM, Sequence[Tensor]], Tensor]

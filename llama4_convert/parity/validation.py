@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING, Any
 
 from llama4.config import Difference, Llama4Config
 from llama4.weights import BindingError, parameter_shapes
-from llama4_convert import gates as limits
 from llama4_convert.checkpoints.transformers import ITEM_SIZES
-from llama4_convert.config_check import said, told
 from llama4_convert.errors import BadInput, UsageError, one_line, raise_if_out_of_memory
-from llama4_convert.metrics import finite
-from llama4_convert.parity import CandidateFailed, Parity, Side, Walk, candidate_steps
-from llama4_convert.parity_memory import Budget, budget
-from llama4_convert.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
+from llama4_convert.parity import gates as limits
+from llama4_convert.parity.config_check import said, told
+from llama4_convert.parity.memory import Budget, budget
+from llama4_convert.parity.metrics import finite
+from llama4_convert.parity.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
+from llama4_convert.parity.walk import CandidateFailed, Parity, Side, Walk, candidate_steps
 from llama4_convert.reference import Checkpoint, model_of
 from llama4_convert.version import VERSION
 from llama4_convert.weight_check import MatrixLoss, WeightFault, compare_weights, unexpected_tensors
 
 if TYPE_CHECKING:
     from llama4.model import Llama4ForCausalLM
-    from llama4_convert.parity_cache import CandidateNotes
+    from llama4_convert.parity.cache import CandidateNotes
 
 RUNNERS = ("llama4", "transformers")
 MAX_MEMORY = 4 << 30
@@ -66,8 +66,8 @@ def validate(
     Prompts come from `prompts` (a file with one a line), `token_ids` (a file of ids) and `images`; without any, `tokens` random
     tokens and, for a model that sees, a tile of noise. `runner` and `reference_runner` say what runs the candidate and the
     reference: our reference model, in no more than `max_memory` bytes, or "transformers". Both compute in `dtype`. `gates`
-    replaces limits of `llama4_convert.gates`. With a folder `cache` an interrupted run goes on where it stopped, and what the
-    reference computes is kept for the next candidate. `at` is told what is under way. The result's `passed` is true if no field
+    replaces limits of `parity.gates`. With a folder `cache` an interrupted run goes on where it stopped, and what the reference
+    computes is kept for the next candidate. `at` is told what is under way. The result's `passed` is true if no field
     differs, no tensor differs, and every metric is within its gate. Raises UsageError, BadInput or EnvironmentFailed.
     """
     limits.check(dtype, gates or {})
@@ -289,7 +289,7 @@ class _Comparison:
             return
         import torch
 
-        from llama4_convert.parity_cache import content_key, opened, run_key
+        from llama4_convert.parity.cache import content_key, opened, run_key
 
         rounded = sorted(self._rounding().items())
         key = run_key(self.original, self.batch, self.dtype, self.config, rounded)
@@ -326,9 +326,9 @@ class _Comparison:
     ) -> Parity:
         import torch
 
-        from llama4_convert.module_split import split, split_of_record
-        from llama4_convert.stages import Live
-        from llama4_convert.transformers_runner import TransformersRecord
+        from llama4_convert.parity.module_split import split, split_of_record
+        from llama4_convert.parity.stages import Live
+        from llama4_convert.parity.transformers_runner import TransformersRecord
 
         kind = getattr(torch, self.dtype)
 

@@ -18,7 +18,7 @@ from llama4.config import Llama4Config
 from llama4.model import Llama4ForCausalLM, Llama4ForConditionalGeneration
 from llama4.moe import choose
 from llama4.vision import Llama4VisionModel
-from llama4_convert.prompts import Batch
+from llama4_convert.parity.prompts import Batch
 
 
 class Step(NamedTuple):

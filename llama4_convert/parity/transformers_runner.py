@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4_convert.errors import EnvironmentFailed, UsageError, one_line
-from llama4_convert.parity import CandidateFailed
+from llama4_convert.parity.walk import CandidateFailed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from llama4_convert.prompts import Batch
-    from llama4_convert.stages import Step
+    from llama4_convert.parity.prompts import Batch
+    from llama4_convert.parity.stages import Step
 
 
 def load_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
@@ -109,7 +109,7 @@ class TransformersRecord:
     @contextlib.contextmanager
     def _seen(self, keep: Callable[[str, Step], None]) -> Iterator[None]:
         """Tells each stage that the model goes through."""
-        from llama4_convert.stages import Step
+        from llama4_convert.parity.stages import Step
 
         decoder, vision = self._decoder(), getattr(self._model, "vision_model", None)
         scores: list[Tensor] = []
@@ -149,7 +149,7 @@ class TransformersRecord:
         """The prompts' states as one batch, padded with zeros as `Batch` pads; vision's side by side."""
         import torch
 
-        from llama4_convert.stages import Step
+        from llama4_convert.parity.stages import Step
 
         if stage.startswith("vision."):
             return Step(torch.cat([step.state for step in steps]))

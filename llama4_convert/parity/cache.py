@@ -30,10 +30,10 @@ from llama4.loading import DTYPES, to_bits, to_tensor
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.errors import EnvironmentFailed, one_line
 from llama4_convert.lock import owned
-from llama4_convert.parity import Parity, States
-from llama4_convert.prompts import Batch
+from llama4_convert.parity.prompts import Batch
+from llama4_convert.parity.stages import Step
+from llama4_convert.parity.walk import Parity, States
 from llama4_convert.reference import Checkpoint
-from llama4_convert.stages import Step
 from llama4_convert.version import VERSION
 from llama4_convert.writer import write_small
 

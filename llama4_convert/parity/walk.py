@@ -21,12 +21,12 @@ from torch import Tensor
 
 from llama4.weights import BindingError
 from llama4_convert.errors import one_line, raise_if_out_of_memory
-from llama4_convert.metrics import LogitComparison, finite, nmse
-from llama4_convert.stages import Live, Record, Step, experts_of, layer_of, stages
+from llama4_convert.parity.metrics import LogitComparison, finite, nmse
+from llama4_convert.parity.stages import Live, Record, Step, experts_of, layer_of, stages
 
 if TYPE_CHECKING:
     from llama4.config import Llama4Config
-    from llama4_convert.prompts import Batch
+    from llama4_convert.parity.prompts import Batch
 
 _HEAD_NUMBERS = 1 << 22  # logits of each model in memory at a time
 _NO_METRICS: dict[str, float | int | None] = {"tokens": 0} | dict.fromkeys(
@@ -82,7 +82,7 @@ class States:
 
 
 class Journal(Protocol):
-    """Keeps a walk's states, so that it goes on after a kill; see `parity_cache`."""
+    """Keeps a walk's states, so that it goes on after a kill; see `parity.cache`."""
 
     def resume(self) -> tuple[int, States, Parity]:
         """The stages that are done, and what they left."""
