@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from llama4_convert.version import VERSION
 
 if TYPE_CHECKING:
+    from llama4_convert.card_file import card as card
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
     from llama4_convert.exporting import export as export
     from llama4_convert.fitting import fit as fit
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
-    from llama4_convert.model_card import card as card
     from llama4_convert.parity.validation import validate as validate
     from llama4_convert.pushing import push as push
     from llama4_convert.reference import load_reference as load_reference
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 _HOME = {
-    "card": "model_card",
+    "card": "card_file",
     "convert": "conversion",
     "plan": "conversion",
     "push": "pushing",

@@ -49,7 +49,7 @@ def card(
       llama4-convert validate scout-hf --reference original --json > parity.json
       llama4-convert card scout-hf --validation parity.json --write
     """
-    from llama4_convert import model_card
+    from llama4_convert import card_file
 
     if (adopt or overwrite) and not write:
         raise UsageError("--adopt and --overwrite are for --write")
@@ -57,10 +57,10 @@ def card(
         raise UsageError("--adopt takes README.md as it is: leave the other options out")
     options: dict[str, Any] = {"validation": validation, "base_model": base_model}
     if write:
-        result = model_card.write_card(path, adopt=adopt, overwrite=overwrite, **options)
+        result = card_file.write_card(path, adopt=adopt, overwrite=overwrite, **options)
         show(result, as_json, lambda r: f"{path / r['file']}: {r['status']}")
         return
-    text = model_card.card(path, **options)
+    text = card_file.card(path, **options)
     show({"output": str(path), "card": text}, as_json, lambda r: r["card"].rstrip("\n"))
 
 

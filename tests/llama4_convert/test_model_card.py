@@ -11,7 +11,7 @@ import commands
 import pytest
 from huggingface_hub import ModelCard
 
-from llama4_convert import card, convert, export, model_card, synth, validate, verify
+from llama4_convert import card, card_file, convert, export, synth, validate, verify
 from llama4_convert.conversion import Job, Request
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.manifest import NAME, Manifest
@@ -223,7 +223,7 @@ def test_a_card_that_was_edited_is_not_lost(out: Path, capsys: pytest.CaptureFix
 def test_a_lost_card_is_made_again(out: Path) -> None:
     before = readme(out)
     (out / "README.md").unlink()
-    assert model_card.write_card(out)["status"] == "written"
+    assert card_file.write_card(out)["status"] == "written"
     assert readme(out) == before
 
 
@@ -236,9 +236,9 @@ def test_a_kill_between_card_and_manifest_is_made_good_by_the_same_command(
     with monkeypatch.context() as patched:
         patched.setattr(Manifest, "write", die)
         with pytest.raises(commands.Stop):
-            model_card.write_card(out, validation=parity)
+            card_file.write_card(out, validation=parity)
     assert not verify(out)["ok"]
-    assert model_card.write_card(out, validation=parity)["status"] == "written"
+    assert card_file.write_card(out, validation=parity)["status"] == "written"
     assert verify(out)["ok"]
 
 
