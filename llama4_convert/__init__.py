@@ -15,6 +15,7 @@ from llama4_convert.version import VERSION
 if TYPE_CHECKING:
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
+    from llama4_convert.explaining import explain as explain
     from llama4_convert.exporting import export as export
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
@@ -28,6 +29,7 @@ __version__ = VERSION
 _HOME = {
     "convert": "conversion",
     "plan": "conversion",
+    "explain": "explaining",
     "export": "exporting",
     "generate": "generation",
     "inspect": "inspection",
@@ -40,6 +42,7 @@ _HOME = {
 __all__ = [
     "__version__",
     "convert",
+    "explain",
     "export",
     "generate",
     "inspect",
