@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from llama4_convert.commands.completion import completion
 from llama4_convert.commands.explain import explain
 from llama4_convert.commands.reading import inspect, verify
 from llama4_convert.commands.trying import demo, generate, synth
@@ -28,7 +29,7 @@ def cli() -> None:
     """Meta's original Llama 4 checkpoints to Transformers directories: planned, streamed in bounded memory, checked."""
 
 
-for command in (plan, convert, export, recipes, inspect, explain, verify, validate, generate, synth, demo):
+for command in (plan, convert, export, recipes, inspect, explain, verify, validate, generate, synth, demo, completion):
     cli.add_command(command)
 
 

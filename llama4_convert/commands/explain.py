@@ -7,16 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from llama4_convert import report
 from llama4_convert.commands.options import as_json, request_options, show
+from llama4_convert.errors import ConvertError
 
 _SHOWN = 16  # entries of a list, without --all
 
 
+def _tensor_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """For the shell: the keys that PATH holds. What would be made of it takes a plan, which is too slow for a keypress."""
+    from llama4_convert.checkpoints import is_meta
+    from llama4_convert.checkpoints.meta import rank_files
+    from llama4_convert.checkpoints.pth import PthIndex
+    from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+
+    path = Path(ctx.params.get("path") or "")
+    try:
+        tensors = (
+            PthIndex.read(rank_files(path)[0]).tensors if is_meta(path) else TransformersCheckpoint.open(path).tensors
+        )
+    except (ConvertError, OSError):
+        return []
+    return [CompletionItem(name) for name in tensors if name.startswith(incomplete)]
+
+
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.argument("tensor")
+@click.argument("tensor", shell_complete=_tensor_names)
 @request_options
 @click.option(
     "--ranks",
