@@ -175,7 +175,9 @@ class _Subject:
         told = {
             **self.listed(found),
             "other_ranks": self._places(found)[1:],
+            "replicated": found.name in self.binding.meta and self.binding.is_replicated(found.name),
             "part": self._box(*found.part) if found.part else None,
+            "came_from": None,
             **(self._as_output(found) if found.role == "output" else self._as_input(found)),
         }
         if self.manifest and found.role == "input" and told["dropped"] is None:
@@ -215,7 +217,7 @@ class _Subject:
                     )
         keys = [found.name, *dict.fromkeys(to["tensor"] for to in goes_to)]
         return {
-            "replicated": found.name in self.binding.meta and self.binding.is_replicated(found.name),
+            "op": [],
             "row": row(self.binding, list(tensors), keys) if tensors else None,
             "made_of": [],
             "goes_to": goes_to,

@@ -95,7 +95,11 @@ request_options = options(
 
 SEED = click.IntRange(min=-(1 << 63), max=(1 << 63) - 1)
 dtype_option = click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What both models compute in.",
 )
 file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
 
