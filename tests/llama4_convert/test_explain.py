@@ -184,13 +184,18 @@ def test_a_cast_is_told_and_the_ranges_are_of_either_dtype(meta_checkpoint: Call
     source = meta_checkpoint("scout", 2).src
     convert(source, tmp_path / "hf", dtype="float32")
     truth = tensors_of(tmp_path / "hf")
-    told = explain(source, "layers.1.feed_forward.router", dtype="float32")
-    assert told["op"][-1] == "cast BF16 to F32"
-    (piece,) = told["made_of"]
-    bits = view(read(source / piece["file"], *piece["bytes"]), "BF16", piece["shape"], piece["strides"])
-    made = bytearray(len(truth[told["file"], told["tensor"]]))
-    view(made, "F32", piece["shape"], piece["into"]["strides"])[...] = bits.astype(np.uint32) << 16
-    assert bytes(made) == truth[told["file"], told["tensor"]]
+    for name in ("layers.1.feed_forward.router", "language_model.model.layers.1.feed_forward.experts.gate_up_proj"):
+        told = explain(source, name, dtype="float32")
+        assert told["op"][-1] == "cast BF16 to F32"
+        start, end = told["bytes"]
+        made = bytearray(end - start)
+        for piece in told["made_of"]:
+            bits = view(read(source / piece["file"], *piece["bytes"]), "BF16", piece["shape"], piece["strides"])
+            into = piece["into"]
+            view(made, "F32", piece["shape"], into["strides"], into["bytes"][0] - start)[...] = (
+                bits.astype(np.uint32) << 16
+            )
+        assert bytes(made) == truth[told["file"], told["tensor"]]
 
 
 @pytest.mark.parametrize(("start", "recipe"), [("meta", "int4"), ("hf", "int4"), ("meta", "fp8"), ("hf", "nf4")])
@@ -389,6 +394,17 @@ def test_a_quantized_directory_does_too_and_nothing_is_made_of_it(tmp_path: Path
     assert told["came_from"]["op"][-1] == "store as recipe int4 says"
     parts = explain(tmp_path / "int4", "layers.1.feed_forward.experts.3.up")["matches"]
     assert {part["tensor"].rpartition(".")[2] for part in parts} == {"weight_packed", "weight_scale", "weight_shape"}
+
+
+def test_a_quantized_matrix_under_the_name_of_its_weight(tmp_path: Path) -> None:
+    synth(tmp_path / "meta", geometry="guard", tiny=True, ranks=1, layers=1)
+    convert(tmp_path / "meta", tmp_path / "fp8", recipe="fp8")
+    name = "language_model.model.layers.0.feed_forward.up_proj.weight"
+    assert explain(tmp_path / "fp8", name)["came_from"]["op"] == [
+        "take up out of [gate|up] (dimension 0)",
+        "store as recipe fp8 says",
+    ]
+    assert explain(tmp_path / "fp8", "norm")["came_from"]["op"] == ["copy as it is"]
 
 
 def test_a_directory_of_others_remembers_nothing(converted: Callable[[str], Path], tmp_path: Path) -> None:
