@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llama4_convert.card_file import card as card
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
+    from llama4_convert.explaining import explain as explain
     from llama4_convert.exporting import export as export
     from llama4_convert.fitting import fit as fit
     from llama4_convert.generation import generate as generate
@@ -33,6 +34,7 @@ _HOME = {
     "convert": "conversion",
     "plan": "conversion",
     "push": "pushing",
+    "explain": "explaining",
     "export": "exporting",
     "fit": "fitting",
     "generate": "generation",
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "card",
     "convert",
+    "explain",
     "export",
     "fit",
     "generate",

@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from llama4_convert.commands.completion import completion
+from llama4_convert.commands.explain import explain
 from llama4_convert.commands.fit import fit
 from llama4_convert.commands.hub import card, push
 from llama4_convert.commands.reading import inspect, verify
@@ -36,6 +38,7 @@ for command in (
     recipes,
     fit,
     inspect,
+    explain,
     verify,
     validate,
     generate,
@@ -43,6 +46,7 @@ for command in (
     push,
     synth,
     demo,
+    completion,
 ):
     cli.add_command(command)
 

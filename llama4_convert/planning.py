@@ -23,9 +23,9 @@ from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredT
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
 from llama4_convert.composition import kind_of
 from llama4_convert.errors import BadInput
-from llama4_convert.holdings import Holdings, of_meta, of_transformers
+from llama4_convert.holdings import Holding, Holdings, of_meta, of_transformers
 from llama4_convert.matrices import Matrix, matrices
-from mappings import Binding, Copy, MappingError, ModelShape, Placement, copies, load_table
+from mappings import Binding, Box, Copy, MappingError, ModelShape, Placement, copies, load_table
 from quant.encoding import Encoder, Linear
 from quant.recipe import Recipe, Scheme
 
@@ -36,12 +36,30 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class Piece:
-    """A strided copy of part of one source tensor into an output tensor; offsets count from the record's start."""
+    """A strided copy of part of one source tensor into an output tensor; offsets count from the record's start.
+
+    `held` and `target`: where the logical tensor that they have in common lies in either. The copy is made of these.
+    """
 
     rank: int
     key: str
     source: StoredTensor
     copy: Copy
+    held: Placement
+    target: Placement
+
+    @staticmethod
+    def of(held: Holding, target: Placement) -> Piece | None:
+        """What of `target` is held there; None if that is nothing."""
+        copy = copies(target, held.placement)
+        if copy is None:
+            return None
+        shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
+        return Piece(held.file, held.key, held.stored, shifted, held.placement, target)
+
+    def narrowed(self, box: Box) -> Piece | None:
+        """The same for `box` of the logical tensor, which must lie inside of the target's; None if nothing of it is here."""
+        return Piece.of(Holding(self.rank, self.key, self.source, self.held), self.target.within(box))
 
     @property
     def numel(self) -> int:
@@ -476,10 +494,9 @@ def planned_tensor(
     changed: list[ChangePiece] = []
     for target in targets:
         for held in holdings[target.tensor]:
-            copy = copies(target, held.placement)
-            if copy is not None:
-                shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
-                pieces.append(Piece(held.file, held.key, held.stored, shifted))
+            piece = Piece.of(held, target)
+            if piece is not None:
+                pieces.append(piece)
         for change, placement in changes.get(target.tensor, ()):
             # Of many experts one is wanted, which the first axis tells at once.
             apart = placement.box.start[0] >= target.box.start[0] + target.box.size[0]

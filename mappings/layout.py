@@ -35,6 +35,15 @@ class Box:
     start: tuple[int, ...]
     size: tuple[int, ...]
 
+    def common(self, other: Box) -> Box | None:
+        """What both hold; None if that is nothing."""
+        start = tuple(map(max, self.start, other.start))
+        size = tuple(
+            min(a + n, b + m) - first
+            for first, a, n, b, m in zip(start, self.start, self.size, other.start, other.size, strict=True)
+        )
+        return None if any(n <= 0 for n in size) else Box(start, size)
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -44,6 +53,11 @@ class Placement:
     box: Box
     offset: int
     strides: Strides
+
+    def within(self, box: Box) -> Placement:
+        """The part of it that is `box`, which must lie inside of its own."""
+        steps = zip(box.start, self.box.start, self.strides, strict=True)
+        return Placement(self.tensor, box, self.offset + sum((a - b) * s for a, b, s in steps), self.strides)
 
 
 @dataclass(frozen=True)
@@ -153,19 +167,11 @@ def copies(target: Placement, source: Placement) -> Copy | None:
     """The copy that brings what `source` and `target` have in common of one logical tensor; None if nothing."""
     if source.tensor != target.tensor:
         raise MappingError(f"{source.tensor} cannot be copied to {target.tensor}")
-    start = [max(a, b) for a, b in zip(source.box.start, target.box.start, strict=True)]
-    stop = [
-        min(a + n, b + m)
-        for a, n, b, m in zip(source.box.start, source.box.size, target.box.start, target.box.size, strict=True)
-    ]
-    shape = [b - a for a, b in zip(start, stop, strict=True)]
-    if any(n <= 0 for n in shape):
+    box = source.box.common(target.box)
+    if box is None:
         return None
-
-    def offset(p: Placement) -> int:
-        return p.offset + sum((a - b) * s for a, b, s in zip(start, p.box.start, p.strides, strict=True))
-
-    return _coalesced(shape, offset(source), source.strides, offset(target), target.strides)
+    read, written = source.within(box), target.within(box)
+    return _coalesced(box.size, read.offset, read.strides, written.offset, written.strides)
 
 
 def _coalesced(

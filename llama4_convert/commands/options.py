@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from llama4_convert import report
 from llama4_convert.errors import UsageError
@@ -28,6 +29,21 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(str(error), param, ctx)
 
 
+def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """For the shell: the built-in recipes, or files where none begins so."""
+    from quant.recipe import built_in
+
+    found = [CompletionItem(name, help=r.summary) for name, r in built_in().items() if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from llama4_convert.fit import gpus
+
+    known = {"list": "all names", **{key: gpu.name for key, gpu in gpus().items()}}
+    return [CompletionItem(name, help=what) for name, what in known.items() if name.startswith(incomplete.lower())]
+
+
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
@@ -40,6 +56,7 @@ request_options = options(
     click.option(
         "--recipe",
         metavar="NAME|FILE",
+        shell_complete=recipe_names,
         help="Quantize on the way: a built-in recipe (`llama4-convert recipes` lists them) or a TOML file.",
     ),
     click.option(
@@ -91,7 +108,11 @@ request_options = options(
 
 SEED = click.IntRange(min=-(1 << 63), max=(1 << 63) - 1)
 dtype_option = click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What both models compute in.",
 )
 file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
 

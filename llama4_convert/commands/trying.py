@@ -19,13 +19,15 @@ from llama4_convert.commands.options import SEED, as_json, file_path, print_out,
 @click.option("--prompt", required=True, help="Text to go on from; <|image|> in it is where the picture goes.")
 @click.option("--image", type=file_path, help="A picture to look at.")
 @click.option("--chat", is_flag=True, help="Take the prompt as a user's message, and write the answer.")
-@click.option("--max-new-tokens", type=click.IntRange(min=0), default=64, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=64, show_default=True, help="Where to stop.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy.")
 @click.option(
     "--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True, help="Nucleus."
 )
 @click.option("--seed", type=SEED, help="Repeat a sampled text.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: the checkpoint's.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To compute in. Default: the checkpoint's."
+)
 @as_json
 def generate(path: Path, as_json: bool, **options: Any) -> None:
     """Go on from a prompt with our reference model, from Meta's layout or Transformers'.
@@ -44,15 +46,27 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--geometry", type=click.Choice(["scout", "maverick", "guard"]), default="scout", show_default=True)
+@click.option(
+    "--geometry",
+    type=click.Choice(["scout", "maverick", "guard"]),
+    default="scout",
+    show_default=True,
+    help="Whose names and shapes.",
+)
 @click.option("--layers", type=click.IntRange(min=1), help="Number of layers. Default: as published.")
 @click.option("--experts", type=click.IntRange(min=1), help="Number of routed experts. Default: as published.")
 @click.option("--vocab", type=click.IntRange(min=1), help="Rows of the vocabulary. Default: as published.")
 @click.option("--tiny", is_flag=True, help="A few MB, with a tokenizer.model of its own.")
 @click.option("--ranks", type=click.IntRange(min=1), help="Number of rank files. Default: 8; 1 for guard.")
 @click.option("--base", is_flag=True, help="Add the router statistics that base models carry.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of every tensor.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Other numbers, the same shapes.")
 @click.option("--sparse", is_flag=True, help="All zeros, as holes in the files: full size on no disk, to try plan on.")
 @as_json
 def synth(target: Path, as_json: bool, **options: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from llama4_convert import report
-from llama4_convert.commands.options import Size, as_json, request_options, show, source_argument
+from llama4_convert.commands.options import Size, as_json, gpu_names, request_options, show, source_argument
 from llama4_convert.errors import UsageError
 
 
@@ -22,6 +22,7 @@ from llama4_convert.errors import UsageError
 @click.option(
     "--gpu",
     metavar="NAME",
+    shell_complete=gpu_names,
     help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb (`--gpu list` lists the names).",
 )
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
