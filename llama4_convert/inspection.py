@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.meta_quantized import as_stored
 from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersCheckpoint
 from llama4_convert.errors import BadInput
 from llama4_convert.manifest import Manifest
@@ -111,7 +112,9 @@ def _stats(readers: dict[str, list[TensorReader]], start: Start, progress: Progr
 
 def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
     g = plan.geometry
-    first = checkpoint.ranks[0]
+    quantized: Counter[str] = Counter()
+    for record in checkpoint.quantized.values():
+        quantized[record.kind] += record.experts
     return {
         "path": str(checkpoint.path),
         "layout": "meta",
@@ -133,8 +136,13 @@ def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
             "vision_layers": g.vision.n_layers if g.vision else None,
         },
         "parameters": plan.parameters,
-        "bytes": sum(t.numel * t.itemsize for index in checkpoint.ranks for t in index.tensors.values()),
-        "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in first.tensors.items()],
+        "quantized": dict(quantized),
+        "bytes": sum(t.numel * t.itemsize for i in checkpoint.archives for t in map(as_stored, i.tensors.values())),
+        "tensors": [
+            {"name": key, "dtype": t.dtype, "shape": list(t.shape)}
+            for index in (checkpoint.archives[0], *checkpoint.scales[:1])
+            for key, t in ((key, as_stored(tensor)) for key, tensor in index.tensors.items())
+        ],
         "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
         "nonfinite": None,
     }

@@ -16,6 +16,7 @@ from typing import Protocol
 from llama4.config import ConfigError, Llama4Config
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
 from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.errors import BadInput
@@ -58,6 +59,7 @@ class PlannedMatrix:
     scheme: Scheme | None  # None: linearized and otherwise as it is
     encoder: Encoder
     gathered: PlannedTensor
+    keeps_bits: bool = False  # the source has it in this scheme: its codes are gathered, and no error is made
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def make_plan(
         text_only=text_only,
         files=files,
         meta_keys=tuple(sorted(set(claims.spelling.values()))),
-        dropped={key: rule.why for key, rule in claims.dropped.items()},
+        dropped={key: rule.why for key, rule in claims.dropped.items()} | source.unused_scales,
         base_evidence=tuple(key for key, rule in claims.dropped.items() if rule.only_in == "base"),
         streamed=streamed,
         unread=unread_records(source, streamed, skipped),
@@ -457,7 +459,8 @@ def _output_tensors(
         for matrix, scheme in to_encode:
             # Schemes quantize bf16, which is what checkpoints are published in.
             gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, "BF16" if scheme else dtype)
-            tensors += _encoded(matrix, scheme, device, gathered)
+            kept = scheme is not None and _keeps_bits(matrix, scheme, gathered)
+            tensors += _with_bits_kept(matrix, scheme, gathered) if kept else _encoded(matrix, scheme, device, gathered)
         if not to_encode:
             shape = binding.transformers_shape(name)
             targets = binding.transformers_placements(name)
@@ -499,6 +502,36 @@ def _encoded(matrix: Matrix, scheme: Scheme | None, device: str, gathered: Plann
         index += 1
 
 
+def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool:
+    """Whether the source holds codes that the scheme can keep: FP8 with one scale for all inputs of an output.
+
+    The down projections of several ranks have a scale for each rank's share of the inputs.
+    """
+    is_fp8 = scheme.kind == "fp8" and scheme.granularity == "channel"
+    records = [piece.source.record for piece in gathered.pieces]
+    return is_fp8 and all(
+        isinstance(record, QuantizedRecord) and record.kind == "fp8" and record.k == matrix.k for record in records
+    )
+
+
+def _with_bits_kept(matrix: Matrix, scheme: Scheme | None, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
+    """Codes and scales as the source has them: the scales in float32, which holds Meta's and is what runtimes widen to."""
+    codes, scales = [], []
+    for piece in gathered.pieces:
+        record = piece.source.record
+        assert isinstance(record, QuantizedRecord)
+        assert matrix.expert is not None
+        codes.append(replace(piece, source=record.codes))
+        at, column = record.scales.offset + matrix.expert * record.n, piece.copy.target_offset
+        copy = Copy((record.n,), at, (1,), column, (1,))
+        scales.append(Piece(record.scales_archive, record.key, record.scales, copy))
+    dtype = codes[0].source.dtype
+    linear = PlannedMatrix(matrix, scheme, Linear(dtype), replace(gathered, dtype=dtype, pieces=tuple(codes)), True)
+    name = f"{matrix.module}.weight"
+    yield PlannedTensor(name, dtype, (matrix.n, matrix.k), 0, linear.gathered.pieces, Part(linear, 0))
+    yield PlannedTensor(f"{name}_scale", "F32", (matrix.n, 1), 0, tuple(scales))
+
+
 def _check_conserved(tensor: PlannedTensor) -> None:
     """Elements in equal elements out: the last line of defence against a table that loses or repeats a slice."""
     moved = sum(piece.numel for piece in tensor.pieces)
@@ -527,7 +560,10 @@ def streamed_records(order: Iterable[tuple[Piece, ...]], source: MetaCheckpoint)
     return frozenset(
         record
         for record, pieces in reads.items()
-        if users[record] == 1 and pieces[0].source.is_whole_record and in_order(pieces)
+        if users[record] == 1
+        and pieces[0].source.is_whole_record
+        and all(piece.source is pieces[0].source for piece in pieces)  # else it is read as codes and as numbers
+        and in_order(pieces)
     )
 
 

@@ -63,6 +63,13 @@ class Checkpoint:
         matrices = getattr(self.readers[0], "quantized", {})
         return {key: matrix.kind for key, matrix in matrices.items()}
 
+    def lossy_beside(self, reference: Checkpoint) -> Mapping[str, str]:
+        """Which of `quantized` cannot be the reference's bit by bit: none if that has gone through the same.
+
+        Meta's quantized original is what it was published as, whatever its conversion was quantized to.
+        """
+        return {} if reference.quantized and reference.layout == self.layout else self.quantized
+
     def logical_tensors(self, config: Llama4Config | None = None) -> Iterator[LogicalTensor]:
         """Every tensor, in model order, bound for this checkpoint's configuration or another. Raises BindingError."""
         config = config or self.config

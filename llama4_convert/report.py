@@ -156,7 +156,9 @@ def quantization_summary(told: dict[str, Any]) -> list[str]:
         if kind != "other"
     )
     lines = [f"recipe   {told['recipe']}: {kinds}; {told['bits_per_quantized_weight']:.3g} bits a quantized weight"]
-    if "relative_mse" in told:
+    if told["kept_bits"]:
+        lines.append(f"kept     {told['kept_bits']} matrices have the source's codes and scales, bit by bit")
+    if told.get("families"):
         families = ", ".join(
             f"{family.replace('_', ' ')} {summed['relative_mse']:.4g}" for family, summed in told["families"].items()
         )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from llama4_convert import nonfinite
 from llama4_convert.cast import cast
+from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
 from llama4_convert.nonfinite import NonFinite
@@ -64,6 +65,8 @@ class Source:
         self.ranks = ranks
         self._fds: list[int] = []
         self.running: Running = {} if running is None else running
+        self._dequantizer = Dequantizer()
+        self._codes: NDArray[np.uint8] = np.empty(0, np.uint8)  # that the last read of a quantized record was made of
         self._advised: dict[tuple[int, str], int] = {}  # record -> up to where the disk has been asked for it
         self._scratch = memoryview(bytearray(_SCRATCH))
 
@@ -78,6 +81,9 @@ class Source:
 
     def read(self, rank: int, record: Record, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` of a record. Raises BadInput if the file ends early, EnvironmentFailed if it fails."""
+        if isinstance(record, QuantizedRecord):
+            self._dequantize(rank, record, start, into)
+            return
         done = 0
         while done < len(into):
             try:
@@ -90,6 +96,14 @@ class Source:
                 )
             done += n
         self._read_ahead(rank, record, start + done)
+
+    def _dequantize(self, rank: int, record: QuantizedRecord, start: int, into: memoryview) -> None:
+        begin, end = record.codes_for(start, start + len(into))
+        self._codes = np.empty(end - begin, np.uint8)
+        self.read(rank, record.codes.record, begin, self._codes.data)
+        made = self._dequantizer.numbers(record, begin, self._codes)
+        skipped = start - begin * made.itemsize * record.format.inputs_a_row
+        into[:] = made.reshape(-1).view(np.uint8)[skipped : skipped + len(into)].data
 
     def _read_ahead(self, rank: int, record: Record, position: int) -> None:
         """Have the kernel fetch what follows `position` of a record while what came before is worked on."""
@@ -106,17 +120,22 @@ class Source:
 
     def map(self, rank: int, record: Record, start: int, size: int) -> tuple[mmap.mmap, int]:
         """A read-only mapping that covers a byte range, and where the range begins in it."""
+        assert not isinstance(record, QuantizedRecord)  # its numbers lie in their order, and nowhere
         begin = record.offset + start
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._fds[rank], begin + size - page, access=mmap.ACCESS_READ, offset=page)
         return mapped, begin - page
 
     def check(self, rank: int, record: Record, start: int, data: memoryview) -> None:
-        """Take the next bytes of a streamed record into its CRC; at its end compare. Raises BadInput."""
+        """Take the next bytes of a streamed record, which were read last, into its CRC; at its end compare. Raises BadInput."""
         position, crc = self.running.pop((rank, record.name), (0, 0))
         if position != start:
             raise AssertionError(f"{record.name} read at {start}, expected {position}")
-        crc, position = crc32(data, crc), position + len(data)
+        position += len(data)
+        if isinstance(record, QuantizedRecord):  # the CRC is that of the codes
+            new = record.codes_until(position) - record.codes_until(start)
+            data = self._codes[len(self._codes) - new :].data
+        crc = crc32(data, crc)
         if position < record.size:
             self.running[rank, record.name] = position, crc
         elif crc != record.crc:
@@ -133,6 +152,8 @@ class Source:
 
     def check_whole(self, rank: int, record: Record, progress: Progress) -> None:
         """Read a record just to check it."""
+        if isinstance(record, QuantizedRecord):
+            record = record.codes.record
         position, crc = 0, 0
         while position < record.size:
             view = self.scratch(min(_SCRATCH, record.size - position))
@@ -142,6 +163,14 @@ class Source:
         self._advised.pop((rank, record.name), None)  # it will be read again
         if record.crc is not None and crc != record.crc:
             raise self.damaged(rank, record)
+
+    def check_scales(self) -> None:
+        """Look at all scales of quantized tensors. Raises BadInput if one is not finite."""
+        for index in self.ranks:
+            for tensor in index.tensors.values():
+                if isinstance(tensor.record, QuantizedRecord):
+                    for expert in range(tensor.record.experts):
+                        tensor.record.scales_of(expert)
 
     def same(self, key: str, rank: int) -> bool:
         """Whether `rank` holds the same bits as rank 0 under `key`, whatever the strides of either."""
@@ -185,6 +214,7 @@ def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
     """Check what the run will not read front to back. Raises BadInput on the first damaged record, or copy that differs."""
     for rank, record in plan.unread:
         source.check_whole(rank, record, progress)
+    source.check_scales()
     for key, rank in plan.compare:
         if not source.same(key, rank):
             raise BadInput(mismatch(key, source.ranks[0].path.name, source.ranks[rank].path.name))
@@ -323,14 +353,14 @@ class _Encoder:
                 wait([ahead])
         self._spare = gathered
         self._ahead = ahead.result() if ahead else None
-        if planned.scheme:
+        if planned.scheme and not planned.keeps_bits:
             self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
         return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
 
     def _encoded(self, planned: PlannedMatrix, gathered: bytearray) -> Encoded:
         tensor, matrix = planned.gathered, planned.matrix
         bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
-        if planned.scheme is None:
+        if planned.scheme is None or planned.keeps_bits:
             self.result.count(tensor.name, nonfinite.count(gathered, tensor.dtype))
             return planned.encoder.encode(bits, matrix.in_out, self.threads)
         try:
@@ -560,6 +590,8 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     """
     run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
     matrices = plan.matrices
+    if matrices or any(isinstance(p.source.record, QuantizedRecord) for t in plan.tensors for p in t.pieces):
+        run += COMPILER_MEMORY
     if matrices:
         # Gathered, and encoded to half its bytes at most, or as many where it only becomes linear; the next one gathered.
         largest = max(
@@ -567,5 +599,5 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
             + (m.gathered.nbytes if m.gathered.nbytes <= _GATHER_AHEAD else 0)
             for m in matrices
         )
-        run += largest + COMPILER_MEMORY
+        run += largest
     return max(run, (80 << 20) + 10 * tokenizer_bytes)

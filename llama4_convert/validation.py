@@ -145,7 +145,7 @@ def _check_gates(dtype: str, overrides: Mapping[str, float]) -> None:
 
 
 def _default_gates(dtype: str, original: Checkpoint, candidate: Checkpoint) -> Mapping[str, float]:
-    kinds = set() if original.quantized else set(candidate.quantized.values())
+    kinds = set(candidate.lossy_beside(original).values())
     return next((gates for kind, gates in QUANTIZED_GATES.items() if kind in kinds), GATES[dtype])
 
 
@@ -240,7 +240,7 @@ def _run(
                 return against_transformers(ours, candidate.path, batch, dtype, advance)
             with candidate_steps():
                 theirs = model_of(candidate, dtype=kind, keep_bytes=_MODEL_BYTES)
-            is_lossy = bool(candidate.quantized) and not original.quantized
+            is_lossy = bool(candidate.lossy_beside(original))
             return side_by_side(ours, theirs, batch, dtype, is_lossy, advance)
         except CandidateFailed as failure:
             return Parity(failure=str(failure))

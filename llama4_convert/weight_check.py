@@ -72,7 +72,7 @@ def compare_weights(
     """
     has_vision = config.vision_config is not None
     theirs = candidate.logical_tensors(config)
-    quantized = {} if reference.quantized else candidate.quantized
+    quantized = candidate.lossy_beside(reference)
     for ours in reference.logical_tensors(config):
         key = transformers_key(ours.name, has_vision)
         try:
