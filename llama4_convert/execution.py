@@ -308,14 +308,10 @@ class _Execution:
         }
 
     def _quantization(self) -> dict[str, Any]:
-        from llama4_convert.quantization import describe_errors, describe_sizes
-
-        plan, recipe = self.job.plan, self.job.recipe
-        if recipe is None:
+        if self.job.recipe is None:
             return {}
         errors = {module: (pair[0], pair[1]) for module, pair in self.manifest.errors.items()}
-        told = {"recipe": recipe.name, **describe_sizes(plan), **describe_errors(plan.matrices, errors)}
-        return {"quantization": told}
+        return {"quantization": self.job.quantization(errors)}
 
 
 def _make_folder(target: Path) -> bool:

@@ -72,10 +72,20 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ExpertScales:
+    """Of a tensor of experts' codes in Meta's layout: the key of its scales, which are made with it and written behind it."""
+
+    key: str
+    experts: int
+    label: str  # what the manifest calls the error of this rank's experts
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
     """One output tensor. `offset` is the position of its first byte in the file; `pieces` cover it exactly once.
 
-    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none.
+    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none. Nor has a tensor
+    of scales that are made with the codes of another file.
     """
 
     name: str
@@ -84,6 +94,7 @@ class PlannedTensor:
     offset: int
     pieces: tuple[Piece, ...]
     part: Part | None = None
+    scales: ExpertScales | None = None  # if it is quantized expert by expert
 
     @property
     def numel(self) -> int:
@@ -140,6 +151,7 @@ class PlannedFile:
     header: bytes
     tensors: tuple[PlannedTensor, ...]
     replicas: frozenset[str] = frozenset()  # tensors that an earlier file holds as well, and that are counted there
+    made_with: str | None = None  # the file before it, in whose making the content of this one is found
 
     @property
     def size(self) -> int:

@@ -64,11 +64,12 @@ class Checkpoint:
         return {key: matrix.kind for key, matrix in matrices.items()}
 
     def lossy_beside(self, reference: Checkpoint) -> Mapping[str, str]:
-        """Which of `quantized` cannot be the reference's bit by bit: none if that has gone through the same.
+        """Which of `quantized` cannot be the reference's bit by bit: none if that is quantized in the same layout and ranks.
 
-        Meta's quantized original is what it was published as, whatever its conversion was quantized to.
+        A quantized original is the reference as it is: what its conversion was quantized to is another thing.
         """
-        return {} if reference.quantized and reference.layout == self.layout else self.quantized
+        alike = reference.layout == self.layout and len(reference.readers) == len(self.readers)
+        return {} if reference.quantized and alike else self.quantized
 
     def logical_tensors(self, config: Llama4Config | None = None) -> Iterator[LogicalTensor]:
         """Every tensor, in model order, bound for this checkpoint's configuration or another. Raises BindingError."""

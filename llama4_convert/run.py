@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from llama4_convert.cast import cast
 from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
+from llama4_convert.expert_codes import ExpertCodes
 from llama4_convert.nonfinite import NonFinite
 from llama4_convert.planning import Part, Piece, Plan, PlannedFile, PlannedMatrix, PlannedTensor, mismatch
 from llama4_convert.resuming import Key, Running
@@ -197,6 +198,7 @@ class RunResult:
     overflows: dict[str, int] = field(default_factory=dict)  # finite numbers that a cast made infinite, by tensor
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # by module: sums of squares, error and weight
     nonfinite: dict[str, NonFinite] = field(default_factory=dict)  # by tensor, where there are any
+    scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # by key, for the file that is written next
 
     def count(self, name: str, found: NonFinite) -> None:
         """Add to what a tensor has of NaN and infinities."""
@@ -268,11 +270,15 @@ class _Checksum:
         return crc
 
 
-def _put(data: bytes | memoryview, writer: FileWriter) -> None:
+def _filler_of(data: bytes | memoryview) -> Fill:
     def fill(start: int, into: memoryview) -> None:
         into[:] = data[start : start + len(into)]
 
-    _stream(len(data), fill, writer)
+    return fill
+
+
+def _put(data: bytes | memoryview, writer: FileWriter) -> None:
+    _stream(len(data), _filler_of(data), writer)
 
 
 def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lambda n: None) -> None:
@@ -298,6 +304,11 @@ def _counting(fill: Fill, tensor: PlannedTensor, result: RunResult) -> Fill:
 
 
 def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult) -> Fill:
+    if not tensor.pieces:
+        return _filler_of(result.scales.pop(tensor.name).reshape(-1).view(np.uint8).data)
+    if tensor.scales:
+        gather = _filler(replace(tensor, dtype="BF16", scales=None), plan, source, result)
+        return ExpertCodes(tensor, tensor.scales, gather, result)
     if tensor.dtype != tensor.source_dtype:
         return _Cast(tensor, plan, source, result)
     return _Gather(tensor, plan, source)
@@ -589,9 +600,12 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     before they are filled: 113 MiB for Llama 4's 3.6 MB.
     """
     run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
-    matrices = plan.matrices
-    if matrices or any(isinstance(p.source.record, QuantizedRecord) for t in plan.tensors for p in t.pieces):
+    matrices, tensors = plan.matrices, plan.tensors
+    experts = [t.numel // t.scales.experts for t in tensors if t.scales]
+    if matrices or experts or any(isinstance(p.source.record, QuantizedRecord) for t in tensors for p in t.pieces):
         run += COMPILER_MEMORY
+    if experts:  # one in bf16 and in codes, and the scales of a rank
+        run += 3 * max(experts) + max(f.size for f in plan.files if f.made_with)
     if matrices:
         # Gathered, and encoded to half its bytes at most, or as many where it only becomes linear; the next one gathered.
         largest = max(

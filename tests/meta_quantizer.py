@@ -4,7 +4,7 @@ Both run as they are. What they need of a GPU is stood in for: FBGEMM's operator
 ranks' processes by one process that is told another rank each time.
 
     quantize(src, dst, ranks=2, mode="fp8_mixed")   # consolidated.NN.pth and fp8_scales_N.pt as the script writes them
-    load(dst, rank=0, ranks=2)                      # {"layers.1.feed_forward.experts.w1": weight and scale} as the loader has them
+    load(dst, rank=0, ranks=2)                      # {"layers.1.feed_forward.experts.w1": weight and scale} by the loader
     dequantized(dst, rank=0)                        # the rank's tensors with numbers in the place of codes
 """
 
