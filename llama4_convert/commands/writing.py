@@ -77,7 +77,9 @@ def convert(
 ) -> None:
     """Convert Meta's checkpoint SRC (consolidated.NN.pth, params.json) to a Transformers directory DST.
 
-    With --recipe it is quantized on the way, and SRC may be a Transformers directory.
+    With --recipe it is quantized on the way, and SRC may be a Transformers directory. Meta's quantized originals
+    (fp8_scales_N.pt or int4_scales_N.pt beside the rank files) are dequantized to bf16, or keep their bits with --recipe fp8
+    where it has the same rows.
 
     An interrupted conversion goes on with the same command. Until its index file is there, DST does not load as a model.
 

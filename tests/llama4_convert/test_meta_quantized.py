@@ -224,6 +224,9 @@ def test_verify_reads_the_scales(quantized: Callable[..., Path], tmp_path: Path)
     assert bad.keys() == {"fp8_scales_0.pt", "fp8_scales_1.pt"}
     assert bad["fp8_scales_0.pt"] == "missing"
     assert "CRC" in bad["fp8_scales_1.pt"]
+    (source / "fp8_scales_1.pt").unlink()
+    bad = {file["file"]: file["note"] for file in verify(source)["files"] if not file["ok"]}
+    assert bad == dict.fromkeys(("fp8_scales_0.pt", "fp8_scales_1.pt"), "missing")
 
 
 @pytest.mark.parametrize("mode", [FP8, INT4])
