@@ -256,6 +256,14 @@ class Job:
         allowed = {"allow_nonfinite": True} if self.request.allow_nonfinite else {}
         return {"recipe": self.recipe.to_json(), **allowed}
 
+    def quantization(self, errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+        """What the result says of a recipe; `errors` by matrix, in sums of squares."""
+        from llama4_convert.quantization import describe_errors, describe_sizes
+
+        assert self.recipe is not None
+        told = describe_sizes(self.plan) | describe_errors(errors)
+        return {"recipe": self.recipe.name, **told}
+
     def describe(self) -> dict[str, Any]:
         """The JSON of `plan`."""
         from llama4_convert.quantization import describe_sizes
@@ -304,13 +312,18 @@ def _check_device(request: Request) -> None:
         raise UsageError(str(error)) from error
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, *, to_meta: bool = False) -> Recipe:
+    """A recipe for the layout that is written. Raises UsageError."""
     from quant.recipe import RecipeError, load
 
     try:
-        return load(name)
+        recipe = load(name)
     except RecipeError as error:
         raise UsageError(str(error)) from error
+    if (recipe.format == "meta") != to_meta:
+        layout, command = ("Transformers'", "convert") if to_meta else ("Meta's", "export")
+        raise UsageError(f"recipe {recipe.name} writes {layout} layout: give it to {command}")
+    return recipe
 
 
 def load_adapter(path: Path | None) -> Adapter | None:

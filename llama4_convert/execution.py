@@ -231,7 +231,7 @@ class _Execution:
         result, allow_nonfinite = RunResult(), self.job.request.allow_nonfinite
         buffers = planned_buffers(self.bounds.max_memory)
         try:
-            with Source(self.job.source.ranks, going_on.running) as source, Workers() as workers:
+            with Source(self.job.source.archives, going_on.running) as source, Workers() as workers:
                 check_unread(plan, source, self.progress)
                 check_promised(promised, self.progress)
                 for file in left:
@@ -279,7 +279,9 @@ class _Execution:
 
     def _nonfinite(self) -> list[dict[str, Any]]:
         """Where NaN and infinities are, how many, and whether they were replaced because they were quantized."""
-        replaced = {planned.gathered.name for planned in self.job.plan.matrices if planned.scheme}
+        replaced = {
+            planned.gathered.name for planned in self.job.plan.matrices if planned.scheme and not planned.keeps_bits
+        }
         return [
             {"tensor": name, "nan": nan, "inf": inf, "replaced": name in replaced}
             for name, (nan, inf) in sorted(self.manifest.nonfinite().items())
@@ -313,14 +315,10 @@ class _Execution:
         }
 
     def _quantization(self) -> dict[str, Any]:
-        from llama4_convert.quantization import describe_errors, describe_sizes
-
-        plan, recipe = self.job.plan, self.job.recipe
-        if recipe is None:
+        if self.job.recipe is None:
             return {}
-        return {
-            "quantization": {"recipe": recipe.name, **describe_sizes(plan), **describe_errors(self.manifest.errors)}
-        }
+        errors = {module: (pair[0], pair[1]) for module, pair in self.manifest.errors.items()}
+        return {"quantization": self.job.quantization(errors)}
 
 
 def _make_folder(target: Path) -> bool:

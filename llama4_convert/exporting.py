@@ -6,8 +6,9 @@ The same table read the other way: each rank's tensors are boxes of logical ones
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,10 +19,12 @@ from llama4.config import ConfigError, Llama4Config
 from llama4.geometry import Geometry, GeometryError
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint, read_small
+from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
-from llama4_convert.conversion import Job, notices
+from llama4_convert.conversion import Job, load_recipe, notices
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.execution import DEFAULT_MEMORY, Bounds, Progress, Start, Warn, execute
+from llama4_convert.expert_codes import is_quantized, planned_codes
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.manifest import MOST_RANKS, Manifest
 from llama4_convert.params import contradictions, params_json, without_vision
@@ -38,12 +41,13 @@ from llama4_convert.planning import (
     unread_records,
 )
 from llama4_convert.pth_writer import PthArchive, PthTensor
+from llama4_convert.quantization import relative_mse, sqnr_db
 from llama4_convert.requantization import promises
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL
 from mappings import Binding, MappingError
 
-_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn"}
 _DEFAULT_RANKS = 8  # Scout's and Maverick's
 
 
@@ -54,7 +58,8 @@ class ExportRequest:
     source: Path
     ranks: int | None = None
     allow_rank_mismatch: bool = False
-    # What the execution of a conversion asks: an export casts and quantizes nothing.
+    recipe: str | None = None  # one of the format meta: a built-in one's name, or the path of a TOML file
+    # What the execution of a conversion asks: an export casts nothing.
     dtype = None
     allow_nonfinite = False
 
@@ -86,16 +91,18 @@ class ExportJob(Job):
 
     marker = "params.json"  # Meta's code reads it first, and so does ours
     weights = "consolidated.*.pth"
-    recipe = None
 
     def __init__(self, request: ExportRequest) -> None:
         self.request = request  # type: ignore[assignment]
+        self.recipe = load_recipe(request.recipe, to_meta=True) if request.recipe else None
         self.warnings = []
         self.from_manifest = Manifest.read(request.source) if request.source.is_dir() else None
         if is_meta(request.source):
             self._of_meta(request)
         else:
             self._of_transformers(request)
+        if self.recipe and not any(file.made_with for file in self.plan.files):
+            raise UsageError(f"recipe {self.recipe.name} quantizes nothing of this model: leave it out")
         if self.tokenizer is None:
             self.warnings.append("the source has no tokenizer: copy tokenizer.model from the model's page")
 
@@ -108,7 +115,7 @@ class ExportJob(Job):
             check_tensors(self.binding, source)
             warnings, compare = check_replicas(self.binding, source, request.allow_rank_mismatch)
             keys = [key for key in source.ranks[0].tensors if key in self.binding.meta]  # in the source's order
-            files = _rank_files(self.binding, of_meta(self.binding, source, claims.spelling), keys, self.ranks)
+            files = self._files(of_meta(self.binding, source, claims.spelling), keys)
         except MappingError as error:
             raise BadInput(f"{source.path.name}: {error}") from error
         self.warnings += warnings
@@ -118,7 +125,7 @@ class ExportJob(Job):
             text_only=geometry.vision is None,
             files=files,
             meta_keys=tuple(sorted(keys)),
-            dropped={key: rule.why for key, rule in claims.dropped.items()},
+            dropped={key: rule.why for key, rule in claims.dropped.items()} | source.unused_scales,
             base_evidence=(),
             streamed=streamed,
             unread=unread_records(source, streamed, set()),
@@ -138,7 +145,7 @@ class ExportJob(Job):
             config, self.binding = bind_directory(source)
             holdings = of_transformers(self.binding, source)
             keys = self._spelling(self.from_manifest.meta_keys if self.from_manifest else ())
-            files = _rank_files(self.binding, holdings, keys, self.ranks)
+            files = self._files(holdings, keys)
         except (MappingError, ConfigError) as error:
             raise BadInput(f"{source.path}: {error}") from error
         self.plan = Plan(
@@ -188,6 +195,30 @@ class ExportJob(Job):
         )
         return params_json(config)
 
+    def _files(self, holdings: Holdings, keys: list[str]) -> tuple[RankFile, ...]:
+        """The files of all ranks. Raises MappingError if the model cannot be cut so."""
+        binding, ranks = self.binding, self.ranks
+        if why := _cannot_be_cut(binding, keys, ranks):
+            possible = [str(n) for n in range(1, 17) if not _cannot_be_cut(binding, keys, n)]
+            raise MappingError(f"{why}: take {' or '.join(possible)} ranks")
+        files = []
+        for rank in range(ranks):
+            name = f"consolidated.{rank:02d}.pth"
+            tensors, scales = [], []
+            for key in keys:
+                tensor = planned_tensor(
+                    key, binding.meta_shape(key, ranks), binding.meta_placements(key, ranks, rank), holdings
+                )
+                if self.recipe and is_quantized(self.recipe, key, binding.shape.n_layers):
+                    tensor, of_it = planned_codes(tensor, binding.shape.sizes["E"], name)
+                    scales.append(of_it)
+                tensors.append(tensor)
+            replicas = frozenset(key for key in keys if rank and binding.is_replicated(key))
+            files.append(_rank_file(name, tensors, replicas, None))
+            if scales:
+                files.append(_rank_file(f"fp8_scales_{rank}.pt", scales, frozenset(), name))
+        return tuple(files)
+
     def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
         made = notices(self.request.source)
         groups: dict[str, Callable[[], dict[str, bytes]]] = {
@@ -234,10 +265,23 @@ class ExportJob(Job):
         source: dict[str, Any] = {"layout": "transformers", "sha256": self.source.fingerprint()}
         if isinstance(self.source, MetaCheckpoint):
             source |= {"layout": "meta", "ranks": len(self.source.ranks)}
-        options = {"layout": "meta", "ranks": self.ranks}
+        options = {"layout": "meta", "ranks": self.ranks, **self._recipe_options()}
         return Manifest(
             TOOL, json.loads(json.dumps(source)), options, list(self.plan.meta_keys), dict(self.plan.dropped)
         )
+
+    def quantization(self, errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+        assert self.recipe is not None
+        codes = [tensor for tensor in self.plan.tensors if tensor.dtype == CODES]
+        made = [tensor.scales.experts for tensor in codes if tensor.scales]
+        relative = relative_mse(math.fsum(e for e, _ in errors.values()), math.fsum(p for _, p in errors.values()))
+        return {
+            "recipe": self.recipe.name,
+            "matrices": sum(made),
+            "kept_bits": (len(codes) - len(made)) * self.binding.shape.sizes["E"],
+            "relative_mse": relative,
+            "sqnr_db": sqnr_db(relative),
+        }
 
     def told(self) -> dict[str, Any]:
         return {
@@ -248,20 +292,11 @@ class ExportJob(Job):
         }
 
 
-def _rank_files(binding: Binding, holdings: Holdings, keys: list[str], ranks: int) -> tuple[RankFile, ...]:
-    if why := _cannot_be_cut(binding, keys, ranks):
-        possible = [str(n) for n in range(1, 17) if not _cannot_be_cut(binding, keys, n)]
-        raise MappingError(f"{why}: take {' or '.join(possible)} ranks")
-    files = []
-    for rank in range(ranks):
-        name = f"consolidated.{rank:02d}.pth"
-        tensors = tuple(
-            planned_tensor(key, binding.meta_shape(key, ranks), binding.meta_placements(key, ranks, rank), holdings)
-            for key in keys
-        )
-        replicas = frozenset(key for key in keys if rank and binding.is_replicated(key))
-        files.append(RankFile(name, b"", tensors, replicas, _archive(name, tensors).size))
-    return tuple(files)
+def _rank_file(
+    name: str, tensors: Sequence[PlannedTensor], replicas: frozenset[str], made_with: str | None
+) -> RankFile:
+    kept = tuple(tensors)
+    return RankFile(name, b"", kept, replicas, made_with, _archive(name, kept).size)
 
 
 def _cannot_be_cut(binding: Binding, keys: list[str], ranks: int) -> str:

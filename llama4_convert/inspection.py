@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.meta_quantized import as_stored
 from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersCheckpoint
 from llama4_convert.composition import Share, active_parameters, kind_of, listed, quantization, spelling
 from llama4_convert.errors import BadInput
@@ -122,10 +123,17 @@ def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
     # A key's kind is that of what it becomes.
     kinds = {piece.key: kind_of(tensor.name) for tensor in plan.tensors for piece in tensor.pieces}
     shares, dtypes = defaultdict[str, Share](Share), defaultdict[str, Share](Share)
-    for key, tensor in first.tensors.items():
-        nbytes = sum(index.tensors[key].numel * tensor.itemsize for index in checkpoint.ranks)
+    stored = {key: as_stored(tensor) for key, tensor in first.tensors.items()}
+    for key, tensor in stored.items():
+        nbytes = sum(as_stored(index.tensors[key]).numel * tensor.itemsize for index in checkpoint.ranks)
         shares[kinds.get(key, "dropped")].add(1, 0, nbytes)
         dtypes[tensor.dtype].add(1, 0, nbytes)
+    for scales in checkpoint.scales:
+        for key, tensor in scales.tensors.items():
+            n = int(key not in stored)
+            stored[key] = tensor
+            shares["quantization_scales"].add(n, 0, tensor.numel * tensor.itemsize)
+            dtypes[tensor.dtype].add(n, 0, tensor.numel * tensor.itemsize)
     for kind, parameters in plan.parameters_by_kind().items():
         shares[kind].parameters += parameters
     binding, _ = bind_source(checkpoint.geometry, checkpoint)
@@ -155,11 +163,43 @@ def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
         "by_kind": listed(shares),
         "dtypes": _by_dtype(dtypes),
         "spelling": spelling(binding, plan.meta_keys, kinds),
-        "quantization": None,
-        "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in first.tensors.items()],
+        "quantization": _meta_quantization(checkpoint),
+        "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in stored.items()],
         "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
         "nonfinite": None,
     }
+
+
+def _meta_quantization(checkpoint: MetaCheckpoint) -> dict[str, Any] | None:
+    """As `composition.quantization` tells of a directory: each rank's matrices are quantized by themselves."""
+    groups: dict[str, dict[str, Any]] = {}
+    for key, record in checkpoint.quantized.items():
+        group = groups.setdefault(
+            record.kind,
+            {
+                "scheme": record.kind,
+                "granularity": "row of each rank",
+                "matrices": 0,
+                "parameters": 0,
+                "bytes": 0,
+                "bits_per_weight": 0.0,
+                "kinds": {},
+            },
+        )
+        group["matrices"] += record.experts
+        for index in checkpoint.ranks:
+            tensor = index.tensors[key]
+            codes = as_stored(tensor)
+            group["parameters"] += tensor.numel
+            group["bytes"] += codes.numel * codes.itemsize
+    if not groups:
+        return None
+    scales = sum(t.numel * t.itemsize for index in checkpoint.scales for t in index.tensors.values())
+    for group in groups.values():
+        group["kinds"] = {"routed_experts": group["matrices"]}
+        group["bytes"] += scales // len(groups)
+        group["bits_per_weight"] = 8 * group["bytes"] / max(1, group["parameters"])
+    return {"method": "meta", "format": next(iter(groups)), "groups": list(groups.values()), "ignored": []}
 
 
 def _transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader) -> dict[str, Any]:

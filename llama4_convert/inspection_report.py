@@ -98,10 +98,10 @@ def _quantization(told: dict[str, Any]) -> list[tuple[str, str]]:
 
 def described(group: dict[str, Any]) -> str:
     """A scheme with what shares a scale, in words."""
-    if group["scheme"] == "int4":
+    if "group_size" in group:
         return f"int4 in groups of {group['group_size']}"
-    if group["scheme"] == "fp8":
-        return f"FP8 e4m3, a scale a {group['granularity']}"
+    if "granularity" in group:
+        return f"{'FP8 e4m3' if group['scheme'] == 'fp8' else group['scheme']}, a scale a {group['granularity']}"
     double = " with double quantization" if group["double_quant"] else ""
     return f"NF4 in blocks of {group['block_size']}{double}"
 

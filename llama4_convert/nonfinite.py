@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 # dtype -> (unsigned type, its bits of an infinity: from here on, without the sign, a number is infinite or NaN)
 _FORMATS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F80_0000)}
+_FP8_NAN = 0x7F  # of float8_e4m3fn, which has no infinities
 _CHUNK = 1 << 20  # stays in the cache between the two
 
 
@@ -22,7 +23,9 @@ class NonFinite(NamedTuple):
 
 
 def count(data: bytes | bytearray | memoryview, dtype: str) -> NonFinite:
-    """Of the numbers in `data` (little-endian, dtype "BF16", "F16" or "F32")."""
+    """Of the numbers in `data` (little-endian, dtype "BF16", "F16", "F32" or "F8_E4M3")."""
+    if dtype == "F8_E4M3":
+        return NonFinite(int(((np.frombuffer(data, np.uint8) & _FP8_NAN) == _FP8_NAN).sum()))
     unsigned, infinity = _FORMATS[dtype]
     nan = inf = 0
     for start in range(0, len(data), _CHUNK):

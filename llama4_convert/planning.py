@@ -19,6 +19,7 @@ from llama4.geometry import Geometry
 from llama4_convert.adapters import Adapter
 from llama4_convert.changes import ChangePiece, Changes, most_bytes
 from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
 from llama4_convert.composition import kind_of
@@ -38,7 +39,8 @@ _PAGE = 4096
 class Piece:
     """A strided copy of part of one source tensor into an output tensor; offsets count from the record's start.
 
-    `held` and `target`: where the logical tensor that they have in common lies in either. The copy is made of these.
+    `held` and `target`: where the logical tensor that they have in common lies in either. The copy is made of these; that of
+    scales has the places of their codes.
     """
 
     rank: int
@@ -80,6 +82,7 @@ class PlannedMatrix:
     scheme: Scheme | None  # None: linearized and otherwise as it is
     encoder: Encoder
     gathered: PlannedTensor
+    keeps_bits: bool = False  # the source has it in this scheme: its codes are gathered, and no error is made
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ExpertScales:
+    """Of a tensor of experts' codes in Meta's layout: the key of its scales, which are made with it and written behind it."""
+
+    key: str
+    experts: int
+    label: str  # what the manifest calls the error of this rank's experts
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
     """One output tensor. `offset` is the position of its first byte in the file; `pieces` cover it exactly once.
 
-    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none. `changes` are
-    an adapter's, made to what the pieces bring; of an encoded matrix what is gathered has them.
+    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none. Nor has a tensor
+    of scales that are made with the codes of another file. `changes` are an adapter's, made to what the pieces bring; of an
+    encoded matrix what is gathered has them.
     """
 
     name: str
@@ -106,6 +119,7 @@ class PlannedTensor:
     pieces: tuple[Piece, ...]
     part: Part | None = None
     changes: tuple[ChangePiece, ...] = ()
+    scales: ExpertScales | None = None  # if it is quantized expert by expert
 
     @property
     def numel(self) -> int:
@@ -162,6 +176,7 @@ class PlannedFile:
     header: bytes
     tensors: tuple[PlannedTensor, ...]
     replicas: frozenset[str] = frozenset()  # tensors that an earlier file holds as well, and that are counted there
+    made_with: str | None = None  # the file before it, in whose making the content of this one is found
 
     @property
     def size(self) -> int:
@@ -299,7 +314,7 @@ def make_plan(
         text_only=text_only,
         files=files,
         meta_keys=tuple(sorted(set(claims.spelling.values()))),
-        dropped={key: rule.why for key, rule in claims.dropped.items()},
+        dropped={key: rule.why for key, rule in claims.dropped.items()} | source.unused_scales,
         base_evidence=tuple(key for key, rule in claims.dropped.items() if rule.only_in == "base"),
         streamed=streamed,
         unread=unread_records(source, streamed, skipped),
@@ -525,7 +540,8 @@ def output_tensors(
             # Schemes quantize bf16, which is what checkpoints are published in.
             to = "BF16" if scheme else dtype
             gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, to, changes)
-            tensors += _encoded(matrix, scheme, device, gathered)
+            kept = scheme is not None and not gathered.changes and _keeps_bits(matrix, scheme, gathered)
+            tensors += _with_bits_kept(matrix, scheme, gathered) if kept else _encoded(matrix, scheme, device, gathered)
         if not to_encode:
             shape = binding.transformers_shape(name)
             targets = binding.transformers_placements(name)
@@ -567,6 +583,36 @@ def _encoded(matrix: Matrix, scheme: Scheme | None, device: str, gathered: Plann
         index += 1
 
 
+def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool:
+    """Whether the source holds codes that the scheme can keep: FP8 with one scale for all inputs of an output.
+
+    The down projections of several ranks have a scale for each rank's share of the inputs.
+    """
+    is_fp8 = scheme.kind == "fp8" and scheme.granularity == "channel"
+    records = [piece.source.record for piece in gathered.pieces]
+    return is_fp8 and all(
+        isinstance(record, QuantizedRecord) and record.kind == "fp8" and record.k == matrix.k for record in records
+    )
+
+
+def _with_bits_kept(matrix: Matrix, scheme: Scheme | None, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
+    """Codes and scales as the source has them: the scales in float32, which holds Meta's and is what runtimes widen to."""
+    codes, scales = [], []
+    for piece in gathered.pieces:
+        record = piece.source.record
+        assert isinstance(record, QuantizedRecord)
+        assert matrix.expert is not None
+        codes.append(replace(piece, source=record.codes))
+        at, column = record.scales.offset + matrix.expert * record.n, piece.copy.target_offset
+        copy = Copy((record.n,), at, (1,), column, (1,))
+        scales.append(Piece(record.scales_archive, record.key, record.scales, copy, piece.held, piece.target))
+    dtype = codes[0].source.dtype
+    linear = PlannedMatrix(matrix, scheme, Linear(dtype), replace(gathered, dtype=dtype, pieces=tuple(codes)), True)
+    name = f"{matrix.module}.weight"
+    yield PlannedTensor(name, dtype, (matrix.n, matrix.k), 0, linear.gathered.pieces, Part(linear, 0))
+    yield PlannedTensor(f"{name}_scale", "F32", (matrix.n, 1), 0, tuple(scales))
+
+
 def _check_conserved(tensor: PlannedTensor) -> None:
     """Elements in equal elements out: the last line of defence against a table that loses or repeats a slice."""
     moved = sum(piece.numel for piece in tensor.pieces)
@@ -602,7 +648,10 @@ def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) ->
     return frozenset(
         record
         for record, pieces in reads.items()
-        if users[record] == 1 and pieces[0].source.is_whole_record and in_order(pieces)
+        if users[record] == 1
+        and pieces[0].source.is_whole_record
+        and all(piece.source is pieces[0].source for piece in pieces)  # else it is read as codes and as numbers
+        and in_order(pieces)
     )
 
 

@@ -26,14 +26,20 @@ ALIGNMENT = 64
 ZIP64_LIMIT = 0xFFFFFFFF
 Chunk: TypeAlias = bytes | bytearray | memoryview
 # dtype: (class of the storage in the pickle, bytes a number)
-_STORAGES = {"bfloat16": ("BFloat16Storage", 2), "float16": ("HalfStorage", 2), "float32": ("FloatStorage", 4)}
+_UNTYPED = "UntypedStorage"  # of dtypes that have no storage class
+_STORAGES = {
+    "bfloat16": ("BFloat16Storage", 2),
+    "float16": ("HalfStorage", 2),
+    "float32": ("FloatStorage", 4),
+    "float8_e4m3fn": (_UNTYPED, 1),
+}
 # CPython's pickler closes a SETITEMS every so many pairs.
 _BATCH = 1000
 
 
 @dataclass(frozen=True)
 class PthTensor:
-    """A contiguous tensor of the state dict; dtype "bfloat16", "float16" or "float32". Its numbers come later."""
+    """A contiguous tensor of the state dict; dtype "bfloat16", "float16", "float32" or "float8_e4m3fn". Its data come later."""
 
     key: str
     dtype: str
@@ -320,17 +326,18 @@ class _Pickle:
             self.memoize()
 
     def tensor(self, tensor: PthTensor, storage: int) -> None:
-        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)`."""
+        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)`; v3 adds the dtype."""
         strides = [1] * len(tensor.shape)
         for axis in range(len(strides) - 1, 0, -1):
             strides[axis - 1] = strides[axis] * max(tensor.shape[axis], 1)
-        self.constant("ctorch._utils\n_rebuild_tensor_v2\n")
+        kind, is_untyped = _STORAGES[tensor.dtype][0], _STORAGES[tensor.dtype][0] == _UNTYPED
+        self.constant(f"ctorch._utils\n_rebuild_tensor_{'v3' if is_untyped else 'v2'}\n")
         self.out += b"(("
         self.constant("storage")
-        self.constant(f"ctorch\n{_STORAGES[tensor.dtype][0]}\n")
+        self.constant(f"ctorch{'.storage' if is_untyped else ''}\n{kind}\n")
         self.text(str(storage))
         self.constant("cpu")
-        self.integer(tensor.numel)
+        self.integer(tensor.nbytes if is_untyped else tensor.numel)
         self.out += b"t"
         self.memoize()
         self.out += b"Q"
@@ -340,6 +347,8 @@ class _Pickle:
         self.out += b"\x89"
         self.constant("ccollections\nOrderedDict\n")
         self.empty_call()
+        if is_untyped:
+            self.constant(f"ctorch\n{tensor.dtype}\n")
         self.out += b"t"
         self.memoize()
         self.out += b"R"

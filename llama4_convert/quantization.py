@@ -74,24 +74,31 @@ def parted_group(recipe: Recipe) -> int | None:
 
 
 def describe_sizes(plan: Plan) -> dict[str, Any]:
-    """Bytes before and after, by kind, and the bits that a quantized weight comes to, scales included."""
+    """Bytes before and after, by kind, and the bits that a quantized weight comes to, scales included.
+
+    Before: as it is gathered, which of a quantized source is bf16. `kept_bits`: matrices with the codes and scales of the source.
+    """
     before: dict[str, int] = defaultdict(int)
     after: dict[str, int] = defaultdict(int)
     weights = quantized = 0
+    kept = [planned for planned in plan.matrices if planned.keeps_bits]
+    scales = {f"{planned.matrix.module}.weight_scale": planned for planned in kept}  # which are copied as they are
     for tensor in plan.tensors:
-        if tensor.part is None:
+        planned = tensor.part.matrix if tensor.part else scales.get(tensor.name)
+        if planned is None:
             before["other"] += tensor.nbytes
             after["other"] += tensor.nbytes
             continue
-        family = tensor.part.matrix.matrix.family
-        after[family] += tensor.nbytes
-        if tensor.part.matrix.scheme:
+        after[planned.matrix.family] += tensor.nbytes
+        if planned.scheme:
             quantized += tensor.nbytes
     for planned in plan.matrices:
-        before[planned.matrix.family] += planned.gathered.nbytes
+        of_weights = planned.matrix.n * planned.matrix.k
+        before[planned.matrix.family] += 2 * of_weights if planned.keeps_bits else planned.gathered.nbytes
         if planned.scheme:
-            weights += planned.matrix.n * planned.matrix.k
+            weights += of_weights
     return {
+        "kept_bits": len(kept),
         "bytes_before": dict(sorted(before.items())),
         "bytes_after": dict(sorted(after.items())),
         "bits_per_quantized_weight": 8 * quantized / weights if weights else None,

@@ -68,6 +68,14 @@ class Checkpoint:
         """The method of a quantized directory whose matrices we cannot read, as its config.json calls it."""
         return getattr(self.readers[0], "unknown_method", None)
 
+    def lossy_beside(self, reference: Checkpoint) -> Mapping[str, str]:
+        """Which of `quantized` cannot be the reference's bit by bit: none if that is quantized in the same layout and ranks.
+
+        A quantized original is the reference as it is: what its conversion was quantized to is another thing.
+        """
+        alike = reference.layout == self.layout and len(reference.readers) == len(self.readers)
+        return {} if reference.quantized and alike else self.quantized
+
     def logical_tensors(self, config: Llama4Config | None = None, *, lenient: bool = False) -> Iterator[LogicalTensor]:
         """Every tensor, in model order, bound for this checkpoint's configuration or another.
 

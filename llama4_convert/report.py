@@ -166,7 +166,12 @@ def export_summary(result: dict[str, Any]) -> str:
     resumed = f" ({kept} kept from the run before)" if kept else ""
     size = f"{parameters(result['parameters'])}, {gigabytes(result['output_bytes'])}"
     line = f"{result['output']}: {size} in {result['ranks']} rank file(s){resumed}"
-    return "\n".join([line, *dropped_lines(result["dropped"])])
+    lines = [line, *dropped_lines(result["dropped"])]
+    if told := result.get("quantization"):
+        kept = f", {told['kept_bits']} with the source's own codes and scales" if told["kept_bits"] else ""
+        error = f"relative squared error {told['relative_mse']:.4g}"
+        lines.append(f"recipe   {told['recipe']}: {told['matrices']} matrices quantized, {error}{kept}")
+    return "\n".join(lines)
 
 
 def quantization_summary(told: dict[str, Any]) -> list[str]:
@@ -177,7 +182,9 @@ def quantization_summary(told: dict[str, Any]) -> list[str]:
         if kind != "other"
     )
     lines = [f"recipe   {told['recipe']}: {kinds}; {told['bits_per_quantized_weight']:.3g} bits a quantized weight"]
-    if "relative_mse" in told:
+    if told["kept_bits"]:
+        lines.append(f"kept     {told['kept_bits']} matrices have the source's codes and scales, bit by bit")
+    if told.get("families"):
         families = ", ".join(
             f"{family.replace('_', ' ')} {summed['relative_mse']:.4g}" for family, summed in told["families"].items()
         )

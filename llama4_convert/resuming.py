@@ -55,6 +55,7 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[Key, tuple[int, 
         for key in reads[file.name].keys() & plan.streamed:
             users.setdefault(key, []).append(file.name)
     left = reads.keys() - set(done)
+    left |= {file.made_with for file in plan.files if file.made_with and file.name in left}
 
     def is_broken(key: Key) -> bool:
         to_come = [name for name in users[key] if name in left]

@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from llama4_convert import nonfinite
 from llama4_convert.cast import cast
 from llama4_convert.changes import Merger
+from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
 from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
+from llama4_convert.expert_codes import ExpertCodes
 from llama4_convert.nonfinite import NonFinite
 from llama4_convert.planning import Part, Piece, Plan, PlannedFile, PlannedMatrix, PlannedTensor, mismatch
 from llama4_convert.resuming import Key, Running
@@ -66,6 +68,8 @@ class Source:
         self.ranks = ranks
         self._fds: list[int] = []
         self.running: Running = {} if running is None else running
+        self._dequantizer = Dequantizer()
+        self._codes: NDArray[np.uint8] = np.empty(0, np.uint8)  # that the last read of a quantized record was made of
         self._advised: dict[tuple[int, str], int] = {}  # record -> up to where the disk has been asked for it
         self._scratch = memoryview(bytearray(_SCRATCH))
 
@@ -80,6 +84,9 @@ class Source:
 
     def read(self, rank: int, record: Record, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` of a record. Raises BadInput if the file ends early, EnvironmentFailed if it fails."""
+        if isinstance(record, QuantizedRecord):
+            self._dequantize(rank, record, start, into)
+            return
         done = 0
         while done < len(into):
             try:
@@ -92,6 +99,14 @@ class Source:
                 )
             done += n
         self._read_ahead(rank, record, start + done)
+
+    def _dequantize(self, rank: int, record: QuantizedRecord, start: int, into: memoryview) -> None:
+        begin, end = record.codes_for(start, start + len(into))
+        self._codes = np.empty(end - begin, np.uint8)
+        self.read(rank, record.codes.record, begin, self._codes.data)
+        made = self._dequantizer.numbers(record, begin, self._codes)
+        skipped = start - begin * made.itemsize * record.format.inputs_a_row
+        into[:] = made.reshape(-1).view(np.uint8)[skipped : skipped + len(into)].data
 
     def _read_ahead(self, rank: int, record: Record, position: int) -> None:
         """Have the kernel fetch what follows `position` of a record while what came before is worked on."""
@@ -108,17 +123,22 @@ class Source:
 
     def map(self, rank: int, record: Record, start: int, size: int) -> tuple[mmap.mmap, int]:
         """A read-only mapping that covers a byte range, and where the range begins in it."""
+        assert not isinstance(record, QuantizedRecord)  # its numbers lie in their order, and nowhere
         begin = record.offset + start
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._fds[rank], begin + size - page, access=mmap.ACCESS_READ, offset=page)
         return mapped, begin - page
 
     def check(self, rank: int, record: Record, start: int, data: memoryview) -> None:
-        """Take the next bytes of a streamed record into its CRC; at its end compare. Raises BadInput."""
+        """Take the next bytes of a streamed record, which were read last, into its CRC; at its end compare. Raises BadInput."""
         position, crc = self.running.pop((rank, record.name), (0, 0))
         if position != start:
             raise AssertionError(f"{record.name} read at {start}, expected {position}")
-        crc, position = crc32(data, crc), position + len(data)
+        position += len(data)
+        if isinstance(record, QuantizedRecord):  # the CRC is that of the codes
+            new = record.codes_until(position) - record.codes_until(start)
+            data = self._codes[len(self._codes) - new :].data
+        crc = crc32(data, crc)
         if position < record.size:
             self.running[rank, record.name] = position, crc
         elif crc != record.crc:
@@ -135,6 +155,8 @@ class Source:
 
     def check_whole(self, rank: int, record: Record, progress: Progress) -> None:
         """Read a record just to check it."""
+        if isinstance(record, QuantizedRecord):
+            record = record.codes.record
         position, crc = 0, 0
         while position < record.size:
             view = self.scratch(min(_SCRATCH, record.size - position))
@@ -144,6 +166,14 @@ class Source:
         self._advised.pop((rank, record.name), None)  # it will be read again
         if record.crc is not None and crc != record.crc:
             raise self.damaged(rank, record)
+
+    def check_scales(self) -> None:
+        """Look at all scales of quantized tensors. Raises BadInput if one is not finite."""
+        for index in self.ranks:
+            for tensor in index.tensors.values():
+                if isinstance(tensor.record, QuantizedRecord):
+                    for expert in range(tensor.record.experts):
+                        tensor.record.scales_of(expert)
 
     def same(self, key: str, rank: int) -> bool:
         """Whether `rank` holds the same bits as rank 0 under `key`, whatever the strides of either."""
@@ -170,6 +200,7 @@ class RunResult:
     overflows: dict[str, int] = field(default_factory=dict)  # finite numbers that a cast made infinite, by tensor
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # by module: sums of squares, error and weight
     nonfinite: dict[str, NonFinite] = field(default_factory=dict)  # by tensor, where there are any
+    scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # by key, for the file that is written next
 
     def count(self, name: str, found: NonFinite) -> None:
         """Add to what a tensor has of NaN and infinities."""
@@ -187,6 +218,7 @@ def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
     """Check what the run will not read front to back. Raises BadInput on the first damaged record, or copy that differs."""
     for rank, record in plan.unread:
         source.check_whole(rank, record, progress)
+    source.check_scales()
     for key, rank in plan.compare:
         if not source.same(key, rank):
             raise BadInput(mismatch(key, source.ranks[0].path.name, source.ranks[rank].path.name))
@@ -240,11 +272,15 @@ class _Checksum:
         return crc
 
 
-def _put(data: bytes | memoryview, writer: FileWriter) -> None:
+def _filler_of(data: bytes | memoryview) -> Fill:
     def fill(start: int, into: memoryview) -> None:
         into[:] = data[start : start + len(into)]
 
-    _stream(len(data), fill, writer)
+    return fill
+
+
+def _put(data: bytes | memoryview, writer: FileWriter) -> None:
+    _stream(len(data), _filler_of(data), writer)
 
 
 def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lambda n: None) -> None:
@@ -270,6 +306,11 @@ def _counting(fill: Fill, tensor: PlannedTensor, result: RunResult) -> Fill:
 
 
 def _filler(tensor: PlannedTensor, plan: Plan, source: Source, result: RunResult, merger: Merger) -> Fill:
+    if not tensor.pieces:
+        return _filler_of(result.scales.pop(tensor.name).reshape(-1).view(np.uint8).data)
+    if tensor.scales:
+        gather = _filler(replace(tensor, dtype="BF16", scales=None), plan, source, result, merger)
+        return ExpertCodes(tensor, tensor.scales, gather, result)
     if tensor.changes or tensor.dtype != tensor.source_dtype:
         return _Cast(tensor, plan, source, result, merger)
     return _Gather(tensor, plan, source)
@@ -326,14 +367,14 @@ class _Encoder:
                 wait([ahead])
         self._spare = gathered
         self._ahead = ahead.result() if ahead else None
-        if planned.scheme:
+        if planned.scheme and not planned.keeps_bits:
             self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
         return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
 
     def _encoded(self, planned: PlannedMatrix, gathered: bytearray) -> Encoded:
         tensor, matrix = planned.gathered, planned.matrix
         bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
-        if planned.scheme is None:
+        if planned.scheme is None or planned.keeps_bits:
             self.result.count(tensor.name, nonfinite.count(gathered, tensor.dtype))
             return planned.encoder.encode(bits, matrix.in_out, self.threads)
         try:
@@ -573,7 +614,12 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     before they are filled: 113 MiB for Llama 4's 3.6 MB.
     """
     run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
-    matrices = plan.matrices
+    matrices, tensors = plan.matrices, plan.tensors
+    experts = [t.numel // t.scales.experts for t in tensors if t.scales]
+    if matrices or experts or any(isinstance(p.source.record, QuantizedRecord) for t in tensors for p in t.pieces):
+        run += COMPILER_MEMORY
+    if experts:  # one in bf16 and in codes, and the scales of a rank
+        run += 3 * max(experts) + max(f.size for f in plan.files if f.made_with)
     if matrices:
         # Gathered, and encoded to half its bytes at most, or as many where it only becomes linear; the next one gathered.
         largest = max(
@@ -581,7 +627,7 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
             + (m.gathered.nbytes if m.gathered.nbytes <= _GATHER_AHEAD else 0)
             for m in matrices
         )
-        run += largest + COMPILER_MEMORY
+        run += largest
     if plan.changed:
         run += MERGER_MEMORY + plan.change_bytes
     return max(run, (80 << 20) + 10 * tokenizer_bytes)

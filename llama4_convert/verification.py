@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llama4_convert.checkpoints.meta import inner_original, is_file_name, rank_files, read_small
+from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.published import Digest, Ids, digests, ids_of_download, read_ids
 from llama4_convert.run import Source
+from quant.formats.meta import FORMATS
 
 Progress = Callable[[int], None]
 Start = Callable[[int, int], None]
@@ -88,9 +90,10 @@ def _bad(name: str, note: str) -> dict[str, Any]:
 def _source(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
     promised = _checklist(path)
     ranks = rank_files(path)
+    ranks += _scales(path, ranks)
     names = {file.name for file in ranks}
     others = [path / name for name in {**promised, **ids} if name not in names]
-    start(2 * sum(f.stat().st_size for f in ranks), 0)  # digests, then the CRCs inside
+    start(2 * sum(f.stat().st_size for f in ranks if f.is_file()), 0)  # digests, then the CRCs inside
     files = []
     for file in [*ranks, *others]:
         name = file.relative_to(path).as_posix()
@@ -104,6 +107,21 @@ def _source(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str,
             entry["against"].append("CRC")
         files.append(entry)
     return {"ok": all(f["ok"] for f in files), "files": files, "advice": "download it again"}
+
+
+def _scales(path: Path, ranks: list[Path]) -> list[Path]:
+    """Files of scales beside quantized rank files, one a rank: those that should be there, if one is or if there are codes."""
+    names = [format.scales_file for format in FORMATS if any(path.glob(format.scales_file.format("*")))]
+    if not names and _is_quantized(ranks[0]):
+        names = [FORMATS[0].scales_file]  # the kind that is published
+    return [path / name.format(rank) for name in names for rank in range(len(ranks))]
+
+
+def _is_quantized(file: Path) -> bool:
+    try:
+        return any(tensor.dtype == CODES for tensor in PthIndex.read(file).tensors.values())
+    except BadInput:  # which is told of this file, later
+        return False
 
 
 def _listed(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:

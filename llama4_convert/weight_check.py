@@ -80,7 +80,7 @@ def compare_weights(
     has_vision = config.vision_config is not None
     theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
     ours: dict[str, LogicalTensor] = {}
-    quantized = {} if reference.quantized else candidate.quantized
+    quantized = candidate.lossy_beside(reference)
     reader = candidate.readers[0] if quantized or not reference.quantized else None
     reader = reader if isinstance(reader, QuantizedReader) else None
     sketches, wrong = Sketches(), dict[str, str]()

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 FAMILIES = ("routed_experts", "shared_expert", "dense_mlp")
-FORMATS = ("compressed-tensors", "bitsandbytes")
-_SCHEMES = {"compressed-tensors": ("int4", "fp8"), "bitsandbytes": ("nf4",)}
+FORMATS = ("compressed-tensors", "bitsandbytes", "meta")
+_SCHEMES = {"compressed-tensors": ("int4", "fp8"), "bitsandbytes": ("nf4",), "meta": ("fp8",)}
 KEEP = "keep"
 
 Method = Literal["plain", "search", "signed"]
@@ -142,12 +142,22 @@ def _rule(body: Mapping[str, Any], kind: str, where: str) -> Rule:
     known = (*_SCHEMES[kind], KEEP)
     if scheme not in known:
         raise RecipeError(f"{where}: {kind} has no scheme {scheme!r:.40}: {_hint(scheme, known)}")
+    if kind == "meta":
+        _check_meta(body, where)
     return Rule(
         tuple(families),
         _scheme(body, scheme, where),
         _whole_numbers(body, "layers", where),
         _whole_numbers(body, "experts", where),
     )
+
+
+def _check_meta(body: Mapping[str, Any], where: str) -> None:
+    """Meta's files have the routed experts of a layer in one tensor, and its script knows one way to quantize them."""
+    if body["families"] != ["routed_experts"]:
+        raise RecipeError(f"{where}: the format meta quantizes routed_experts alone")
+    for name in body.keys() - {"families", "scheme", "layers"}:
+        raise RecipeError(f"{where}: the format meta has no {name}: leave it out")
 
 
 _OPTIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {

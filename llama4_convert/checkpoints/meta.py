@@ -1,4 +1,7 @@
-"""A directory in Meta's original layout: params.json, tokenizer.model and one consolidated.NN.pth a rank."""
+"""A directory in Meta's original layout: params.json, tokenizer.model and one consolidated.NN.pth a rank.
+
+Quantized originals have a file of scales a rank beside them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.geometry import Geometry, GeometryError
+from llama4_convert.checkpoints.meta_quantized import QuantizedRecord, with_scales
 from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 
@@ -28,8 +32,14 @@ class MetaCheckpoint:
     path: Path
     params: Mapping[str, Any]
     geometry: Geometry  # as params.json states it; open sizes are None
-    ranks: tuple[PthIndex, ...]
+    ranks: tuple[PthIndex, ...]  # where experts are quantized, with their numbers in bf16: see `meta_quantized`
+    scales: tuple[PthIndex, ...]  # of quantized experts, one a rank, or none
     small_files: Mapping[str, bytes]  # params.json, and tokenizer.model where there is one
+
+    @property
+    def archives(self) -> tuple[PthIndex, ...]:
+        """Every file of tensors, the ranks first: what a run opens, and numbers so."""
+        return self.ranks + self.scales
 
     @property
     def keys(self) -> frozenset[str]:
@@ -43,18 +53,30 @@ class MetaCheckpoint:
         return {key: tensor.shape for key, tensor in self.ranks[0].tensors.items()}
 
     def records(self) -> Iterator[tuple[int, Record]]:
-        """Every storage record of every rank."""
-        for rank, index in enumerate(self.ranks):
+        """Every storage record of every archive."""
+        for number, index in enumerate(self.archives):
             for record in index.records:
-                yield rank, record
+                yield number, record
+
+    @property
+    def quantized(self) -> dict[str, QuantizedRecord]:
+        """Keys that hold codes, with rank 0's."""
+        tensors = self.ranks[0].tensors.items()
+        return {key: tensor.record for key, tensor in tensors if isinstance(tensor.record, QuantizedRecord)}
+
+    @property
+    def unused_scales(self) -> dict[str, str]:
+        """Keys of the files of scales that no tensor needs, and why."""
+        used = {record.key for record in self.quantized.values()}
+        return {key: "scales of a tensor that is not quantized" for i in self.scales for key in i.tensors.keys() - used}
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 a file: of the small files' bytes, and of the record names, sizes and CRCs of every rank file.
+        """SHA-256 a file: of the small files' bytes, and of the record names, sizes and CRCs of every archive.
 
         Identifies the content without reading the tensors, and independently of where the files lie.
         """
         small = {name: hashlib.sha256(data).hexdigest() for name, data in self.small_files.items()}
-        return small | {index.path.name: index.fingerprint for index in self.ranks}
+        return small | {index.path.name: index.fingerprint for index in self.archives}
 
     @staticmethod
     def open(path: Path) -> MetaCheckpoint:
@@ -73,7 +95,8 @@ class MetaCheckpoint:
         indices = tuple(PthIndex.read(file) for file in files)
         for index in indices[1:]:
             _check_agreement(indices[0], index)
-        return MetaCheckpoint(path, params, geometry, indices, small)
+        ranks, scales = with_scales(path, indices)
+        return MetaCheckpoint(path, params, geometry, ranks, scales, small)
 
 
 def rank_files(path: Path) -> list[Path]:

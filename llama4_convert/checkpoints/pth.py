@@ -79,6 +79,11 @@ class StoredTensor:
         return self.offset == 0 and self.numel * self.itemsize == self.record.size
 
 
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor of this shape whose elements lie one behind the other."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 @dataclass(frozen=True)
 class PthIndex:
     """What one `.pth` file holds. `others` are entries that are no tensors (their values are of no interest)."""

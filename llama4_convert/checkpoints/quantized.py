@@ -116,13 +116,17 @@ class QuantizedReader(DirectoryReader):
 
     def _fp8(self, module: str) -> QuantizedMatrix:
         from quant.encoders import FloatQuantized
+        from quant.formats.meta import MetaRows
         from quant.schemes.fp8 import Fp8
 
         parts = {"weight": f"{module}.weight", "weight_scale": module + _SCALE}
         n, k = super().shape(parts["weight"])
         scale = super().shape(parts["weight_scale"])
-        if super().dtype(parts["weight"]) != "F8_E4M3" or super().dtype(parts["weight_scale"]) != "BF16":
-            raise ValueError("the weights must be F8_E4M3 and the scales BF16")
+        dtypes = super().dtype(parts["weight"]), super().dtype(parts["weight_scale"])
+        if dtypes == ("F8_E4M3", "F32") and scale == (n, 1):
+            return QuantizedMatrix("fp8", n, k, MetaRows(), parts, True, {"granularity": "channel"})
+        if dtypes != ("F8_E4M3", "BF16"):
+            raise ValueError("the weights must be F8_E4M3 and the scales BF16, or F32 where each output has one")
         for granularity in ("channel", "tensor", "block"):
             scheme = Fp8(granularity)
             if scheme.shapes(n, k)[1] == scale:

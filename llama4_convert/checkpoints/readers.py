@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llama4.weights import Bits
+from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersCheckpoint
 from llama4_convert.errors import BadInput
@@ -17,10 +18,17 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class RankReader:
-    """The tensors of one rank file."""
+    """The tensors of one rank file; quantized ones as what they stand for."""
 
     def __init__(self, index: PthIndex) -> None:
         self.index = index
+        self._dequantizer = Dequantizer()
+
+    @property
+    def quantized(self) -> dict[str, QuantizedRecord]:
+        """Those that are dequantized as they are read."""
+        records = ((key, tensor.record) for key, tensor in self.index.tensors.items())
+        return {key: record for key, record in records if isinstance(record, QuantizedRecord)}
 
     def keys(self) -> Collection[str]:
         return self.index.tensors.keys()
@@ -38,12 +46,24 @@ class RankReader:
         shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
         if 0 in shape:
             return np.empty(shape, _BITS[tensor.itemsize])
+        if isinstance(tensor.record, QuantizedRecord):
+            return self._dequantized(tensor.record, start, shape)
         span = sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) + 1
         first = tensor.offset + (start * tensor.strides[0] if shape else 0)
         offset = tensor.record.offset + first * tensor.itemsize
         flat = _read(self.index.path, offset, span, tensor.itemsize)
         strides = tuple(s * tensor.itemsize for s in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
+
+    def _dequantized(self, record: QuantizedRecord, first: int, shape: tuple[int, ...]) -> Bits:
+        """Entries from `first` on of the first dimension."""
+        entry = prod(shape[1:]) * 2
+        start, stop = first * entry, (first + shape[0]) * entry
+        begin, end = record.codes_for(start, stop)
+        codes = _read(self.index.path, record.offset + begin, end - begin, 1)
+        made = self._dequantizer.numbers(record, begin, codes).reshape(-1)
+        skipped = start // 2 - begin * record.format.inputs_a_row
+        return made[skipped : skipped + prod(shape)].reshape(shape)
 
 
 class DirectoryReader:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor
+from llama4_convert.checkpoints.pth import ITEM_SIZES, Record, StoredTensor, contiguous
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 
@@ -41,12 +40,17 @@ class SafetensorsSource:
         files = []
         for file in checkpoint.files:
             tensors = {
-                key: StoredTensor(t.dtype, t.shape, _contiguous(t.shape), 0, Record(key, t.offset, t.nbytes, None))
+                key: StoredTensor(t.dtype, t.shape, contiguous(t.shape), 0, Record(key, t.offset, t.nbytes, None))
                 for key, t in checkpoint.tensors.items()
                 if t.file == file and t.dtype in ITEM_SIZES
             }
             files.append(SafetensorsIndex(file, tensors, tuple(t.record for t in tensors.values())))
         return SafetensorsSource(path, checkpoint.config, tuple(files))
+
+    @property
+    def archives(self) -> tuple[SafetensorsIndex, ...]:
+        """Every file of tensors: what a run opens."""
+        return self.ranks
 
     @property
     def files(self) -> list[Path]:
@@ -72,7 +76,3 @@ class SafetensorsSource:
                         digest.update(file.read(min(_SAMPLE, record.size - start)))
             found[index.path.name] = digest.hexdigest()
         return found
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -52,7 +52,8 @@ def verify(path: Path, as_json: bool, ids: Path | None) -> None:
     """Read every byte of PATH again and compare it with what was promised.
 
     An output directory is held against the SHA-256 of its manifest; Meta's directory against the CRCs inside its archives,
-    and against checklist.chk where there is one; any download from the Hub against the ids that the downloader has left there.
+    files of scales included, and against checklist.chk where there is one; any download from the Hub against the ids that
+    the downloader has left there.
 
     \b
     Examples:

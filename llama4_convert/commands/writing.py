@@ -81,6 +81,9 @@ def convert(
     With --recipe it is quantized on the way, with --adapter a LoRA adapter is merged into it. SRC may then be a Transformers
     directory, and with --vision-from it is a text-only one, which becomes whole again.
 
+    Meta's quantized originals (fp8_scales_N.pt or int4_scales_N.pt beside the rank files) are dequantized to bf16, or keep
+    their bits with --recipe fp8 where it has the same rows.
+
     An interrupted conversion goes on with the same command. Until its index file is there, DST does not load as a model.
 
     \b
@@ -120,6 +123,12 @@ def convert(
     help="Number of rank files. Default: as many as SRC was made from, or has; else 8.",
 )
 @click.option(
+    "--recipe",
+    metavar="meta-fp8|FILE",
+    help="Write the experts as Meta's quantize script writes them for FP8, and fp8_scales_N.pt. Default: as SRC has them, in bf16"
+    " where they are quantized.",
+)
+@click.option(
     "--allow-rank-mismatch",
     is_flag=True,
     help="Where ranks of SRC disagree on a replicated tensor, take the first rank's.",
@@ -136,10 +145,15 @@ def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     Meta's it changes the number of ranks. An interrupted export goes on with the same command. Until params.json is there, DST
     is no model.
 
+    --recipe meta-fp8 writes what Meta's own quantize script writes for FP8 (llama4/scripts/quantize.py, fp8_mixed), by its
+    formula: routed experts of all layers but the first and the last as float8_e4m3fn under their keys in consolidated.NN.pth,
+    their scales, one for each output of a rank, in fp8_scales_N.pt. Meta's code loads them; it needs a GPU to run.
+
     \b
     Examples:
       llama4-convert export scout-hf scout-meta --ranks 8
       llama4-convert export Llama-4-Scout-17B-16E-Instruct/original scout-one-file --ranks 1
+      llama4-convert export scout-hf scout-meta-fp8 --recipe meta-fp8
     """
     from llama4_convert import export as run
 

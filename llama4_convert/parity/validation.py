@@ -78,7 +78,7 @@ def validate(
         raise UsageError("the seed must fit into 64 bits")
     original, candidate = Checkpoint.open(reference), Checkpoint.open(path)
     _check_runners(((candidate, runner), (original, reference_runner)), dtype)
-    kind_name, kind = limits.kind_of(dtype, set() if original.quantized else set(candidate.quantized.values()))
+    kind_name, kind = limits.kind_of(dtype, set(candidate.lossy_beside(original).values()))
     config = original.config
     if candidate.is_text_only and config.vision_config:
         warn(f"{path} is a text model: the vision tower of {reference} is left out of the comparison")

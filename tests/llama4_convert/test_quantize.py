@@ -504,7 +504,7 @@ def test_names_that_a_terminal_would_not_print_are_names(
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = commands.run(capsys, "recipes", "--json")
-    assert {r["name"] for r in json.loads(outcome.out)["recipes"]} == set(RECIPES)
+    assert {r["name"] for r in json.loads(outcome.out)["recipes"]} == {*RECIPES, "meta-fp8"}
 
 
 def test_plan_with_a_gpu(source: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,20 +11,22 @@ from quant.config import Module, compressed_tensors_config
 from quant.recipe import FAMILIES, Recipe, RecipeError, Scheme, built_in, load, parse
 
 ONE_RULE = 'format = "compressed-tensors"\n[[rule]]\nfamilies = ["routed_experts"]\nscheme = "int4"\n'
+META = ONE_RULE.replace("compressed-tensors", "meta").replace("int4", "fp8")
 
 
 def test_the_built_in_recipes() -> None:
     found = built_in()
-    assert set(found) == {"int4", "int4-experts", "int4-signed", "fp8", "nf4", "mixed"}
+    assert set(found) == {"int4", "int4-experts", "int4-signed", "fp8", "nf4", "mixed", "meta-fp8"}
     for name, recipe in found.items():
         assert recipe.name == name
         assert recipe.summary
-        covered = {family for family in FAMILIES if recipe.scheme(family, 0, 4, 0)}
-        assert covered == ({"routed_experts"} if name == "int4-experts" else set(FAMILIES))
+        covered = {family for family in FAMILIES if recipe.scheme(family, 1, 4, 0)}
+        assert covered == ({"routed_experts"} if name in ("int4-experts", "meta-fp8") else set(FAMILIES))
     assert found["int4"].scheme("dense_mlp", 3, 4) == Scheme("int4", 128, "search")
     assert found["int4-signed"].scheme("dense_mlp", 3, 4) == Scheme("int4", 128, "signed")
     assert found["fp8"].scheme("dense_mlp", 3, 4) == Scheme("fp8", method="search", granularity="channel")
     assert found["mixed"].scheme("shared_expert", 0, 4) == Scheme("fp8", method="search")
+    assert [layer for layer in range(5) if found["meta-fp8"].scheme("routed_experts", layer, 5)] == [1, 2, 3]
 
 
 def test_the_first_rule_that_names_a_matrix_decides() -> None:
@@ -65,6 +67,10 @@ def test_the_first_rule_that_names_a_matrix_decides() -> None:
         ('format = "compressed-tensors"\n', r"no \[\[rule\]\]"),
         ('format = "compressed-tensors"\nrule = 3\n', r"no \[\[rule\]\]"),
         ("[[rule]]\n", "format is missing"),
+        (META.replace("routed_experts", "shared_expert"), "meta quantizes routed_experts alone"),
+        (META.replace("fp8", "int4"), "meta has no scheme 'int4'"),
+        (META + "experts = [0]\n", "meta has no experts"),
+        (META + 'method = "plain"\n', "meta has no method"),
     ],
 )
 def test_what_cannot_be_followed_is_told_with_what_to_write(text: str, words: str) -> None:
