@@ -136,11 +136,11 @@ def _scales(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, A
         of_block = group_gain(a.reshape(-1, block), b.reshape(-1, block), block)
         shape = (n, k // block) if k % block == 0 else of_block.shape
         return scales.reshape(shape), of_block.reshape(shape), np.repeat(of_block, block, 1).reshape(n, k)
-    stored = floats(parts["weight_scale"], "BF16")
+    stored = floats(parts["weight_scale"], "F32" if parts["weight_scale"].itemsize == 4 else "BF16")
     if matrix.kind == "int4":
         groups = group_gain(a, b, decoder.scheme.group_size)
         return stored, groups, np.repeat(groups, decoder.scheme.group_size, 1)
-    high, wide = {"channel": (1, k), "tensor": (n, k), "block": (128, 128)}[decoder.scheme.granularity]
+    high, wide = {"channel": (1, k), "tensor": (n, k), "block": (128, 128)}[matrix.settings["granularity"]]
     power = np.maximum(_block_sums(a * a, high, wide), 1e-30)
     gain = (_block_sums(a * b, high, wide) / power).astype(np.float32)
     spread = np.repeat(np.repeat(gain, high, 0)[:n], wide, 1)[:, :k]
