@@ -140,7 +140,7 @@ def _scales(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, A
     if matrix.kind == "int4":
         groups = group_gain(a, b, decoder.scheme.group_size)
         return stored, groups, np.repeat(groups, decoder.scheme.group_size, 1)
-    high, wide = {"channel": (1, k), "tensor": (n, k), "block": (128, 128)}[matrix.settings["granularity"]]
+    high, wide = {"channel": (1, k), "tensor": (n, k), "block": (128, 128)}[str(matrix.settings["granularity"])]
     power = np.maximum(_block_sums(a * a, high, wide), 1e-30)
     gain = (_block_sums(a * b, high, wide) / power).astype(np.float32)
     spread = np.repeat(np.repeat(gain, high, 0)[:n], wide, 1)[:, :k]

@@ -223,7 +223,10 @@ def validate_summary(result: dict[str, Any]) -> str:
     different, said = result["tensors_different"], result["config_differences"]
     lines = [
         f"config   {len(said)} field(s) differ" if said else "config   every field says what the reference says",
-        *(f"         {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}" for d in said),
+        *(
+            f"         {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}{_matters(d)}"
+            for d in said
+        ),
         f"weights  {len(different)} tensor(s) differ" if different else f"weights  {_equal(result)}",
         *(f"         {d['tensor']} ({d['module']}): {d['cause']}" for d in different[:_SHOWN]),
         *([f"         and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []),
@@ -233,21 +236,66 @@ def validate_summary(result: dict[str, Any]) -> str:
         lines.append(f"         {len(names)} tensor(s) that no Llama 4 has, first {names[0]}")
     if result["candidate_failure"]:
         return "\n".join([*lines, f"logits   it does not run: {result['candidate_failure']}"])
+    return "\n".join([*lines, *_layer_lines(result), *_logit_lines(result)])
+
+
+def _matters(difference: dict[str, Any]) -> str:
+    """At what length a field shows, if it does not show here."""
+    least = difference["matters_from"]
+    if difference["matters"] is not False:
+        return ""
+    return f" (changes logits from {least:,} tokens on, or with a picture: not here)"
+
+
+def _layer_lines(result: dict[str, Any]) -> list[str]:
+    """The worst of what lies between tokens and logits, and where the first error is made."""
+    stages = [*({"layer": v["stage"], **v} for v in result["vision"]), *result["layers"]]
+    local = [one for one in stages if one["nmse_local"] is not None]
+    lines = []
+    if local:
+        worst = max(local, key=lambda one: one["nmse_local"])
+        at = worst["layer"] if isinstance(worst["layer"], str) else f"layer {worst['layer']}"
+        lines.append(
+            f"layers   {len(stages)}, each given the reference's input: nmse {worst['nmse_local']:.3g} at most ({at})"
+        )
+    agreements = [one["router_agreement"] for one in result["layers"] if one["router_agreement"] is not None]
+    forced = result["forced_routing"]
+    if agreements and min(agreements) < 1 and forced and forced["kl_mean"] is not None:
+        lines.append(
+            f"         {min(agreements):.2%} of the tokens at least go to the same experts; with routing forced KL"
+            f" {forced['kl_mean']:.3g} on the mean"
+        )
+    first = result["first_divergence"]
+    if first and first["tensor"] is None:
+        where = first["module"] if first["layer"] is None else f"layer {first['layer']}, {first['module']}"
+        lines.append(f"         it strays first at {where}: {first['cause']}")
+    return lines
+
+
+def _logit_lines(result: dict[str, Any]) -> list[str]:
     perplexity = " and ".join(
         "none" if result[f"perplexity_{side}"] is None else f"{result[f'perplexity_{side}']:.5g}"
         for side in ("reference", "candidate")
     )
-    lines.append(f"logits   {result['tokens']} tokens, {result['runner']}, {result['dtype']}; perplexity {perplexity}")
+    ratio, error = result["perplexity_ratio"], result["perplexity_ratio_error"]
+    change = f" ({ratio:.6g} ± {error:.2g} times)" if ratio is not None and error is not None else ""
+    runners = result["runner"]
+    if result["reference_runner"] != "llama4":
+        runners = f"{result['reference_runner']} and {runners}"
+    ties = f", {result['near_ties']} near-ties set aside" if result["near_ties"] else ""
+    lines = [f"logits   {result['tokens']} tokens{ties}, {runners}, {result['dtype']}; perplexity {perplexity}{change}"]
     for name, limit in result["gates"].items():
         value = result[name]
-        least = name == "top1_agreement"
+        least = name in ("top1_agreement", "cosine")
         verdict = "FAILED" if name in result["gates_failed"] else "ok"
         shown = "not a number" if value is None else f"{value:.3g}"
         lines.append(f"         {name:15} {shown:>10}  ({'at least' if least else 'at most'} {limit:g})  {verdict}")
-    return "\n".join(lines)
+    return lines
 
 
 def _equal(result: dict[str, Any]) -> str:
+    if result["weights_not_compared"]:
+        return str(result["weights_not_compared"])
     quantized = result["tensors_quantized"]
     n = sum(told["matrices"] for told in quantized.values())
     if not n:

@@ -65,12 +65,19 @@ class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     type=click.Path(path_type=Path, file_okay=False),
     help="Where a run keeps what it needs to go on, and what SRC computes for the next DST. Default: ~/.cache/llama4-convert.",
 )
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the report with its pictures.",
+)
 @click.option("--no-cache", is_flag=True, help="Keep nothing.")
 @as_json
 def validate(
     path: Path,
     as_json: bool,
     gates: tuple[tuple[str, float], ...],
+    html: Path | None,
     cache: Path | None,
     no_cache: bool,
     **options: Any,
@@ -82,9 +89,13 @@ def validate(
     Every field of config.json is held against params.json, every tensor bit by bit against SRC's, and the logits of the same
     prompts against our reference model's. What is wrong is named: the field, the tensor, the first layer that strays.
 
+    It needs 4 GiB of memory whatever the model's size, and an interrupted run goes on with the same command.
+
     \b
-    Example:
+    Examples:
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original
+      llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --html report.html
+      llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --with transformers
     """
     from llama4_convert import validate as run
     from llama4_convert.parity.cache import default_folder
@@ -102,6 +113,11 @@ def validate(
             at=bar.at,
             **options,
         )
+    if html is not None:
+        from llama4_convert.html_report import write_report
+
+        write_report(result, html)
+        report.say(f"{html} has the pictures")
     show(result, as_json, report.validate_summary)
     if not result["passed"]:
         raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")

@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4_convert import convert, generate, validate, verify
+import llama4_convert
+from llama4_convert import convert, generate, verify
 from llama4_convert.errors import CheckFailed, from_os_error
 from llama4_convert.report import validate_verdict
 
@@ -100,7 +101,7 @@ def _copy_model(meta: Path) -> int:
 
 
 def _validate(meta: Path, output: Path, runner: str) -> dict[str, Any]:
-    result = validate(output, reference=meta, runner=runner)
+    result = llama4_convert.validate(output, reference=meta, runner=runner)
     if not result["passed"]:
         raise CheckFailed(f"{output} is not what {meta} is: {validate_verdict(result)}")
     return result
