@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from llama4.loading import DTYPES, to_bits, to_tensor
+from llama4.weights import Bits
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.errors import EnvironmentFailed, one_line
 from llama4_convert.lock import owned
@@ -117,7 +119,10 @@ class Cache:
     def load(self, name: str, dtype: torch.dtype, folder: Path | None = None) -> Tensor | None:
         """None if it is not there, or was cut off."""
         try:
-            bits = np.load((folder or self.folder) / f"{name}.npy", allow_pickle=False)
+            with open((folder or self.folder) / f"{name}.npy", "rb") as file:
+                bits = np.load(file, allow_pickle=False)
+                if file.read() != _checksum(bits):
+                    return None
             return to_tensor(bits, next(name for name, kind in DTYPES.items() if kind == dtype))
         except (OSError, ValueError, EOFError, KeyError):
             return None
@@ -130,9 +135,11 @@ class Cache:
         partial = path.with_suffix(".partial")
         try:
             with open(partial, "wb") as file:
-                np.save(file, to_bits(state), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
+                bits = to_bits(state)
+                np.save(file, bits, allow_pickle=False)
+                file.write(
+                    _checksum(bits)
+                )  # instead of waiting for the disk: after a power cut the file may hold zeros
             partial.replace(path)
         except OSError as error:
             self.is_broken = True
@@ -145,6 +152,10 @@ class Cache:
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
         return CandidateNotes(self, folder)
+
+
+def _checksum(bits: Bits) -> bytes:
+    return int(crc32(bits.data)).to_bytes(4, "little")
 
 
 @dataclass
