@@ -39,6 +39,10 @@ def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str,
     """Scales that are not the codes', or a few codes that no rounding makes, in a matrix whose error is not too large."""
     stored, gain, _ = _scales(a, b, matrix, parts)
     known = gain[gain != 0]
+    if matrix.kind == "nf4":
+        # Scales are quantized too, in steps of the largest of 256 of them: those of small weights can err by as much as they are.
+        power = np.square(a).reshape(gain.size, -1).sum(1).reshape(gain.shape)
+        known = gain[power >= 0.1 * np.quantile(power, 0.9)]
     if known.size > 8 and (
         1.4826 * np.median(np.abs(known - np.median(known))) > _USUAL_SPREAD
         or known.max() > _LARGEST_RATIO
