@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama4_convert import altered, block_order, convert, quantized_faults, rearranged
+from llama4_convert import altered, block_order, convert, diagnosis, quantized_faults, rearranged
 from llama4_convert.altered import Region
 from llama4_convert.block_order import Axis
 from llama4_convert.rearranged import Move, Same
@@ -123,6 +123,20 @@ def test_planted_faults_are_named_with_their_cause(
                     wrong.append(f"{fault.name}: {fault.kind}, not {[(one.kind, one.cause) for one in told][:2]}")
     assert wrong == []
     assert count >= least
+
+
+@pytest.mark.parametrize("rows", [300, 578, 2312])
+def test_a_vocabulary_is_read_in_slices(
+    rows: int, opened: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,312 rows; whatever part of them is in memory at a time."""
+    monkeypatch.setattr(diagnosis, "SLICE", rows)
+    monkeypatch.setattr(planted, "CATALOGUE", (planted.of_vocabulary,))
+    reference, candidate, tensors = opened("odd")
+    for faults in planted.batches(tensors, shapes_of(reference)):
+        damaged = dataclasses.replace(candidate, readers=(Memory(planted.plant(tensors, faults)),))
+        told = {fault.tensor: fault.kind for fault in faults_of(reference, damaged)}
+        assert told == {key: fault.kind for fault in faults for key in fault.keys}, [fault.name for fault in faults]
 
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
