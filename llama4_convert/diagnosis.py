@@ -20,6 +20,7 @@ from llama4_convert.altered import Region, floats
 from llama4_convert.block_order import Axis
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.readers import DirectoryReader
+from llama4_convert.expert_axis import Pieces
 from llama4_convert.rearranged import Array, Diagnosis, Same
 from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
 
@@ -28,6 +29,7 @@ SLICED = {"tok_embeddings", "output"}
 SLICE = 4096
 FLOATS = {"BF16", "F16", "F32", "F64"}
 _THOROUGH = 1000  # faults that every hypothesis is tried on; of those behind them only what has explained one before
+_MOST_EXPERTS = 16 << 30  # bytes of a layer's experts that are read to find pieces of others in one
 _COLUMNS = 64  # of a sliced matrix that stand for all
 _PAIR = re.compile(r"(.+)\.(gate|up)")
 _QKV = re.compile(r"(.+\.)(q|k|v)")
@@ -71,7 +73,7 @@ class Case:
 
 
 class Diagnoser:
-    """Of the faults of one candidate. `limits`: what each scheme may lose, as a relative squared error."""
+    """Of the faults of one candidate. `limits`: what each scheme may lose, as a relative squared error; `shape_of`: of a key."""
 
     def __init__(
         self,
@@ -82,13 +84,15 @@ class Diagnoser:
         sketches: Sketches,
         quantized: QuantizedReader | None,
         limits: Mapping[str, float],
+        shape_of: Callable[[str], tuple[int, ...]],
     ) -> None:
         self.ours, self.found, self.wrong, self.config, self.sketches = ours, found, wrong, config, sketches
-        self.quantized, self.limits = quantized, limits
+        self.quantized, self.limits, self.shape_of = quantized, limits, shape_of
         self._tried = 0
         self._last: dict[str, tuple[Hypothesis, str]] = {}  # what explained the expert before
         self._worked: set[Hypothesis] = set()
         self._pairs: dict[str, Diagnosis | None] = {}
+        self._pieces: tuple[str, Pieces] | None = None  # of the experts asked for last
 
     def of(self, name: str) -> Diagnosis | None:
         """None where no hypothesis fits. Raises BindingError."""
@@ -190,7 +194,11 @@ class Diagnoser:
     # -------------------- hypotheses that need to know what the tensor is
 
     def _of_shape(self, case: Case) -> Diagnosis | None:
-        pair = _PAIR.fullmatch(case.name)
+        pair, n_experts = _PAIR.fullmatch(case.name), self.config.text_config.num_local_experts
+        stored = self.shape_of(self.found[case.name].keys[0])
+        if _EXPERT.fullmatch(case.name) and len(stored) == 3 and stored[0] > n_experts and stored[0] % n_experts == 0:
+            words = f"ranks joined on the wrong axis, that of the experts: there are {stored[0]}, not {n_experts}"
+            return Diagnosis("wrong_axis", words)
         return (
             (self.in_a_pair(case) if pair else None)
             or block_order.other_shape(case.x, case.y, case.same, case.axes)
@@ -288,6 +296,27 @@ class Diagnoser:
         found = block_order.block_order(a, b, case.same, Axis("row"))
         return Diagnosis(found.kind, f"{found.cause}, gate and up together") if found else None
 
+    def mixed_experts(self, case: Case) -> Diagnosis | None:
+        """Pieces of several experts' rows."""
+        found = _EXPERT.fullmatch(case.name)
+        if found is None:
+            return None
+        dtype, kinds = self.found[case.name].dtype, ("down",) if found[3] == "down" else ("gate", "up")
+        of_all = f"{found[1]}.{kinds[0]}"
+
+        def load(expert: int) -> Array:
+            """As it lies."""
+            return np.concatenate(
+                [self._reference(f"{found[1]}.{expert}.{kind}", case.same, dtype).T for kind in kinds], 1
+            )
+
+        if self._pieces is None or self._pieces[0] != of_all:
+            n, width = self.config.text_config.num_local_experts, case.x.shape[0]
+            if n * case.x.nbytes > _MOST_EXPERTS:
+                return None
+            self._pieces = of_all, Pieces(load, n, width)
+        return self._pieces[1].mixed(case.y.T, int(found[2]))
+
     def cut_from_qkv(self, case: Case) -> Diagnosis | None:
         """Rows of q, k and v mistaken together."""
         one = _QKV.fullmatch(case.name)
@@ -341,7 +370,13 @@ class Diagnoser:
         return altered.constants(case.region)
 
     def transposed(self, case: Case) -> Diagnosis | None:
-        return rearranged.transposed(case.x, case.y, case.same) if case.thin is None else None
+        if case.thin is None:
+            return rearranged.transposed(case.x, case.y, case.same)
+        # Of a sliced matrix the first row tells: it holds the beginning of the first column.
+        n, column = min(case.y.shape[1], len(case.x)), case.thin[0][: case.y.shape[1], 0]
+        if len(column) == case.y.shape[1] and np.array_equal(case.y[0, :n], column[:n]):
+            return Diagnosis("transposed", "its numbers lie transposed under the unchanged shape")
+        return None
 
     def permuted_patches(self, case: Case) -> Diagnosis | None:
         vision = self.config.vision_config
@@ -397,6 +432,7 @@ _EXACT: tuple[Hypothesis, ...] = (
     Diagnoser.constant_somewhere,
     Diagnoser.permuted_patches,
     Diagnoser.wrong_axis,
+    Diagnoser.mixed_experts,
     Diagnoser.read_otherwise,
     Diagnoser.cut_from_qkv,
     Diagnoser.shifted,

@@ -102,7 +102,7 @@ def compare_weights(
             cause = str(error)
         if cause:
             wrong[tensor.name] = cause
-    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS)
+    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS, candidate.readers[0].shape)
     unexpected = unexpected_tensors(candidate, config)
     for name, cause in wrong.items():
         key = transformers_key(name, has_vision)
@@ -112,8 +112,9 @@ def compare_weights(
             continue
         try:
             diagnosis = diagnoser.of(name)
-        except BindingError:
-            diagnosis = None
+        except BindingError:  # of a fused tensor that has no such expert
+            yield WeightFault(name, key, f"{cause}: experts are missing", "missing")
+            continue
         if diagnosis is None:
             yield WeightFault(name, key, cause)
         else:
