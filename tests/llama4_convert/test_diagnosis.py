@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama4_convert import altered, block_order, convert, diagnosis, quantized_faults, rearranged
+from llama4_convert import altered, block_order, convert, quantized_faults, rearranged, sides
 from llama4_convert.altered import Region
 from llama4_convert.block_order import Axis
 from llama4_convert.rearranged import Move, Same
@@ -45,7 +47,7 @@ class Memory:
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Any:
         tensor = bits(self.tensors[key])
-        return tensor if rows is None else tensor[rows[0] : rows[1]]
+        return tensor if rows is None or not tensor.ndim else tensor[rows[0] : rows[1]]
 
 
 def bits(tensor: Tensor) -> Any:
@@ -130,13 +132,43 @@ def test_a_vocabulary_is_read_in_slices(
     rows: int, opened: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2,312 rows; whatever part of them is in memory at a time."""
-    monkeypatch.setattr(diagnosis, "SLICE", rows)
+    monkeypatch.setattr(sides, "SLICE", rows)
     monkeypatch.setattr(planted, "CATALOGUE", (planted.of_vocabulary,))
     reference, candidate, tensors = opened("odd")
     for faults in planted.batches(tensors, shapes_of(reference)):
         damaged = dataclasses.replace(candidate, readers=(Memory(planted.plant(tensors, faults)),))
         told = {fault.tensor: fault.kind for fault in faults_of(reference, damaged)}
         assert told == {key: fault.kind for fault in faults for key in fault.keys}, [fault.name for fault in faults]
+
+
+def test_tensors_of_any_shape_are_named(opened: Callable[..., Pair]) -> None:
+    """And nothing breaks, whatever they hold."""
+    reference, candidate, tensors = opened("odd")
+    chosen = random.Random(0)
+    mutations: list[Callable[[Tensor], Tensor]] = [
+        lambda t: torch.zeros(()),
+        lambda t: t.reshape(-1),
+        lambda t: t.unsqueeze(0),
+        lambda t: t[:0],
+        lambda t: t[:1],
+        lambda t: t[..., :1],
+        lambda t: torch.cat([t, t], -1),
+        lambda t: t[::2],
+        lambda t: torch.randn(5, 3),
+        lambda t: torch.randn(2, 4, 3),
+        lambda t: torch.full_like(t, math.nan),
+        lambda t: torch.full_like(t, -math.inf),
+    ]
+    for _ in range(8):
+        keys = chosen.sample(sorted(tensors), 25)
+        damaged = {key: chosen.choice(mutations)(tensors[key]).to(torch.bfloat16).contiguous() for key in keys}
+        wrong = {
+            key
+            for key in keys
+            if damaged[key].shape != tensors[key].shape or not torch.equal(damaged[key], tensors[key])
+        }
+        found = faults_of(reference, dataclasses.replace(candidate, readers=(Memory({**tensors, **damaged}),)))
+        assert {fault.tensor for fault in found} == wrong
 
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
