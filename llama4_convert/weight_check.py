@@ -17,9 +17,10 @@ from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parame
 from llama4.weights_transformers import expert_of_fused, transformers_key
 from llama4_convert.altered import floats
 from llama4_convert.checkpoints.quantized import QuantizedReader
-from llama4_convert.diagnosis import FLOATS, SLICED, Diagnoser, cast, slices
+from llama4_convert.diagnosis import Diagnoser
 from llama4_convert.rearranged import as_matrix, listed, relative_error
 from llama4_convert.reference import Checkpoint
+from llama4_convert.sides import FLOATS, SLICED, cast, slices
 from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
 
 
@@ -101,7 +102,7 @@ def compare_weights(
             cause = str(error)
         if cause:
             wrong[tensor.name] = cause
-    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS)
+    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS, candidate.readers[0].shape)
     unexpected = unexpected_tensors(candidate, config)
     for name, cause in wrong.items():
         key = transformers_key(name, has_vision)
@@ -111,10 +112,13 @@ def compare_weights(
             continue
         try:
             diagnosis = diagnoser.of(name)
-        except BindingError:
-            diagnosis = None
+        except BindingError:  # of a fused tensor that has no such expert
+            yield WeightFault(name, key, f"{cause}: experts are missing", "missing")
+            continue
         if diagnosis is None:
             yield WeightFault(name, key, cause)
+        elif diagnosis.kind == "dtype":
+            yield WeightFault(name, key, cause, "dtype")
         else:
             yield WeightFault(name, key, f"{diagnosis.cause}; {cause.rpartition('; ')[2]}", diagnosis.kind)
 
