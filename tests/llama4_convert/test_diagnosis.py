@@ -589,7 +589,7 @@ def test_sound_quantized_matrices_raise_no_suspicion(wide: Path, quantized: Call
             told = quantized_faults.suspicion(
                 a.float().numpy(),
                 altered.floats(b, "BF16"),
-                QuantizedMatrix(scheme.kind, 256, 512, encoder, {}, False),
+                QuantizedMatrix(scheme.kind, 256, 512, encoder, {}, False, {"granularity": scheme.granularity}),
                 parts,
             )
             assert told is None, (scheme, told)
