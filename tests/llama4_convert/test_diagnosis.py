@@ -445,6 +445,23 @@ def test_faults_of_quantized_matrices(
     assert wrong == []
 
 
+def test_scales_that_do_not_fit_are_a_fault_for_validate_and_bad_input_for_others(
+    wide: Path, quantized: Callable[[str], tuple[Path, planted.Tensors]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, tensors = quantized("fp8")
+    damaged = dict(tensors)
+    part(GATE, "weight_scale", lambda s: s.T.contiguous())(damaged)
+    save_file(damaged, path / WEIGHTS, {"format": "pt"})
+    told = commands.run(capsys, "validate", path, "--reference", wide, "--tokens", 2, "--json")
+    used = commands.run(capsys, "generate", path, "--prompt", "x")
+    save_file(tensors, path / WEIGHTS, {"format": "pt"})
+    assert told.code == 5
+    assert told.json["first_divergence"]["kind"] == "scale_axis"
+    assert GATE in told.json["candidate_failure"]
+    assert used.code == 3
+    assert GATE in used.error
+
+
 # -------------------- hypotheses on numbers alone
 
 
