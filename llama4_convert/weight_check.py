@@ -20,13 +20,13 @@ import numpy as np
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
 from llama4.weights_transformers import expert_of_fused, transformers_key
-from llama4_convert.altered import floats
 from llama4_convert.checkpoints.quantized import QuantizedReader
-from llama4_convert.diagnosis import Diagnoser
-from llama4_convert.rearranged import as_matrix, listed
+from llama4_convert.diagnosis.altered import floats
+from llama4_convert.diagnosis.diagnoser import Diagnoser
+from llama4_convert.diagnosis.rearranged import as_matrix, listed
+from llama4_convert.diagnosis.sides import FLOATS, SLICED, cast, slices
+from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
 from llama4_convert.reference import Checkpoint
-from llama4_convert.sides import FLOATS, SLICED, cast, slices
-from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
 
 _Seen = TypeVar("_Seen")
 
@@ -270,7 +270,7 @@ def _loss(
     sketches: Sketches,
 ) -> tuple[float, str | None]:
     """Relative squared error, and what is wrong with it. Raises ShapeError."""
-    from llama4_convert.quantized_faults import suspicion
+    from llama4_convert.diagnosis.quantized_faults import suspicion
 
     a = ours.load(None)
     advance(a.nbytes)

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama4_convert import altered, block_order, convert, quantized_faults, rearranged, sides
-from llama4_convert.altered import Region
-from llama4_convert.block_order import Axis
-from llama4_convert.rearranged import Move, Same
+from llama4_convert import convert
+from llama4_convert.diagnosis import altered, block_order, quantized_faults, rearranged, sides
+from llama4_convert.diagnosis.altered import Region
+from llama4_convert.diagnosis.block_order import Axis
+from llama4_convert.diagnosis.rearranged import Move, Same
 from llama4_convert.reference import Checkpoint
 from llama4_convert.weight_check import WeightFault, compare_weights
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor
-from llama4_convert import rearranged
-from llama4_convert.altered import Floats, Region, floats
-from llama4_convert.block_order import Axis
 from llama4_convert.checkpoints.quantized import QuantizedReader
-from llama4_convert.rearranged import Array, Same
-from llama4_convert.sketches import sketch, sketch_of_rows
+from llama4_convert.diagnosis import rearranged
+from llama4_convert.diagnosis.altered import Floats, Region, floats
+from llama4_convert.diagnosis.block_order import Axis
+from llama4_convert.diagnosis.rearranged import Array, Same
+from llama4_convert.diagnosis.sketches import sketch, sketch_of_rows
 
 # The two vocabulary matrices have 2 GB each in Scout: they are read in slices of rows, all others whole.
 SLICED = {"tok_embeddings", "output"}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.rearranged import EXACT, Array, Diagnosis, Same, listed, relative_error
+from llama4_convert.diagnosis.rearranged import EXACT, Array, Diagnosis, Same, listed, relative_error
 
 Floats = NDArray[np.float32]
 _FEW = 16

@@ -13,15 +13,15 @@ import numpy as np
 
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, LogicalTensor
-from llama4_convert import altered, block_order, quantized_faults, rearranged
-from llama4_convert.altered import floats
-from llama4_convert.block_order import Axis
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.readers import DirectoryReader
-from llama4_convert.expert_axis import Pieces
-from llama4_convert.rearranged import Array, Diagnosis, Same
-from llama4_convert.sides import FLOATS, SLICED, Case, Sides, cast, slices
-from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
+from llama4_convert.diagnosis import altered, block_order, quantized_faults, rearranged
+from llama4_convert.diagnosis.altered import floats
+from llama4_convert.diagnosis.block_order import Axis
+from llama4_convert.diagnosis.expert_axis import Pieces
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same
+from llama4_convert.diagnosis.sides import FLOATS, SLICED, Case, Sides, cast, slices
+from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
 
 _THOROUGH = 1000  # faults that every hypothesis is tried on; of those behind them only what has explained one before
 _MOST_EXPERTS = 16 << 30  # bytes of a layer's experts that are read to find pieces of others in one

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from llama4_convert.altered import Floats, floats, group_gain
-from llama4_convert.block_order import Axis, blocks, told
 from llama4_convert.checkpoints.quantized import QuantizedMatrix
-from llama4_convert.rearranged import Array, Diagnosis, Same, divisors, relative_error
+from llama4_convert.diagnosis.altered import Floats, floats, group_gain
+from llama4_convert.diagnosis.block_order import Axis, blocks, told
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, divisors, relative_error
 
 # Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
 _SCALES = Same(0.003)

@@ -13,7 +13,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.rearranged import Array, Diagnosis, Same, both_ways, divisors, listed, some_of
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, both_ways, divisors, listed, some_of
 
 _SAMPLE = 512  # numbers of a block that it is known by
 MOST_RANKS = 16
