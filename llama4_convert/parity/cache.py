@@ -37,6 +37,7 @@ from llama4_convert.parity.stages import Step
 from llama4_convert.parity.walk import Parity, States
 from llama4_convert.reference import Checkpoint
 from llama4_convert.version import VERSION
+from llama4_convert.weight_check import Compared, MatrixLoss
 from llama4_convert.writer import write_small
 
 _KEPT = 4  # validations that stay
@@ -182,6 +183,18 @@ class CandidateNotes:
         told = body["parity"]
         told["strayed"] = tuple(told["strayed"]) if told["strayed"] else None
         return n, States(**{side: loaded[name] for side, name in names.items()}), Parity(**told)
+
+    def compared(self) -> Compared:
+        """How far the bit comparison has come."""
+        body = self._read().get("weights")
+        if not body:
+            return Compared()
+        return Compared(body["done"], body["wrong"], [MatrixLoss(*loss) for loss in body["losses"]])
+
+    def note(self, compared: Compared, is_last: bool = False) -> None:
+        if is_last or time.monotonic() - self._noted >= _EVERY:
+            losses = [[loss.key, loss.kind, loss.relative_mse] for loss in compared.losses]
+            self._write({"weights": {"done": compared.done, "wrong": compared.wrong, "losses": losses}})
 
     def done(self, stages: int, stage: str, states: States, parity: Parity) -> None:
         if time.monotonic() - self._noted < _EVERY or self.cache.is_broken:
