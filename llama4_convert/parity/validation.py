@@ -95,7 +95,7 @@ def validate(
             start(2 * total, 0)
             at("weights")
             uncompared = _uncompared(((candidate, runner), (original, reference_runner)))
-            findings = [] if uncompared else comparison.weights(notes, progress, max_memory // 2)
+            findings = [] if uncompared else comparison.weights(notes, progress, max_memory * 3 // 4)
         except BindingError as error:
             raise BadInput(f"{reference}: {error}: download it again") from error
         run = comparison.run(room, notes, lambda part: progress(int(part * total)), at)
