@@ -113,6 +113,10 @@ class _Files:
 
     ranks: Sequence[PthIndex | SafetensorsIndex]
 
+    @property
+    def archives(self) -> Sequence[PthIndex | SafetensorsIndex]:
+        return self.ranks
+
 
 class VisionJob(TransformersJob):
     """A text-only Transformers directory with the vision tower of another checkpoint."""

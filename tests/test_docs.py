@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import json
 import re
 import shlex
 import tomllib
@@ -20,7 +21,7 @@ import click
 import commands
 import pytest
 
-from llama4_convert import cli, convert, synth
+from llama4_convert import cli, convert, synth, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -28,9 +29,16 @@ PAGES = sorted(
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
 SCOUT = "Llama-4-Scout-17B-16E-Instruct/original"
-OUTPUTS = {"target", "folder"}  # parameters that name what a command writes
-# What makes an example small enough to be run; `demo` is compared with its transcript instead.
-SMALLER = {"synth": ["--tiny"]}
+OUTPUTS = {"target", "folder", "html"}  # parameters that name what a command writes
+OUTPUT_FILES = {"report.html"}  # the same in Python
+INPUT_FILES = {"tree.json", "parity.json"}  # click looks for these while it parses
+# What makes an example small enough to be run; `demo` is compared with its transcript instead. Nothing is sent anywhere.
+SMALLER = {
+    "synth": ["--tiny"],
+    "validate": ["--tokens", "16"],
+    "generate": ["--max-new-tokens", "4"],
+    "push": ["--dry-run"],
+}
 TOKENS = {"200000": "1000", "6864": "686"}  # the small model's vocabulary has fewer
 
 
@@ -77,6 +85,17 @@ COMMANDS = list(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models as small as these, threads cost more than they do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Small things under the names of the documentation; each is made when it is first asked for."""
@@ -85,12 +104,19 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def digests(path: Path) -> None:
         path.write_text("".join(f"{sha} {name}\n" for name, sha in commands.digests(get("scout-fp8")).items()))
 
+    def parity(path: Path) -> None:
+        path.write_text(json.dumps(validate(get("scout-int4"), reference=get(SCOUT), tokens=16)))
+
     make: dict[str, Callable[[Path], Any]] = {
-        SCOUT: lambda path: synth(path, geometry="scout", tiny=True, experts=16),
+        SCOUT: lambda path: synth(path, geometry="scout", tiny=True, experts=6),
         "scout-hf": lambda path: convert(get(SCOUT), path),
         "scout-int4": lambda path: convert(get(SCOUT), path, recipe="int4"),
         "scout-fp8": lambda path: convert(get(SCOUT), path, recipe="fp8"),
+        "my-lora": lambda path: commands.write_adapter(get("scout-hf"), path),
+        "my-text-tune": lambda path: convert(get(SCOUT), path, text_only=True),
         "tree.json": digests,
+        "parity.json": parity,
+        "result.json": lambda path: path.symlink_to(get("parity.json")),
     }
 
     @functools.cache
@@ -104,10 +130,13 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-def link(shelf: Callable[[str], Path], name: str) -> None:
-    """Puts it into the working directory."""
+def put(shelf: Callable[[str], Path], name: str, is_changed: bool = False) -> None:
+    """Puts it into the working directory: a link, or a copy of what will be changed."""
     Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).symlink_to(shelf(name))
+    if is_changed:
+        commands.copy(shelf(name), Path(name))
+    else:
+        Path(name).symlink_to(shelf(name))
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
@@ -135,11 +164,12 @@ def test_commands_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHELL", "/bin/bash")
-    for word in {"tree.json"} & set(words):  # click looks for files while it parses
-        link(shelf, word)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for word in INPUT_FILES & set(words):
+        put(shelf, word)
     for name, value in parsed(words).items():
         if isinstance(value, Path) and name not in OUTPUTS and not value.is_symlink():
-            link(shelf, str(value))
+            put(shelf, str(value), is_changed="--write" in words)
     outcome = commands.run(capsys, *words, *SMALLER.get(words[0], []))
     assert outcome.code == 0, outcome.err
     assert outcome.out
@@ -151,8 +181,10 @@ def test_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for text in ast.walk(ast.parse(block.text)):
-        if isinstance(text, ast.Constant) and isinstance(text.value, str) and not Path(text.value).exists():
-            link(shelf, text.value)
+        if not (isinstance(text, ast.Constant) and isinstance(text.value, str)) or text.value in OUTPUT_FILES:
+            continue
+        if not Path(text.value).exists():
+            put(shelf, text.value)
     code = re.sub(r"\b\d+\b", lambda number: TOKENS.get(number[0], number[0]), block.text)
     exec(compile(code, str(block), "exec"), {})
 
@@ -190,7 +222,8 @@ def options(command: click.Command) -> set[str]:
 
 
 BENCHMARKS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
-ALL_OPTIONS = {"--version", *re.findall(r'"(--[a-z-]+)"', BENCHMARKS)}.union(
+OF_RUNTIMES = re.findall(r"--[a-z-]+", (ROOT / "llama4_convert" / "serving.py").read_text(encoding="utf-8"))
+ALL_OPTIONS = {"--version", *re.findall(r'"(--[a-z-]+)"', BENCHMARKS), *OF_RUNTIMES}.union(
     *(options(command) for command in cli.cli.commands.values())
 )
 OTHERS = {"pip", "make", "python", "curl", "git", "vllm"}

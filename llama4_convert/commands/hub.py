@@ -45,9 +45,9 @@ def card(
 
     \b
     Examples:
-      llama4-convert card scout-hf
-      llama4-convert validate scout-hf --reference original --json > parity.json
-      llama4-convert card scout-hf --validation parity.json --write
+      llama4-convert card scout-int4
+      llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --json > parity.json
+      llama4-convert card scout-int4 --validation parity.json --write
     """
     from llama4_convert import card_file
 

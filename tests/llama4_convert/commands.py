@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from llama4_convert import cli
 
@@ -138,6 +140,19 @@ def data_offset(path: Path, record: str) -> int:
         file.seek(entry.header_offset + 26)
         name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
     return entry.header_offset + 30 + name + extra
+
+
+def write_adapter(model: Path, path: Path) -> Path:
+    """A LoRA adapter of rank 2 for the first queries of a directory in Transformers' layout, with the files that PEFT saves."""
+    text = json.loads((model / "config.json").read_text())["text_config"]
+    width, rows = text["hidden_size"], text["num_attention_heads"] * text["head_dim"]
+    module = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
+    factors = {"A": np.full((2, width), 0.01, np.float32), "B": np.full((rows, 2), 0.01, np.float32)}
+    path.mkdir(parents=True)
+    save_file({f"{module}.lora_{name}.weight": x for name, x in factors.items()}, path / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(told))
+    return path
 
 
 def change_params(source: Path, **changes: Any) -> None:

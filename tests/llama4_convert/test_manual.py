@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import commands
+import hub_stand_in
 import pytest
 
 from llama4_convert import cli, manual
@@ -54,38 +55,54 @@ def test_the_generator_reads_the_commands(monkeypatch: pytest.MonkeyPatch) -> No
 # -------------------- json
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("manual")
-    return {name: folder / name for name in ("META", "HF", "INT4", "BACK")}
+# Where the runs below write; LORA and PARITY are there before they are read, REPO is on a Hub on this machine.
+PLACES = ("META", "HF", "INT4", "BACK", "LORA", "TUNED", "TEXT", "WHOLE", "FP8", "PARITY")
 
 
 # Enough of each command to see every field; `demo` is tests/test_docs.py's.
 RUNS = [
-    ["synth", "META", "--tiny", "--layers", "1", "--ranks", "2"],
+    ["synth", "META", "--tiny", "--layers", "3", "--experts", "2", "--ranks", "2"],
     ["plan", "META", "--recipe", "int4", "--gpu", "h100-80gb"],
     ["convert", "META", "HF"],
     ["convert", "META", "INT4", "--recipe", "int4"],
+    ["plan", "HF", "--adapter", "LORA"],
+    ["convert", "HF", "TUNED", "--adapter", "LORA"],
+    ["convert", "META", "TEXT", "--text-only"],
+    ["plan", "TEXT", "--vision-from", "META"],
+    ["convert", "TEXT", "WHOLE", "--vision-from", "META"],
     ["export", "HF", "BACK"],
+    ["export", "HF", "FP8", "--recipe", "meta-fp8"],
     ["recipes"],
+    ["fit", "INT4"],
     ["inspect", "META"],
     ["inspect", "INT4", "--stats"],
     ["explain", "HF", "norm.weight"],
     ["explain", "HF", "language_model.model.norm.weight"],
     ["explain", "HF", "*norm*"],
     ["verify", "HF"],
-    ["validate", "HF", "--reference", "META", "--tokens", "4"],
+    ["validate", "HF", "--reference", "META", "--tokens", "4", "--no-cache"],
     ["generate", "HF", "--prompt", "a", "--max-new-tokens", "1"],
+    ["card", "HF"],
+    ["card", "HF", "--validation", "PARITY", "--write"],
+    ["push", "HF", "REPO", "--create", "--yes"],
     ["completion", "bash"],
 ]
 
 
-def test_the_fields_are_those_that_are_printed(capsys: pytest.CaptureFixture[str], places: dict[str, Path]) -> None:
+def test_the_fields_are_those_that_are_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     printed: dict[str, dict[str, Any]] = {name: {} for name in FIELDS}
-    for words in RUNS:
-        outcome = commands.run(capsys, *(places.get(word, word) for word in words), "--json")
-        assert outcome.code == 0, outcome.err
-        printed[words[0]] |= outcome.json
+    places = {name: str(tmp_path / name) for name in PLACES} | {"REPO": "me/Llama-4-tiny"}
+    with hub_stand_in.reached(monkeypatch):
+        for words in RUNS:
+            outcome = commands.run(capsys, *(places.get(word, word) for word in words), "--json")
+            assert outcome.code == 0, outcome.err
+            printed[words[0]] |= outcome.json
+            if words[:2] == ["convert", "META"] and not (tmp_path / "LORA").exists():
+                commands.write_adapter(tmp_path / "HF", tmp_path / "LORA")
+            if words[0] == "validate":
+                (tmp_path / "PARITY").write_text(outcome.out)
     assert FIELDS.keys() == cli.cli.commands.keys(), "each command's fields belong into json_fields.toml"
     for name in FIELDS.keys() - {"demo"}:
         assert FIELDS[name].keys() == printed[name].keys(), name

@@ -43,11 +43,8 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hub_stand_in.Hub]:
-    with hub_stand_in.running() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    with hub_stand_in.reached(monkeypatch) as hub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", hub_stand_in.TOKEN)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's attempts
         yield hub
 
