@@ -275,6 +275,23 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name}: {target}"
 
 
+def test_the_rooms_have_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rooms = text.partition("## Rooms\n\n```\n")[2].partition("\ntests/")[0]
+    told, room = set[str](), ""
+    for line in rooms.splitlines():
+        room = room if line.startswith(" ") else line.partition("/")[0]
+        for folder, names in re.findall(r"(?<!\S)((?:\w+/)?)(\w+|\{[\w,]+\})\.py", line):
+            told |= {f"{room}/{folder}{name}.py" for name in names.strip("{}").split(",")}
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for room in ("mappings", "llama4", "quant", "llama4_convert")
+        for path in (ROOT / room).rglob("[!_]*.py")
+        if path.parent.name not in ("commands", "demo")  # these are told of as folders
+    }
+    assert told == there
+
+
 def test_a_wrong_example_is_noticed() -> None:
     with pytest.raises(click.UsageError):
         parsed(["convert", "SRC", "DST", "--no-such-option"])
