@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llama4_convert.conversion import plan as plan
     from llama4_convert.explaining import explain as explain
     from llama4_convert.exporting import export as export
-    from llama4_convert.fitting import fit as fit
+    from llama4_convert.fitting.fit import fit as fit
     from llama4_convert.generation import generate as generate
     from llama4_convert.inspection import inspect as inspect
     from llama4_convert.parity.validation import validate as validate
@@ -36,7 +36,7 @@ _HOME = {
     "push": "pushing",
     "explain": "explaining",
     "export": "exporting",
-    "fit": "fitting",
+    "fit": "fitting.fit",
     "generate": "generation",
     "inspect": "inspection",
     "load_reference": "reference",

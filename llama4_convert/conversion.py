@@ -363,11 +363,11 @@ def plan(
         if context is not None or gpus != 1:
             raise UsageError("--context and --gpus are for --gpu: name one")
         return described
-    from llama4_convert.gpus import find_gpu
-    from llama4_convert.judging import judge
-    from llama4_convert.memory import Weights
+    from llama4_convert.fitting.gpus import find_gpu
+    from llama4_convert.fitting.judging import judge
+    from llama4_convert.fitting.memory import Weights
+    from llama4_convert.fitting.runtimes import Case
     from llama4_convert.quantization import parted_group, storage_format
-    from llama4_convert.runtimes import Case
 
     kinds = {planned.scheme.kind for planned in job.plan.matrices if planned.scheme}
     case = Case(

@@ -126,6 +126,8 @@ def model_of(
     from llama4.model import build
 
     config = config or checkpoint.config
+    for error in getattr(checkpoint.readers[0], "damaged", {}).values():
+        raise error  # now, not when the first token comes to that expert
     tensors = list(checkpoint.logical_tensors(config))
     if dtype is None:
         if tensors[0].dtype not in DTYPES:

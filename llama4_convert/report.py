@@ -116,7 +116,7 @@ def plan_summary(plan: dict[str, Any]) -> str:
     if "quantization" in plan:
         lines += quantization_summary(plan["quantization"])
     if "fit" in plan:
-        from llama4_convert.fit_table import fit_summary
+        from llama4_convert.fitting.table import fit_summary
 
         lines.append(fit_summary(plan["fit"]))
     return "\n".join(lines)

@@ -5,22 +5,30 @@ What differs by a single bit is found with certainty, whatever logits make of it
 
 from __future__ import annotations
 
+import math
+import os
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
 from llama4.weights_transformers import expert_of_fused, transformers_key
-from llama4_convert.altered import floats
 from llama4_convert.checkpoints.quantized import QuantizedReader
-from llama4_convert.diagnosis import FLOATS, SLICED, Diagnoser, cast, slices
-from llama4_convert.rearranged import as_matrix, listed, relative_error
+from llama4_convert.diagnosis.altered import floats
+from llama4_convert.diagnosis.diagnoser import Diagnoser
+from llama4_convert.diagnosis.rearranged import as_matrix, listed
+from llama4_convert.diagnosis.sides import FLOATS, SLICED, cast, slices
+from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
 from llama4_convert.reference import Checkpoint
-from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
+
+_Seen = TypeVar("_Seen")
 
 
 @dataclass(frozen=True)
@@ -69,39 +77,79 @@ class MatrixLoss:
     relative_mse: float
 
 
+@dataclass
+class Compared:
+    """How far a comparison has come: tensors in model order, what is wrong with some of them, what quantizing cost others."""
+
+    done: int = 0
+    wrong: dict[str, str] = field(default_factory=dict)
+    losses: list[MatrixLoss] = field(default_factory=list)
+
+
+# Bytes that a number takes while it is compared, measured: raw on both sides; of a quantized matrix as float32, and errors.
+_BYTES_PLAIN, _BYTES_QUANTIZED = 8, 22
+
+
 def compare_weights(
-    reference: Checkpoint, candidate: Checkpoint, config: Llama4Config, advance: Callable[[int], None]
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    config: Llama4Config,
+    advance: Callable[[int], None],
+    *,
+    memory: int = 2 << 30,
+    begun: Compared | None = None,
+    note: Callable[[Compared], None] = lambda compared: None,
 ) -> Iterator[WeightFault | MatrixLoss]:
     """The loss of every quantized matrix, then the faults of `candidate`, in model order; `config` says what there must be.
 
     What is quantized cannot be equal: it is a fault only beyond what its scheme can lose. `advance` is told the bytes of the
-    reference as they are read; what is wrong is read a second time, to say how.
+    reference as they are read; what is wrong is read a second time, to say how. As many tensors are looked at at a time as
+    there are cores, and as `memory` bytes hold. `note` is told how far it has come, and `begun` goes on from there.
     """
     has_vision = config.vision_config is not None
     theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
-    ours: dict[str, LogicalTensor] = {}
+    ours = {tensor.name: tensor for tensor in reference.logical_tensors(config)}
     quantized = candidate.lossy_beside(reference)
     reader = candidate.readers[0] if quantized or not reference.quantized else None
     reader = reader if isinstance(reader, QuantizedReader) else None
-    sketches, wrong = Sketches(), dict[str, str]()
-    for tensor in reference.logical_tensors(config):
-        ours[tensor.name], found = tensor, theirs[tensor.name]
+    sketches, compared = Sketches(), begun or Compared()
+
+    def look(tensor: LogicalTensor) -> tuple[int, MatrixLoss | None, str | None]:
+        found = theirs[tensor.name]
         kind = quantized.get(found.keys[0]) if found.keys else None
+        read: list[int] = []
+        loss = None
         try:
             if kind is None:
-                cause = _compare(tensor, found, config, advance, sketches)
+                cause = _compare(tensor, found, config, read.append, sketches)
             else:
-                loss, cause = _loss(tensor, found, kind, reader, advance, sketches)
-                yield MatrixLoss(found.keys[0], kind, loss)
+                error, cause = _loss(tensor, found, kind, reader, read.append, sketches)
+                loss = MatrixLoss(found.keys[0], kind, error)
         except ShapeError as error:
             cause = str(error)
         except BindingError as error:
             if found.keys:
                 raise
             cause = str(error)
+        return sum(read), loss, cause
+
+    tensors = list(ours.values())
+    before, left = tensors[: compared.done], tensors[compared.done :]
+    workers = _workers(config, bool(quantized), memory)
+    for name, (nbytes, loss, cause) in _in_order(look, left, workers):
+        advance(nbytes)
+        compared.done += 1
+        if loss:
+            compared.losses.append(loss)
         if cause:
-            wrong[tensor.name] = cause
-    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS)
+            compared.wrong[name] = cause
+        note(compared)
+    yield from compared.losses
+    wrong = compared.wrong
+    for tensor in before if wrong else ():  # what an earlier run has seen may stand in another's place
+        if tensor.name not in SLICED:
+            _sketch(tensor, tensor.load(None), sketches)
+    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS, candidate.readers[0].shape)
     unexpected = unexpected_tensors(candidate, config)
     for name, cause in wrong.items():
         key = transformers_key(name, has_vision)
@@ -111,12 +159,36 @@ def compare_weights(
             continue
         try:
             diagnosis = diagnoser.of(name)
-        except BindingError:
-            diagnosis = None
+        except BindingError:  # of a fused tensor that has no such expert
+            yield WeightFault(name, key, f"{cause}: experts are missing", "missing")
+            continue
         if diagnosis is None:
             yield WeightFault(name, key, cause)
+        elif diagnosis.kind == "dtype":
+            yield WeightFault(name, key, cause, "dtype")
         else:
             yield WeightFault(name, key, f"{diagnosis.cause}; {cause.rpartition('; ')[2]}", diagnosis.kind)
+
+
+def _workers(config: Llama4Config, is_quantized: bool, memory: int) -> int:
+    largest = max(prod(shape) for name, shape in parameter_shapes(config).items() if name not in SLICED)
+    fitting = memory // max(1, largest * (_BYTES_QUANTIZED if is_quantized else _BYTES_PLAIN))
+    return max(1, min(os.cpu_count() or 1, fitting))
+
+
+def _in_order(
+    look: Callable[[LogicalTensor], _Seen], tensors: list[LogicalTensor], workers: int
+) -> Iterator[tuple[str, _Seen]]:
+    """`look` at each in threads (reading and numpy let go of the interpreter); what it says, in their order."""
+    with ThreadPoolExecutor(workers) as threads:
+        begun = deque[tuple[str, Future[_Seen]]]()
+        for tensor in tensors:
+            begun.append((tensor.name, threads.submit(look, tensor)))
+            if len(begun) > workers:
+                name, seen = begun.popleft()
+                yield name, seen.result()
+        for name, seen in begun:
+            yield name, seen.result()
 
 
 def unexpected_tensors(candidate: Checkpoint, config: Llama4Config) -> list[str]:
@@ -198,7 +270,7 @@ def _loss(
     sketches: Sketches,
 ) -> tuple[float, str | None]:
     """Relative squared error, and what is wrong with it. Raises ShapeError."""
-    from llama4_convert.quantized_faults import suspicion
+    from llama4_convert.diagnosis.quantized_faults import suspicion
 
     a = ours.load(None)
     advance(a.nbytes)
@@ -207,10 +279,14 @@ def _loss(
     if a.shape != b.shape:
         raise ShapeError(f"its shape is {list(b.shape)}, not {list(a.shape)}")
     x, y = floats(a, ours.dtype), floats(b, found.dtype)
-    loss, limit = relative_error(x, y), _LARGEST_LOSS[kind]
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = y - x
+        error, power = (np.einsum("nk,nk->n", z, z).astype(np.float64) for z in (difference, x))
+    del difference
+    whole, limit = float(power.sum()), _LARGEST_LOSS[kind]
+    loss = float(error.sum()) / whole if whole else 0.0 if not error.any() else math.inf
     if not loss <= limit:
         return loss, f"a relative squared error of {loss:.3g}: {kind} makes no more than {limit:g}"
-    error, power = np.square(y - x).sum(1), np.square(x).sum(1)
     rows = np.flatnonzero(error > _LARGEST_ROW_LOSS * power)
     if len(rows):
         return loss, f"a relative squared error of {float((error[rows] / power[rows]).max()):.3g} in row {listed(rows)}"

@@ -49,7 +49,7 @@ def fit(path: Path, as_json: bool, **options: Any) -> None:
       llama4-convert fit Llama-4-Scout-17B-16E-Instruct/original --gpu all
     """
     from llama4_convert import fit as run
-    from llama4_convert.fit_table import fit_table
+    from llama4_convert.fitting.table import fit_table
 
     result = run(path, **options)
     show(result, as_json, fit_table)

@@ -38,7 +38,7 @@ def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 
 def gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from llama4_convert.gpus import gpus
+    from llama4_convert.fitting.gpus import gpus
 
     known = {"list": "all names", **{key: gpu.name for key, gpu in gpus().items()}}
     return [CompletionItem(name, help=what) for name, what in known.items() if name.startswith(incomplete.lower())]

@@ -114,7 +114,7 @@ def validate(
             **options,
         )
     if html is not None:
-        from llama4_convert.html_report import write_report
+        from llama4_convert.html.report import write_report
 
         write_report(result, html)
         report.say(f"{html} has the pictures")

@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from llama4.loading import DTYPES, to_bits, to_tensor
+from llama4.weights import Bits
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.errors import EnvironmentFailed, one_line
 from llama4_convert.lock import owned
@@ -35,6 +37,7 @@ from llama4_convert.parity.stages import Step
 from llama4_convert.parity.walk import Parity, States
 from llama4_convert.reference import Checkpoint
 from llama4_convert.version import VERSION
+from llama4_convert.weight_check import Compared, MatrixLoss
 from llama4_convert.writer import write_small
 
 _KEPT = 4  # validations that stay
@@ -117,7 +120,10 @@ class Cache:
     def load(self, name: str, dtype: torch.dtype, folder: Path | None = None) -> Tensor | None:
         """None if it is not there, or was cut off."""
         try:
-            bits = np.load((folder or self.folder) / f"{name}.npy", allow_pickle=False)
+            with open((folder or self.folder) / f"{name}.npy", "rb") as file:
+                bits = np.load(file, allow_pickle=False)
+                if file.read() != _checksum(bits):
+                    return None
             return to_tensor(bits, next(name for name, kind in DTYPES.items() if kind == dtype))
         except (OSError, ValueError, EOFError, KeyError):
             return None
@@ -130,9 +136,11 @@ class Cache:
         partial = path.with_suffix(".partial")
         try:
             with open(partial, "wb") as file:
-                np.save(file, to_bits(state), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
+                bits = to_bits(state)
+                np.save(file, bits, allow_pickle=False)
+                file.write(
+                    _checksum(bits)
+                )  # instead of waiting for the disk: after a power cut the file may hold zeros
             partial.replace(path)
         except OSError as error:
             self.is_broken = True
@@ -145,6 +153,10 @@ class Cache:
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
         return CandidateNotes(self, folder)
+
+
+def _checksum(bits: Bits) -> bytes:
+    return int(crc32(bits.data)).to_bytes(4, "little")
 
 
 @dataclass
@@ -171,6 +183,18 @@ class CandidateNotes:
         told = body["parity"]
         told["strayed"] = tuple(told["strayed"]) if told["strayed"] else None
         return n, States(**{side: loaded[name] for side, name in names.items()}), Parity(**told)
+
+    def compared(self) -> Compared:
+        """How far the bit comparison has come."""
+        body = self._read().get("weights")
+        if not body:
+            return Compared()
+        return Compared(body["done"], body["wrong"], [MatrixLoss(*loss) for loss in body["losses"]])
+
+    def note(self, compared: Compared, is_last: bool = False) -> None:
+        if is_last or time.monotonic() - self._noted >= _EVERY:
+            losses = [[loss.key, loss.kind, loss.relative_mse] for loss in compared.losses]
+            self._write({"weights": {"done": compared.done, "wrong": compared.wrong, "losses": losses}})
 
     def done(self, stages: int, stage: str, states: States, parity: Parity) -> None:
         if time.monotonic() - self._noted < _EVERY or self.cache.is_broken:

@@ -11,6 +11,8 @@ never has to be in memory at once. Sums are float64.
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ _Sums = NDArray[np.float64]
 
 # Edges of the histogram of divergences: five a power of ten, from rounding to nonsense.
 KL_EDGES = [float(f"{10 ** (e / 5):.3g}") for e in range(-60, 8)]
+_CACHED = 1 << 16  # logits of each model that are worked on at a time
 _SAMPLE = 2000  # pairs of logits for a picture
 _BLOCK = 1 << 20  # numbers that `nmse` widens to float64 at a time
 
@@ -43,7 +46,7 @@ class LogitComparison:
         self._top = np.zeros((2, n), np.int64)
         self._of_target = np.zeros((2, n))
         self._products = np.zeros((3, n))  # sums of a a, b b and a b
-        self._squared_error = self._largest = 0.0
+        self._squared_error, self._largest = np.zeros(n), np.zeros(n)
         self._drawn = np.unique(
             np.random.default_rng(0).integers(0, max(n * vocabulary, 1), _SAMPLE * bool(vocabulary))
         )
@@ -52,31 +55,41 @@ class LogitComparison:
 
     def update(self, first: int, reference: Logits, candidate: Logits) -> None:
         """Take in the logits [N, tokens] of the tokens from id `first` on."""
+        n, width = reference.shape
+        rows = max(1, _CACHED // max(width, 1))
+        blocks = [slice(start, start + rows) for start in range(0, n, rows)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets go of the interpreter
+            for _ in threads.map(lambda block: self._update(block, first, reference[block], candidate[block]), blocks):
+                pass
+        row, column = np.divmod(self._drawn, self._vocabulary)
+        mine = (column >= first) & (column < first + width)
+        row, column = row[mine], column[mine] - first
+        self._pairs.append(np.stack([reference[row, column], candidate[row, column]], 1).astype(np.float64))
+
+    def _update(self, at: slice, first: int, reference: Logits, candidate: Logits) -> None:
+        """The same for some of the positions, few enough for the processor's cache."""
         pair = np.stack([reference, candidate]).astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):  # of logits that overflowed: the NaN is the answer
             difference = pair[1] - pair[0]
-            self._squared_error += float(np.square(difference).sum())
+            self._squared_error[at] += np.einsum("nv,nv->n", difference, difference)
             for products, (x, y) in zip(self._products, ((0, 0), (1, 1), (0, 1)), strict=True):
-                products += np.einsum("nv,nv->n", pair[x], pair[y])
+                products[at] += np.einsum("nv,nv->n", pair[x], pair[y])
             # Not max(): that would pass over a NaN.
-            self._largest = float(np.maximum(self._largest, np.abs(difference).max()))
+            self._largest[at] = np.maximum(self._largest[at], np.abs(difference).max(-1))
 
-            best = pair.max(-1)
+            best, before = pair.max(-1), self._max[:, at]
             runner_up = np.partition(pair[0], -2, axis=-1)[:, -2] if pair.shape[-1] > 1 else -np.inf
-            self._second = np.maximum(np.maximum(self._second, runner_up), np.minimum(self._max[0], best[0]))
-            self._top = np.where(best > self._max, first + pair.argmax(-1), self._top)
-            higher = np.maximum(best, self._max)
-            rescale = np.exp(self._max - higher)
-            e = np.exp(pair - higher[..., None])
-            self._sum = self._sum * rescale + e.sum(-1)
-            self._weighted = self._weighted * rescale[0] - (e[0] * difference).sum(-1)
-            self._max = higher
-
-        here = np.flatnonzero((self.targets >= first) & (self.targets < first + reference.shape[-1]))
-        self._of_target[:, here] = pair[:, here, self.targets[here] - first]
-        row, column = np.divmod(self._drawn, self._vocabulary)
-        mine = (column >= first) & (column < first + reference.shape[-1])
-        self._pairs.append(pair[:, row[mine], column[mine] - first].T)
+            self._second[at] = np.maximum(np.maximum(self._second[at], runner_up), np.minimum(before[0], best[0]))
+            self._top[:, at] = np.where(best > before, first + pair.argmax(-1), self._top[:, at])
+            higher = np.maximum(best, before)
+            rescale = np.exp(before - higher)
+            here = np.flatnonzero((self.targets[at] >= first) & (self.targets[at] < first + pair.shape[-1]))
+            self._of_target[:, at][:, here] = pair[:, here, self.targets[at][here] - first]
+            pair -= higher[..., None]
+            e = np.exp(pair, out=pair)
+            self._sum[:, at] = self._sum[:, at] * rescale + e.sum(-1)
+            self._weighted[at] = self._weighted[at] * rescale[0] - np.einsum("nv,nv->n", e[0], difference)
+            self._max[:, at] = higher
 
     def divergence(self) -> NDArray[np.float64]:
         """KL in nats at each position [N]; NaN or infinite where the logits are."""
@@ -104,8 +117,8 @@ class LogitComparison:
             "kl_mean": float(kl.mean()),
             "kl_median": float(np.median(kl)) if sound else None,
             "kl_p999": float(np.quantile(kl, 0.999)) if sound else None,
-            "nmse": self._squared_error / power if power else math.nan,
-            "max_abs_diff": self._largest,
+            "nmse": float(self._squared_error.sum()) / power if power else math.nan,
+            "max_abs_diff": float(np.max(self._largest, initial=0)),
             "cosine": float(cosine.mean()),
         }
         for side, (value, error) in zip(

@@ -31,7 +31,7 @@ from llama4_convert.parity.prompts import Batch, Prompt, check_prompts, prompts_
 from llama4_convert.parity.walk import CandidateFailed, Parity, Side, Walk, candidate_steps
 from llama4_convert.reference import Checkpoint, model_of
 from llama4_convert.version import VERSION
-from llama4_convert.weight_check import MatrixLoss, WeightFault, compare_weights, unexpected_tensors
+from llama4_convert.weight_check import Compared, MatrixLoss, WeightFault, compare_weights, unexpected_tensors
 
 if TYPE_CHECKING:
     from llama4.model import Llama4ForCausalLM
@@ -95,7 +95,7 @@ def validate(
             start(2 * total, 0)
             at("weights")
             uncompared = _uncompared(((candidate, runner), (original, reference_runner)))
-            findings = [] if uncompared else list(compare_weights(original, candidate, config, progress))
+            findings = [] if uncompared else comparison.weights(notes, progress, max_memory * 3 // 4)
         except BindingError as error:
             raise BadInput(f"{reference}: {error}: download it again") from error
         run = comparison.run(room, notes, lambda part: progress(int(part * total)), at)
@@ -278,6 +278,27 @@ class _Comparison:
         tiles = 0 if self.batch.pixel_values is None else len(self.batch.pixel_values)
         itemsize = getattr(torch, self.dtype).itemsize
         return budget(self.config, self.batch.tokens.numel(), tiles, itemsize, max_memory)
+
+    def weights(
+        self, notes: CandidateNotes | None, progress: Callable[[int], None], memory: int
+    ) -> list[WeightFault | MatrixLoss]:
+        begun = notes.compared() if notes else Compared()
+        if begun.done:
+            sizes = [prod(shape) for shape in parameter_shapes(self.config).values()]
+            progress(sum(sizes[: begun.done]) * ITEM_SIZES[next(self.original.logical_tensors()).dtype])
+        found = compare_weights(
+            self.original,
+            self.candidate,
+            self.config,
+            progress,
+            memory=memory,
+            begun=begun,
+            note=notes.note if notes else lambda compared: None,
+        )
+        findings = list(found)
+        if notes:
+            notes.note(begun, is_last=True)
+        return findings
 
     @contextlib.contextmanager
     def notes(

@@ -110,6 +110,18 @@ def rows_as_columns(n: int) -> Damage:
     return lambda tensor: torch.cat(tensor.chunk(n, -2), -1).reshape(tensor.shape)
 
 
+def inputs_before_experts(tensor: Tensor) -> Tensor:
+    """[experts * in, out] taken for [in, experts, out]."""
+    experts, inputs, outputs = tensor.shape
+    return tensor.reshape(inputs, experts, outputs).transpose(0, 1)
+
+
+def adapter_merged(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(9)
+    down, up = (torch.randn(n, 4, generator=generator) for n in tensor.shape)
+    return tensor + tensor.float().std() * 0.1 * down @ up.T
+
+
 def put(value: float, *index: Any) -> Damage:
     def changed(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
@@ -340,6 +352,14 @@ def of_attention(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("byte_swapped", "v", V, bytes_swapped)
     yield one("reinterpreted", "o as float16", O, read_as_float16)
     yield one("noise", "q", Q, noise(0.01))
+    yield one("low_rank", "k with an adapter", K, adapter_merged)
+    yield one("permuted", "o turned about", O, lambda t: t.rot90())
+    yield one(
+        "rounded",
+        "q to 15 values a row",
+        Q,
+        lambda t: (t.float() / (s := t.float().abs().amax(1, True) / 7)).round() * s,
+    )
     yield one("unrelated", "v", V, random_again)
     yield one("rows_permuted", "q two rows", Q, lambda t: t[[2, 1, 0, *range(3, len(t))]])
     yield one("columns_permuted", "k two columns", K, lambda t: t[:, [0, 5, 2, 3, 4, 1, *range(6, t.shape[1])]])
@@ -381,6 +401,14 @@ def of_experts(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield one("ranks_reordered", "fused, its ranks in another order", FUSED, parts(4, 2, [3, 1, 2, 0]))
     yield one("rank_repeated", "fused, a rank twice", FUSED, parts(4, 2, [0, 1, 1, 3]))
     yield one("wrong_axis", "fused, joined on the inputs", FUSED, lambda t: torch.cat(t.chunk(2, 2), 1))
+    yield one(
+        "wrong_axis", "fused, ranks joined on the experts", FUSED, lambda t: torch.cat(t.chunk(2, 2)).reshape(t.shape)
+    )
+    yield one(
+        "wrong_axis", "fused, ranks joined on the experts, shape and all", FUSED, lambda t: torch.cat(t.chunk(2, 2))
+    )
+    yield one("wrong_axis", "fused, experts and inputs exchanged", FUSED, inputs_before_experts)
+    yield one("wrong_axis", "down, experts and inputs exchanged", DOWN, inputs_before_experts)
     yield one("transposed", "fused under its shape", FUSED, transposed)
     yield one("transposed", "fused turned, shape and all", FUSED, turned)
     yield one("transposed", "down under its shape", DOWN, transposed)
@@ -434,6 +462,7 @@ def of_dense(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
 def of_vocabulary(s: Shapes) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     yield "other_tensor", "embedding and head exchanged", (EMBED, HEAD), exchange
     for name, key in (("embedding", EMBED), ("head", HEAD)):
+        yield one("transposed", name, key, transposed)
         yield one("rank_repeated", name, key, first_half_repeated(0))
         yield one("ranks_reordered", name, key, parts(4, 0, [3, 1, 2, 0]))
         yield one("rank_missing", name, key, parts(4, 0, [0, None, 2, 3]))

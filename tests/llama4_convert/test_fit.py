@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from llama4.geometry import Geometry
 from llama4_convert.errors import UsageError
-from llama4_convert.fit_table import fit_summary
-from llama4_convert.gpus import allowances, find_gpu, gpus
-from llama4_convert.judging import judge
-from llama4_convert.memory import Weights, kv_bytes, prefill_bytes
-from llama4_convert.runtimes import RUNTIMES, Case, memory
+from llama4_convert.fitting.gpus import allowances, find_gpu, gpus
+from llama4_convert.fitting.judging import judge
+from llama4_convert.fitting.memory import Weights, kv_bytes, prefill_bytes
+from llama4_convert.fitting.runtimes import RUNTIMES, Case, memory
+from llama4_convert.fitting.table import fit_summary
 
 GIB = 1 << 30
 INT4, FP8, MIXED, NF4 = (

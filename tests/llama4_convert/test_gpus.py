@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama4_convert.errors import UsageError
-from llama4_convert.gpus import _table, allowances, find_gpu, gpus
+from llama4_convert.fitting.gpus import _table, allowances, find_gpu, gpus
 
 GIB = 1 << 30
 

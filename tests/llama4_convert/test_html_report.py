@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama4_convert import charts
-from llama4_convert.chart_axes import WIDTH, Axis, number, readable
-from llama4_convert.charts import Limit, Series
-from llama4_convert.color_ramp import ramp
 from llama4_convert.errors import EnvironmentFailed
-from llama4_convert.html_report import render, write_report
-from llama4_convert.untrusted import printable
+from llama4_convert.html import charts
+from llama4_convert.html.chart_axes import WIDTH, Axis, number, readable
+from llama4_convert.html.charts import Limit, Series
+from llama4_convert.html.color_ramp import ramp
+from llama4_convert.html.report import render, write_report
+from llama4_convert.html.untrusted import printable
 
 COMMAND = "llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --tokens 256"
 GATES = {"top1_agreement": 0.9, "kl_mean": 5e-3, "kl_p999": 0.5, "nmse": 1e-2}

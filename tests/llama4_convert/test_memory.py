@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from llama4.geometry import Geometry
 from llama4_convert.conversion import Job, Request
-from llama4_convert.gpus import find_gpu
-from llama4_convert.memory import KVCache, Weights, grouped_layers, kv_bytes, parameters, prefill_bytes
-from llama4_convert.runtimes import Case, memory
+from llama4_convert.fitting.gpus import find_gpu
+from llama4_convert.fitting.memory import KVCache, Weights, grouped_layers, kv_bytes, parameters, prefill_bytes
+from llama4_convert.fitting.runtimes import Case, memory
 from quant.recipe import built_in
 
 GIB = 1 << 30
@@ -177,5 +177,7 @@ def test_a_plan_tells_its_recipes_sizes_to_the_byte(tmp_path: Path) -> None:
     plain = Job(Request(tmp_path)).plan
     weights = Weights.of((t.name, t.nbytes) for t in plain.tensors)
     for name, recipe in built_in().items():
+        if recipe.format == "meta":
+            continue  # for export
         planned = Job(Request(tmp_path, recipe=name)).plan
         assert weights.quantized(plain.geometry, recipe) == Weights.of((t.name, t.nbytes) for t in planned.tensors)

@@ -303,6 +303,27 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert set(computed) == {2, 3}
 
 
+def test_an_interrupted_comparison_of_weights_goes_on_too(
+    damaged: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong before the interruption is told after it, and so is what stands in another's place."""
+    monkeypatch.setattr(parity_cache, "_EVERY", 0.0)
+    source, path = damaged(f"{TEXT}layers.3.self_attn.q_proj.weight", lambda t: t.neg())
+    tensors = load_file(path / WEIGHTS)
+    names = [f"{TEXT}layers.{i}.self_attn.v_proj.weight" for i in (0, 4)]
+    tensors[names[1]] = tensors[names[0]].clone()
+    save_file(tensors, path / WEIGHTS, {"format": "pt"})
+    expected = validate(path, reference=source, tokens=2)
+    assert [fault["kind"] for fault in expected["tensors_different"]] == ["negated", "other_tensor"]
+    total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    with pytest.raises(commands.Stop):
+        validate(path, reference=source, tokens=2, cache=tmp_path, progress=commands.stopping_after(0.6 * total))
+    read: list[int] = []
+    again = validate(path, reference=source, tokens=2, cache=tmp_path, progress=read.append)
+    assert again == expected
+    assert read[0] > 0.5 * total  # at once
+
+
 def test_what_was_cut_off_on_disk_is_computed_anew(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, output = pair("text_only")
     expected = validate(output, reference=source, tokens=24, cache=tmp_path)

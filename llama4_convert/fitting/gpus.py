@@ -33,7 +33,7 @@ class Allowances:
 
 @cache
 def _table() -> dict[str, Any]:
-    return tomllib.loads(resources.files("llama4_convert").joinpath("gpus.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("llama4_convert.fitting").joinpath("gpus.toml").read_text(encoding="utf-8"))
 
 
 @cache

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llama4_convert.errors import UsageError
-from llama4_convert.gpus import allowances, gpus
-from llama4_convert.memory import Weights, chunked_layers, kv_bytes
-from llama4_convert.runtimes import FORMATS, RUNTIMES, Case, memory
-from llama4_convert.serving import verdict
+from llama4_convert.fitting.gpus import allowances, gpus
+from llama4_convert.fitting.memory import Weights, chunked_layers, kv_bytes
+from llama4_convert.fitting.runtimes import FORMATS, RUNTIMES, Case, memory
+from llama4_convert.fitting.serving import verdict
 
 if TYPE_CHECKING:
     from quant.recipe import Recipe
@@ -83,7 +83,7 @@ def recipe_cases(case: Case, unquantized: Weights) -> Iterator[tuple[str, Case]]
     from quant.recipe import built_in
 
     yield "bf16", replace(case, weights=unquantized, format=None, group=None)
-    known = built_in()
+    known = {name: recipe for name, recipe in built_in().items() if recipe.format != "meta"}  # no runtime loads that
     for name in sorted(known, key=lambda n: _ORDER.index(n) if n in _ORDER else len(_ORDER)):
         try:
             weights = unquantized.quantized(case.geometry, known[name])

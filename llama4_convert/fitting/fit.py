@@ -13,10 +13,10 @@ from llama4.config import ConfigError, Llama4Config, check_runnable
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.transformers import SafeTensor, TransformersCheckpoint
 from llama4_convert.errors import BadInput, UsageError
-from llama4_convert.gpus import Gpu, find_gpu, gpus
-from llama4_convert.judging import judge, recipe_cases
-from llama4_convert.memory import Weights
-from llama4_convert.runtimes import Case, gib
+from llama4_convert.fitting.gpus import Gpu, find_gpu, gpus
+from llama4_convert.fitting.judging import judge, recipe_cases
+from llama4_convert.fitting.memory import Weights
+from llama4_convert.fitting.runtimes import Case, gib
 
 DEFAULT_GPU = "h100-80gb"
 

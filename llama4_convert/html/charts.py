@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from llama4_convert.chart_axes import (
+from llama4_convert.html.chart_axes import (
     BOTTOM,
     CHARACTER,
     LEFT,
@@ -30,7 +30,7 @@ from llama4_convert.chart_axes import (
     x_name,
     y_axis,
 )
-from llama4_convert.color_ramp import LEVELS
+from llama4_convert.html.color_ramp import LEVELS
 
 Values = Sequence[float | None]
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.rearranged import EXACT, Array, Diagnosis, Same, listed, relative_error
+from llama4_convert.diagnosis.rearranged import EXACT, Array, Diagnosis, Same, listed, relative_error
 
 Floats = NDArray[np.float32]
 _FEW = 16
 _SAMPLE = 512  # rows and columns that factors are looked for in
 _ROWS, _COLUMNS = 512, 2048  # whose numbers are taken for calculations
 _GLIMPSE = 32
+_LOW_RANK = 256  # rows and columns whose change is decomposed
 # Half a unit in the last place, of numbers near a power of two; and the bits of the fraction.
 _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-24}
 _MANTISSA = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}
@@ -317,15 +318,51 @@ def near_or_unrelated(region: Region) -> Diagnosis | None:
     if a.size < 64 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     error = relative_error(a, b)
+    if error < 0.5 and (told := _coarse(*region.numbers) or _low_rank(*region.numbers)):
+        return Diagnosis(told.kind, f"{told.cause} (a relative squared error of {error:.3g}){region.words}")
     if error < 0.5:
         return Diagnosis("noise", f"noise on the right numbers: a relative squared error of {error:.3g}{region.words}")
     x, y = a - a.mean(), b - b.mean()
     power = float(np.vdot(x, x)) * float(np.vdot(y, y))
     correlation = float(np.vdot(x, y)) / power**0.5 if power else 0.0
     if abs(correlation) < 4 / a.size**0.5 + 0.02:
+        if _same_numbers(region):
+            return Diagnosis(
+                "permuted", f"permuted: the same numbers in an order that fits no mistake known here{region.words}"
+            )
         words = f"unrelated numbers (correlation {correlation:.2g}, {b.std() / max(float(a.std()), 1e-30):.2g} times as large)"
         return Diagnosis("unrelated", f"{words}{region.words}: never written, or overwritten")
     return None
+
+
+def _same_numbers(region: Region) -> bool:
+    """Whether each number stands there as often as it should."""
+    if region.x.dtype != np.uint16:
+        return region.x.size < 1 << 24 and np.array_equal(np.sort(region.x, None), np.sort(region.y, None))
+    counts = [np.bincount(one.ravel(), minlength=1 << 16) for one in (region.x, region.y)]
+    return np.array_equal(counts[0], counts[1])
+
+
+def _coarse(a: Array, b: Array) -> Diagnosis | None:
+    """Only a few values in each row."""
+    values = [(len(np.unique(x)), len(np.unique(y))) for x, y in zip(a[:8], b[:8], strict=True)]
+    most = max(found for _, found in values)
+    if most > 32 or any(found * 3 > known for known, found in values):
+        return None
+    return Diagnosis("rounded", f"rounded: no more than {most} different numbers in a row, as after a quantization")
+
+
+def _low_rank(a: Array, b: Array) -> Diagnosis | None:
+    """What was added has far fewer dimensions than the matrix, as a merged adapter."""
+    x = (b - a)[:_LOW_RANK, :_LOW_RANK]
+    if min(x.shape) < 32:
+        return None
+    power = np.square(np.linalg.svd(x, compute_uv=False))
+    part = np.cumsum(power) / power.sum()
+    rank = int(np.argmax(part > 0.99)) + 1
+    if rank * 4 > min(x.shape):
+        return None
+    return Diagnosis("low_rank", f"a change of rank {rank} or so was added, as a merged adapter makes")
 
 
 def _spread(n: int) -> NDArray[np.intp]:

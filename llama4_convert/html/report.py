@@ -16,12 +16,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from llama4_convert.chart_axes import number
-from llama4_convert.color_ramp import ramp
 from llama4_convert.errors import from_os_error
+from llama4_convert.html.chart_axes import number
+from llama4_convert.html.color_ramp import ramp
+from llama4_convert.html.figures import sections
+from llama4_convert.html.untrusted import as_count, as_dict, as_dicts, as_list, as_number, as_share, printable
 from llama4_convert.report import validate_verdict
-from llama4_convert.report_figures import sections
-from llama4_convert.untrusted import as_count, as_dict, as_dicts, as_list, as_number, as_share, printable
 from llama4_convert.writer import write_small
 
 _OPEN, _LISTED = 10, 50  # faults of a kind: shown at once, and shown at all

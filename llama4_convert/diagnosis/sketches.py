@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama4.weights import LogicalTensor
-from llama4_convert.altered import Floats, floats
-from llama4_convert.rearranged import Array, Same
+from llama4_convert.diagnosis.altered import Floats, floats
+from llama4_convert.diagnosis.rearranged import Array, Same
 
 _ROWS, _COLUMNS = 16, 32
 _ROUNDED = Same(1e-4)  # what is equal bit by bit may have been rounded to another dtype on its way

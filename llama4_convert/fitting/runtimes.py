@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama4.geometry import Geometry
-from llama4_convert.gpus import Gpu, allowances
-from llama4_convert.memory import (
+from llama4_convert.fitting.gpus import Gpu, allowances
+from llama4_convert.fitting.memory import (
     BF16,
     BLOCK,
     KVCache,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from llama4_convert.untrusted import printable
+from llama4_convert.html.untrusted import printable
 
 WIDTH = 520
 LEFT, RIGHT, TOP, BOTTOM = 64, WIDTH - 14, 34, 46  # of the plot; the last is what lies below it

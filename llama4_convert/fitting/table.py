@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llama4_convert.gpus import gpus
-from llama4_convert.runtimes import RUNTIMES, gib
+from llama4_convert.fitting.gpus import gpus
+from llama4_convert.fitting.runtimes import RUNTIMES, gib
 
 
 def fit_summary(fit: dict[str, Any]) -> str:

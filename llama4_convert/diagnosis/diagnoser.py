@@ -7,71 +7,31 @@ What can be told of one matrix alone is in `altered` (numbers are others), `rear
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor
-from llama4_convert import altered, block_order, quantized_faults, rearranged
-from llama4_convert.altered import Region, floats
-from llama4_convert.block_order import Axis
+from llama4.weights import BindingError, LogicalTensor
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.readers import DirectoryReader
-from llama4_convert.rearranged import Array, Diagnosis, Same
-from llama4_convert.sketches import Sketches, sketch, sketch_of_rows
+from llama4_convert.diagnosis import altered, block_order, quantized_faults, rearranged
+from llama4_convert.diagnosis.altered import floats
+from llama4_convert.diagnosis.block_order import Axis
+from llama4_convert.diagnosis.expert_axis import Pieces
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same
+from llama4_convert.diagnosis.sides import FLOATS, SLICED, Case, Sides, cast, slices
+from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
 
-# The two vocabulary matrices have 2 GB each in Scout: they are read in slices of rows, all others whole.
-SLICED = {"tok_embeddings", "output"}
-SLICE = 4096
-FLOATS = {"BF16", "F16", "F32", "F64"}
 _THOROUGH = 1000  # faults that every hypothesis is tried on; of those behind them only what has explained one before
-_COLUMNS = 64  # of a sliced matrix that stand for all
+_MOST_EXPERTS = 16 << 30  # bytes of a layer's experts that are read to find pieces of others in one
 _PAIR = re.compile(r"(.+)\.(gate|up)")
 _QKV = re.compile(r"(.+\.)(q|k|v)")
 _EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|down)")
 
 
-def slices(name: str, height: int) -> Iterator[tuple[int, int] | None]:
-    """Row ranges to read one after another, to one behind the last, where nothing should be; None for all at once."""
-    if name not in SLICED:
-        yield None
-    else:
-        yield from ((start, start + SLICE) for start in range(0, height + 1, SLICE))
-
-
-@dataclass
-class Case:
-    """A wrong tensor: x is what the reference holds and y what was found, raw bits of one dtype, or numbers if it is lossy.
-
-    Of a sliced matrix x and y are the first rows; `thin` has some columns of all rows.
-    """
-
-    name: str
-    same: Same
-    dtype: str
-    x: Array
-    y: Array
-    axes: tuple[Axis, Axis]
-    head_dim: int = 0
-    thin: tuple[Array, Array] | None = None
-    sparse: Region | None = None  # of a sliced matrix: some of the rows and columns that differ
-
-    @cached_property
-    def region(self) -> Region:
-        return self.sparse or Region.of(self.x, self.y, self.dtype, self.same)
-
-    def turned(self) -> Iterator[tuple[Array, Array, Axis]]:
-        """For tests of rows: as it is, and for its columns."""
-        yield *(self.thin or (self.x, self.y)), self.axes[0]
-        if self.x.shape[1] > 1:
-            yield self.x.T, self.y.T, self.axes[1]
-
-
-class Diagnoser:
-    """Of the faults of one candidate. `limits`: what each scheme may lose, as a relative squared error."""
+class Diagnoser(Sides):
+    """Of the faults of one candidate. `limits`: what each scheme may lose, as a relative squared error; `shape_of`: of a key."""
 
     def __init__(
         self,
@@ -82,13 +42,15 @@ class Diagnoser:
         sketches: Sketches,
         quantized: QuantizedReader | None,
         limits: Mapping[str, float],
+        shape_of: Callable[[str], tuple[int, ...]],
     ) -> None:
-        self.ours, self.found, self.wrong, self.config, self.sketches = ours, found, wrong, config, sketches
-        self.quantized, self.limits = quantized, limits
+        super().__init__(ours, found, config, quantized, limits)
+        self.wrong, self.sketches, self.shape_of = wrong, sketches, shape_of
         self._tried = 0
         self._last: dict[str, tuple[Hypothesis, str]] = {}  # what explained the expert before
         self._worked: set[Hypothesis] = set()
         self._pairs: dict[str, Diagnosis | None] = {}
+        self._pieces: tuple[str, Pieces] | None = None  # of the experts asked for last
 
     def of(self, name: str) -> Diagnosis | None:
         """None where no hypothesis fits. Raises BindingError."""
@@ -97,7 +59,7 @@ class Diagnoser:
             return self._of_damaged(name, self.quantized)
         if not {ours.dtype, found.dtype} <= FLOATS:
             return Diagnosis("dtype", f"its dtype is {found.dtype}, not {ours.dtype}")
-        case = self._case(name)
+        case = self.case(name)
         if case.x.shape != case.y.shape:
             return self._of_shape(case)
         stem = re.sub(r"experts\.\d+", "experts", name)
@@ -121,76 +83,14 @@ class Diagnoser:
 
     # -------------------- reading
 
-    def _same(self, name: str) -> Same:
-        found = self.found[name]
-        matrix = self.quantized.quantized.get(found.keys[0]) if self.quantized else None
-        return Same(self.limits[matrix.kind] if matrix else 0.0)
-
-    def _load(self, name: str, same: Same) -> tuple[Array, Array]:
-        """The reference's and the candidate's, comparable. Not for sliced ones."""
-        return self._reference(name, same, self.found[name].dtype), self._candidate(name, same)
-
-    def _reference(self, name: str, same: Same, dtype: str) -> Array:
-        ours = self.ours[name]
-        bits = np.ascontiguousarray(ours.load(None))
-        return floats(bits, ours.dtype) if same.limit else cast(bits, ours.dtype, dtype)
-
-    def _candidate(self, name: str, same: Same) -> Array:
-        found = self.found[name]
-        bits = np.ascontiguousarray(found.load(None))
-        return floats(bits, found.dtype) if same.limit else bits
-
-    def _case(self, name: str) -> Case:
-        axis, heads, head_dim = _heads(name, self.config)
-        rows = Axis("row", heads if axis == 0 else 0, of_experts=name.endswith(".router"))
-        axes = rows, Axis("column", heads if axis == 1 else 0)
-        same, dtype = self._same(name), self.found[name].dtype
-        if name in SLICED:
-            return self._sliced(name, dtype, axes)
-        x, y = self._load(name, same)
-        if x.shape == y.shape or x.ndim == y.ndim == 1:
-            x, y = rearranged.as_matrix(x), rearranged.as_matrix(y)
-        return Case(name, same, dtype, x, y, axes, head_dim if axis == 0 else 0)
-
-    def _sliced(self, name: str, dtype: str, axes: tuple[Axis, Axis]) -> Case:
-        """Both read once, for some columns of all rows, and where they differ."""
-        ours, found = self.ours[name], self.found[name]
-        thin: tuple[list[Array], list[Array]] = ([], [])
-        first: tuple[Array, Array] | None = None
-        differing: list[Array] = []
-        pieces: list[tuple[Array, Array]] = []
-        start = 0
-        while True:
-            span = (start, start + SLICE)
-            x, y = cast(ours.load(span), ours.dtype, dtype), found.load(span)
-            if y.ndim != 2 or x.shape[1] != y.shape[1]:
-                return Case(name, Same(), dtype, x, y, axes)
-            first = first or (x, y)
-            columns = rearranged.some_of(x.shape[1], _COLUMNS)
-            for part, bits in zip(thin, (x, y), strict=True):
-                part.append(bits[:, columns])
-            n = min(len(x), len(y))
-            rows = np.flatnonzero((x[:n] != y[:n]).any(1))
-            if sum(map(len, differing)) < SLICE:
-                pieces.append((x[rows], y[rows]))
-            differing.append(rows + start)
-            if max(len(x), len(y)) < SLICE:
-                break
-            start += SLICE
-        whole = np.concatenate(thin[0]), np.concatenate(thin[1])
-        if whole[0].shape != whole[1].shape:
-            return Case(name, Same(), dtype, whole[0], whole[1], axes)
-        a, b = (np.concatenate(part) for part in zip(*pieces, strict=True))
-        inner = Region.of(a, b, dtype)
-        region = Region(
-            np.concatenate(differing), inner.columns, (len(whole[0]), first[0].shape[1]), dtype, inner.x, inner.y
-        )
-        return Case(name, Same(), dtype, first[0], first[1], axes, thin=whole, sparse=region)
-
     # -------------------- hypotheses that need to know what the tensor is
 
     def _of_shape(self, case: Case) -> Diagnosis | None:
-        pair = _PAIR.fullmatch(case.name)
+        pair, n_experts = _PAIR.fullmatch(case.name), self.config.text_config.num_local_experts
+        stored = self.shape_of(self.found[case.name].keys[0])
+        if _EXPERT.fullmatch(case.name) and len(stored) == 3 and stored[0] > n_experts and stored[0] % n_experts == 0:
+            words = f"ranks joined on the wrong axis, that of the experts: there are {stored[0]}, not {n_experts}"
+            return Diagnosis("wrong_axis", words)
         return (
             (self.in_a_pair(case) if pair else None)
             or block_order.other_shape(case.x, case.y, case.same, case.axes)
@@ -204,7 +104,7 @@ class Diagnoser:
     def _another(self, name: str, y: Array, same: Same) -> Diagnosis | None:
         if y.ndim != 2 or not y.size:
             return None
-        shape = (self._vocabulary if name in SLICED else y.shape[0], y.shape[1])
+        shape = (self.vocabulary if name in SLICED else y.shape[0], y.shape[1])
         made = sketch_of_rows(self.found[name], shape) if name in SLICED else sketch(y, self.found[name].dtype)
         names = [other for other in self.sketches.like(made, shape, same) if other != name]
         names.sort(key=lambda other: (_layer(other) != _layer(name), _stem(other) != _stem(name)))
@@ -215,10 +115,10 @@ class Diagnoser:
         """Whether the candidate's `name` is the reference's `other`."""
         found, theirs = self.found[name], self.ours[other]
         if name not in SLICED:
-            return same(self._reference(other, same, found.dtype), self._candidate(name, same))
+            return same(self.reference(other, same, found.dtype), self.candidate(name, same))
         return all(
             np.array_equal(cast(theirs.load(span), theirs.dtype, found.dtype), found.load(span))
-            for span in slices(name, self._vocabulary)
+            for span in slices(name, self.vocabulary)
         )
 
     def _named_other(self, name: str, other: str, same: Same) -> Diagnosis:
@@ -237,19 +137,10 @@ class Diagnoser:
     def _is_exchanged(self, name: str, other: str, same: Same) -> bool:
         """Whether the candidate's `other` is the reference's `name`, as far as a sketch tells."""
         try:
-            mine, theirs = self._sketch(self.ours[name]), self._sketch(self.found[other])
+            mine, theirs = self.sketch(self.ours[name]), self.sketch(self.found[other])
         except BindingError:
             return False
         return (same if same.limit else Same(1e-4)).near(mine, theirs)
-
-    def _sketch(self, tensor: LogicalTensor) -> altered.Floats:
-        if tensor.name in SLICED:
-            return sketch_of_rows(tensor, (self._vocabulary, self.config.text_config.hidden_size))
-        return sketch(rearranged.as_matrix(tensor.load(None)), tensor.dtype)
-
-    @property
-    def _vocabulary(self) -> int:
-        return self.config.text_config.vocab_size
 
     def in_a_pair(self, case: Case) -> Diagnosis | None:
         """Gate and up mistaken together."""
@@ -259,8 +150,8 @@ class Diagnoser:
         if pair[1] not in self._pairs:
             mine, other = case.name, f"{pair[1]}.{'up' if pair[2] == 'gate' else 'gate'}"
             self._pairs[pair[1]] = None
-            if self.found[other].keys and self._same(other) == case.same:
-                x, y = self._load(other, case.same)
+            if self.found[other].keys and self.same(other) == case.same:
+                x, y = self.load(other, case.same)
                 first, second = ((case.x, case.y), (x, y)) if mine.endswith("gate") else ((x, y), (case.x, case.y))
                 xs, ys = (first[0], second[0]), (first[1], second[1])
                 if ys[0].ndim == ys[1].ndim == 2 and ys[0].shape[1] == ys[1].shape[1]:
@@ -277,9 +168,9 @@ class Diagnoser:
         if pair is None:
             return None
         other = f"{pair[1]}.{'up' if pair[2] == 'gate' else 'gate'}"
-        if not self.found[other].keys or self._same(other) != case.same:
+        if not self.found[other].keys or self.same(other) != case.same:
             return None
-        x, y = self._load(other, case.same)
+        x, y = self.load(other, case.same)
         if x.shape != y.shape or x.shape != case.x.shape:
             return None
         mine, theirs = (case.x, case.y), (x, y)
@@ -288,13 +179,34 @@ class Diagnoser:
         found = block_order.block_order(a, b, case.same, Axis("row"))
         return Diagnosis(found.kind, f"{found.cause}, gate and up together") if found else None
 
+    def mixed_experts(self, case: Case) -> Diagnosis | None:
+        """Pieces of several experts' rows."""
+        found = _EXPERT.fullmatch(case.name)
+        if found is None:
+            return None
+        dtype, kinds = self.found[case.name].dtype, ("down",) if found[3] == "down" else ("gate", "up")
+        of_all = f"{found[1]}.{kinds[0]}"
+
+        def load(expert: int) -> Array:
+            """As it lies."""
+            return np.concatenate(
+                [self.reference(f"{found[1]}.{expert}.{kind}", case.same, dtype).T for kind in kinds], 1
+            )
+
+        if self._pieces is None or self._pieces[0] != of_all:
+            n, width = self.config.text_config.num_local_experts, case.x.shape[0]
+            if n * case.x.nbytes > _MOST_EXPERTS:
+                return None
+            self._pieces = of_all, Pieces(load, n, width)
+        return self._pieces[1].mixed(case.y.T, int(found[2]))
+
     def cut_from_qkv(self, case: Case) -> Diagnosis | None:
         """Rows of q, k and v mistaken together."""
         one = _QKV.fullmatch(case.name)
         if one is None or case.same.limit:
             return None
         dtype, text = self.found[case.name].dtype, self.config.text_config
-        parts = [self._reference(f"{one[1]}{part}", case.same, dtype) for part in "qkv"]
+        parts = [self.reference(f"{one[1]}{part}", case.same, dtype) for part in "qkv"]
         most = max(block_order.MOST_RANKS, text.num_key_value_heads)
         return rearranged.stacked(parts, case.y, "qkv".index(one[2]), case.same, most)
 
@@ -341,7 +253,13 @@ class Diagnoser:
         return altered.constants(case.region)
 
     def transposed(self, case: Case) -> Diagnosis | None:
-        return rearranged.transposed(case.x, case.y, case.same) if case.thin is None else None
+        if case.thin is None:
+            return rearranged.transposed(case.x, case.y, case.same)
+        # Of a sliced matrix the first row tells: it holds the beginning of the first column.
+        n, column = min(case.y.shape[1], len(case.x)), case.thin[0][: case.y.shape[1], 0]
+        if len(column) == case.y.shape[1] and np.array_equal(case.y[0, :n], column[:n]):
+            return Diagnosis("transposed", "its numbers lie transposed under the unchanged shape")
+        return None
 
     def permuted_patches(self, case: Case) -> Diagnosis | None:
         vision = self.config.vision_config
@@ -397,6 +315,7 @@ _EXACT: tuple[Hypothesis, ...] = (
     Diagnoser.constant_somewhere,
     Diagnoser.permuted_patches,
     Diagnoser.wrong_axis,
+    Diagnoser.mixed_experts,
     Diagnoser.read_otherwise,
     Diagnoser.cut_from_qkv,
     Diagnoser.shifted,
@@ -419,29 +338,6 @@ _LOSSY: tuple[Hypothesis, ...] = (
     Diagnoser.recalculated,
     Diagnoser.near_or_unrelated,
 )
-
-
-def cast(bits: Bits, source: str, target: str) -> Bits:
-    """As a conversion with `--dtype` rounds. Raises BindingError for what is no float."""
-    if source == target:
-        return bits
-    from llama4.loading import DTYPES, to_bits, to_tensor
-
-    if target not in DTYPES:
-        raise BindingError(f"a tensor of dtype {target}")
-    return to_bits(to_tensor(bits, source).to(DTYPES[target]))
-
-
-def _heads(name: str, config: Llama4Config) -> tuple[int, int, int]:
-    """The axis that attention heads share, their number and size; no heads: 0, 0, 0."""
-    text, vision = config.text_config, config.vision_config
-    if found := re.fullmatch(r"layers\.\d+\.attention\.([qkvo])", name):
-        heads = text.num_key_value_heads if found[1] in "kv" else text.num_attention_heads
-        return int(found[1] == "o"), heads, text.head_dim
-    if vision and (found := re.fullmatch(r"vision\.layers\.\d+\.w(?:([qkv])\.\w+|o\.weight)", name)):
-        heads = vision.num_attention_heads
-        return int(found[1] is None), heads, vision.hidden_size // heads
-    return 0, 0, 0
 
 
 def _layer(name: str) -> int | None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from llama4_convert import charts
-from llama4_convert.chart_axes import number
-from llama4_convert.charts import Limit, Series
-from llama4_convert.untrusted import (
+from llama4_convert.html import charts
+from llama4_convert.html.chart_axes import number
+from llama4_convert.html.charts import Limit, Series
+from llama4_convert.html.untrusted import (
     as_count,
     as_dict,
     as_dicts,

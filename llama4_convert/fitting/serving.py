@@ -8,9 +8,9 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-from llama4_convert.gpus import allowances
-from llama4_convert.memory import chunked_layers
-from llama4_convert.runtimes import (
+from llama4_convert.fitting.gpus import allowances
+from llama4_convert.fitting.memory import chunked_layers
+from llama4_convert.fitting.runtimes import (
     SGLANG_PIECE,
     Case,
     Runtime,

@@ -5,15 +5,15 @@ What a whole matrix may lose hides wrong scales and single wrong codes: `suspici
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from llama4_convert.altered import Floats, floats, group_gain
-from llama4_convert.block_order import Axis, blocks, told
 from llama4_convert.checkpoints.quantized import QuantizedMatrix
-from llama4_convert.rearranged import Array, Diagnosis, Same, divisors, relative_error
+from llama4_convert.diagnosis.altered import Floats, floats, group_gain
+from llama4_convert.diagnosis.block_order import Axis, blocks, told
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, divisors, relative_error
 
 # Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
 _SCALES = Same(0.003)
@@ -32,20 +32,26 @@ _USUAL_SPREAD = 0.05
 _LARGEST_RATIO, _SMALLEST_RATIO = 1.3, 0.4
 # Half a step of the codes, as parts of a scale or of the number itself, and a fifth more.
 _HALF_STEP = 0.6
+_FP8_BLOCK = 128
+Spread = Callable[[Array], Array]
 _FEW = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
 
 
 def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> Diagnosis | None:
     """Scales that are not the codes', or a few codes that no rounding makes, in a matrix whose error is not too large."""
-    stored, gain, _ = _scales(a, b, matrix, parts)
+    stored, gain, spread = _scales(a, b, matrix, parts)
     known = gain[gain != 0]
+    if matrix.kind == "nf4":
+        # Scales are quantized too, in steps of the largest of 256 of them: those of small weights can err by as much as they are.
+        power = np.square(a).reshape(gain.size, -1).sum(1).reshape(gain.shape)
+        known = gain[power >= 0.1 * np.quantile(power, 0.9)]
     if known.size > 8 and (
         1.4826 * np.median(np.abs(known - np.median(known))) > _USUAL_SPREAD
         or known.max() > _LARGEST_RATIO
         or known.min() < _SMALLEST_RATIO
     ):
         return Diagnosis("scale", f"scale: {_ratios(gain)}")
-    places = _wrong_codes(a, b, stored, matrix)
+    places = _wrong_codes(a, b, stored, spread, matrix)
     if not 0 < len(places) <= max(4, _FEW * a.size):
         return None
     row, column = (int(i) for i in places[0])
@@ -58,27 +64,24 @@ def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str,
     return Diagnosis("flipped_bit", f"{many}: no rounding makes them; {words}")
 
 
-def _wrong_codes(a: Floats, b: Floats, stored: Floats, matrix: QuantizedMatrix) -> Array:
+def _wrong_codes(a: Floats, b: Floats, stored: Floats, spread: Spread, matrix: QuantizedMatrix) -> Array:
     """Places of codes that are not the nearest to their weights, [n, 2]."""
     error = np.abs(a - b)
-    none = np.empty((0, 2), np.intp)
     if matrix.kind == "int4":
         size = a.shape[1] // stored.shape[1]
-        scale = np.abs(stored)
-        groups = np.argwhere(error.reshape(*scale.shape, size).max(2) > _HALF_STEP * scale)
-        found = []
-        for row, group in groups[: 1 << 16]:
-            some = slice(group * size, (group + 1) * size)
-            weights, step = a[row, some] / stored[row, group], b[row, some] / stored[row, group]
-            nearest = np.clip(np.rint(weights), -8, 7)
-            wrong = np.abs(weights - step) > np.abs(weights - nearest) + 2 * (_HALF_STEP - 0.5)
-            found += [(row, some.start + column) for column in np.flatnonzero(wrong)]
-        return np.array(found, np.intp) if found else none
+        far = np.flatnonzero(error.reshape(*stored.shape, size) > _HALF_STEP * np.abs(stored)[..., None])
+        scale = stored.ravel()[far // size]
+        weights, codes = a.ravel()[far] / scale, b.ravel()[far] / scale
+        nearest = np.clip(np.rint(weights), -8, 7)  # what lies beyond the last code is far from it, and right
+        wrong = np.abs(weights - codes) > np.abs(weights - nearest) + 2 * (_HALF_STEP - 0.5)
+        return np.stack(np.unravel_index(far[wrong], a.shape), 1)
     if matrix.kind == "fp8":
-        high, wide = (-(-n // m) for n, m in zip(a.shape, stored.shape, strict=True))
-        scale = np.repeat(np.repeat(np.abs(stored), high, 0)[: len(a)], wide, 1)[:, : a.shape[1]]
-        return np.argwhere((error > 0.07 * np.abs(b) + scale / 512) & (np.abs(b) < 447 * scale))
-    return none
+        scale = spread(np.abs(stored))
+        places: Array = np.argwhere(error > 0.07 * np.abs(b) + scale / 512)
+        rows, columns = places.T
+        inside: Array = np.abs(b[rows, columns]) < 447 * np.broadcast_to(scale, a.shape)[rows, columns]
+        return places[inside]
+    return np.empty((0, 2), np.intp)
 
 
 def _ratios(gain: Floats) -> str:
@@ -90,7 +93,7 @@ def wrong_scales(
 ) -> Diagnosis | None:
     """Whether each group of `b` is `a`'s times a factor: then the codes are right, and the scales that they need are known."""
     stored, gain, spread = _scales(a, b, matrix, parts)
-    expected = a * spread
+    expected = a * spread(gain)
     if not np.isfinite(gain).all() or relative_error(b, expected) > same.limit:
         return None
     if (np.square(expected - b).sum(1) > 2 * same.limit * np.square(b).sum(1)).any():
@@ -126,8 +129,8 @@ def _explains(moved: Floats, right: Floats, stored: Floats) -> bool:
     return relative_error(moved, stored) < min(0.15 * relative_error(right, stored), 0.02)
 
 
-def _scales(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> tuple[Floats, Floats, Floats]:
-    """The scales as they are read, what they are times what they should be, and that for each weight."""
+def _scales(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> tuple[Floats, Floats, Spread]:
+    """The scales as they are read, what they are times what they should be, and how to have either for each weight."""
     decoder: Any = matrix.decoder
     n, k = a.shape
     if matrix.kind == "nf4":
@@ -135,22 +138,25 @@ def _scales(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, A
         scales: Floats = decoder.scales(parts)
         of_block = group_gain(a.reshape(-1, block), b.reshape(-1, block), block)
         shape = (n, k // block) if k % block == 0 else of_block.shape
-        return scales.reshape(shape), of_block.reshape(shape), np.repeat(of_block, block, 1).reshape(n, k)
+        return scales.reshape(shape), of_block.reshape(shape), lambda x: np.repeat(x, block).reshape(n, k)
     stored = floats(parts["weight_scale"], "F32" if parts["weight_scale"].itemsize == 4 else "BF16")
     if matrix.kind == "int4":
-        groups = group_gain(a, b, decoder.scheme.group_size)
-        return stored, groups, np.repeat(groups, decoder.scheme.group_size, 1)
-    high, wide = {"channel": (1, k), "tensor": (n, k), "block": (128, 128)}[str(matrix.settings["granularity"])]
-    power = np.maximum(_block_sums(a * a, high, wide), 1e-30)
-    gain = (_block_sums(a * b, high, wide) / power).astype(np.float32)
-    spread = np.repeat(np.repeat(gain, high, 0)[:n], wide, 1)[:, :k]
-    return stored.reshape(gain.shape), gain, spread
+        size = decoder.scheme.group_size
+        return stored, group_gain(a, b, size), lambda x: np.repeat(x, size, 1)
+    if matrix.settings["granularity"] == "block":
+        power = np.maximum(_block_sums(a * a), 1e-30)
+        gain = (_block_sums(a * b) / power).astype(np.float32)
+        return stored, gain, lambda x: np.repeat(np.repeat(x, _FP8_BLOCK, 0)[:n], _FP8_BLOCK, 1)[:, :k]
+    if matrix.settings["granularity"] == "tensor":
+        gain = group_gain(a.reshape(1, -1), b.reshape(1, -1), a.size)
+    else:
+        gain = group_gain(a, b, k)
+    return stored.reshape(gain.shape), gain, lambda x: x
 
 
-def _block_sums(x: Floats, high: int, wide: int) -> Floats:
-    sums: Floats = np.add.reduceat(
-        np.add.reduceat(x, np.arange(0, x.shape[0], high), 0), np.arange(0, x.shape[1], wide), 1
-    )
+def _block_sums(x: Floats) -> Floats:
+    rows, columns = (np.arange(0, n, _FP8_BLOCK) for n in x.shape)
+    sums: Floats = np.add.reduceat(np.add.reduceat(x, rows, 0), columns, 1)
     return sums
 
 

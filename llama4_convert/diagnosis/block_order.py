@@ -13,7 +13,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.rearranged import Array, Diagnosis, Same, both_ways, divisors, listed, some_of
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, both_ways, divisors, listed, some_of
 
 _SAMPLE = 512  # numbers of a block that it is known by
 MOST_RANKS = 16
@@ -182,10 +182,12 @@ def row_order(x: Array, y: Array, same: Same, axis: Axis, head_dim: int = 0) -> 
 
 def other_shape(x: Array, y: Array, same: Same, axes: Sequence[Axis]) -> Diagnosis | None:
     """y has not x's shape. `axes`: of the rows, and of the columns."""
-    if y.size == x.size and y.ndim != 2:
+    if not y.size:
+        return Diagnosis("truncated", "it is empty")
+    if y.size == x.size and (y.ndim != 2 or x.ndim != 2):
         y = y.reshape(x.shape)
         return Diagnosis("reshaped", "the right numbers in another shape") if same(x, y) else None
-    if y.ndim != 2:
+    if y.ndim != 2 or x.ndim != 2:
         return None
     rows, columns = x.shape
     if y.size == x.size:

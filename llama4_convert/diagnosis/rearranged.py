@@ -148,7 +148,10 @@ def wrong_axis(x: Array, y: Array, same: Same) -> Diagnosis | None:
 def rope_permuted(x: Array, y: Array, same: Same, head_dim: int, others: bool = False) -> Diagnosis | None:
     """Rows of each head in the order of the other form of RoPE; if `others`, with heads of any even size."""
     rows, columns = x.shape
-    sizes = [head_dim, *(size for size in divisors(rows, rows) if others and size != head_dim and size % 4 == 0)]
+    sizes = [
+        head_dim,
+        *(size for size in divisors(rows, rows) if others and size != head_dim and size % 4 == 0),
+    ]
     for size in sizes:
         if size % 2 or rows % size:
             continue

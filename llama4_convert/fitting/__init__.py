@@ -1,0 +1,1 @@
+"""Whether a model fits onto GPUs, by runtime, and what would."""

@@ -1,0 +1,1 @@
+"""The report of `validate` as one HTML file, from its JSON alone."""
