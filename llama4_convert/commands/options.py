@@ -30,10 +30,11 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """For the shell: the built-in recipes, or files where none begins so."""
+    """For the shell: the built-in recipes that the command takes, or files where none begins so."""
     from quant.recipe import built_in
 
-    found = [CompletionItem(name, help=r.summary) for name, r in built_in().items() if name.startswith(incomplete)]
+    taken = {name: r for name, r in built_in().items() if (r.format == "meta") == (ctx.info_name == "export")}
+    found = [CompletionItem(name, help=r.summary) for name, r in taken.items() if name.startswith(incomplete)]
     return found or [CompletionItem(incomplete, type="file")]
 
 

@@ -12,7 +12,15 @@ from typing import Any
 import click
 
 from llama4_convert import report
-from llama4_convert.commands.options import Size, as_json, gpu_names, request_options, show, source_argument
+from llama4_convert.commands.options import (
+    Size,
+    as_json,
+    gpu_names,
+    recipe_names,
+    request_options,
+    show,
+    source_argument,
+)
 from llama4_convert.errors import UsageError
 
 
@@ -125,6 +133,7 @@ def convert(
 @click.option(
     "--recipe",
     metavar="meta-fp8|FILE",
+    shell_complete=recipe_names,
     help="Write the experts as Meta's quantize script writes them for FP8, and fp8_scales_N.pt. Default: as SRC has them, in bf16"
     " where they are quantized.",
 )
