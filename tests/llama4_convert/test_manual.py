@@ -75,6 +75,7 @@ RUNS = [
     ["explain", "HF", "*norm*"],
     ["verify", "HF"],
     ["validate", "HF", "--reference", "META", "--tokens", "4"],
+    ["diff", "META", "HF"],
     ["generate", "HF", "--prompt", "a", "--max-new-tokens", "1"],
     ["completion", "bash"],
 ]
