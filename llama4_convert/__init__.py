@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llama4_convert.card_file import card as card
     from llama4_convert.conversion import convert as convert
     from llama4_convert.conversion import plan as plan
+    from llama4_convert.diffing import diff as diff
     from llama4_convert.explaining import explain as explain
     from llama4_convert.exporting import export as export
     from llama4_convert.fitting.fit import fit as fit
@@ -34,6 +35,7 @@ _HOME = {
     "convert": "conversion",
     "plan": "conversion",
     "push": "pushing",
+    "diff": "diffing",
     "explain": "explaining",
     "export": "exporting",
     "fit": "fitting.fit",
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "card",
     "convert",
+    "diff",
     "explain",
     "export",
     "fit",

@@ -8,6 +8,7 @@ import sys
 import click
 
 from llama4_convert.commands.completion import completion
+from llama4_convert.commands.diff import diff
 from llama4_convert.commands.explain import explain
 from llama4_convert.commands.fit import fit
 from llama4_convert.commands.hub import card, push
@@ -41,6 +42,7 @@ for command in (
     explain,
     verify,
     validate,
+    diff,
     generate,
     card,
     push,

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -20,12 +20,13 @@ import numpy as np
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
 from llama4.weights_transformers import expert_of_fused, transformers_key
-from llama4_convert.checkpoints.quantized import QuantizedReader
+from llama4_convert.checkpoints.quantized import DamagedMatrix, QuantizedReader
 from llama4_convert.diagnosis.altered import floats
 from llama4_convert.diagnosis.diagnoser import Diagnoser
 from llama4_convert.diagnosis.rearranged import as_matrix, listed
 from llama4_convert.diagnosis.sides import FLOATS, SLICED, cast, slices
 from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
+from llama4_convert.parity.metrics import finite
 from llama4_convert.reference import Checkpoint
 
 _Seen = TypeVar("_Seen")
@@ -40,6 +41,9 @@ class WeightFault:
     cause: str
     kind: str | None = None  # the cause in a word; None where no hypothesis fits
     is_missing: bool = False
+    max_abs_diff: float | None = (
+        None  # NaN where either side has one; None where numbers cannot be held against each other
+    )
 
     @property
     def layer(self) -> int | None:
@@ -63,7 +67,7 @@ class WeightFault:
 
 
 # No scheme of ours errs so much on any weights that are trained: docs/validate.md. A wrong tensor errs by 1 to 2.
-_LARGEST_LOSS = {"int4": 0.2, "fp8": 0.005, "nf4": 0.1}
+LARGEST_LOSS = {"int4": 0.2, "fp8": 0.005, "nf4": 0.1}
 # Nor does any in one output: a group of 128 int4 codes errs by no more than 128 * (1 / 15) ** 2 of its largest weight's square.
 _LARGEST_ROW_LOSS = 0.6
 
@@ -83,11 +87,30 @@ class Compared:
 
     done: int = 0
     wrong: dict[str, str] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)  # difference of a number, of those that are wrong
     losses: list[MatrixLoss] = field(default_factory=list)
 
 
 # Bytes that a number takes while it is compared, measured: raw on both sides; of a quantized matrix as float32, and errors.
 _BYTES_PLAIN, _BYTES_QUANTIZED = 8, 22
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints' tensors by logical name, `theirs` having at least the names of `ours`, and how they are held together."""
+
+    ours: Mapping[str, LogicalTensor]
+    theirs: Mapping[str, LogicalTensor]
+    names: Collection[str]  # those of `ours` that are looked at
+    config: Llama4Config  # that `ours` is bound for
+    has_vision: bool  # whether the names that are told begin as those of a model that sees
+    lossy: Mapping[str, str]  # keys of `theirs` that are equal only within what a scheme loses -> the scheme
+    limits: Mapping[str, float]  # relative squared error of each scheme
+    reader: QuantizedReader | None  # of `theirs`, whose codes and scales are looked into
+    shape_of: Callable[[str], tuple[int, ...]]  # of a key of `theirs`
+    either_way: bool = (
+        False  # of two dtypes, numbers are equal if rounding either gives the other; else only if ours does
+    )
 
 
 def compare_weights(
@@ -106,24 +129,55 @@ def compare_weights(
     reference as they are read; what is wrong is read a second time, to say how. As many tensors are looked at at a time as
     there are cores, and as `memory` bytes hold. `note` is told how far it has come, and `begun` goes on from there.
     """
-    has_vision = config.vision_config is not None
-    theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
     ours = {tensor.name: tensor for tensor in reference.logical_tensors(config)}
-    quantized = candidate.lossy_beside(reference)
-    reader = candidate.readers[0] if quantized or not reference.quantized else None
-    reader = reader if isinstance(reader, QuantizedReader) else None
+    theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
+    lossy = candidate.lossy_beside(reference)
+    reader = candidate.readers[0] if lossy or not reference.quantized else None
+    pair = Pair(
+        ours,
+        theirs,
+        ours.keys(),
+        config,
+        config.vision_config is not None,
+        lossy,
+        LARGEST_LOSS,
+        reader if isinstance(reader, QuantizedReader) else None,
+        candidate.readers[0].shape,
+    )
+
+    def elsewhere(name: str) -> str:
+        return _under_another_name(ours[name], config, candidate, unexpected)
+
+    unexpected = unexpected_tensors(candidate, config)
+    yield from compare_tensors(pair, advance, memory=memory, begun=begun, note=note, elsewhere=elsewhere)
+
+
+def compare_tensors(
+    pair: Pair,
+    advance: Callable[[int], None],
+    *,
+    memory: int = 2 << 30,
+    begun: Compared | None = None,
+    note: Callable[[Compared], None] = lambda compared: None,
+    elsewhere: Callable[[str], str] = lambda name: "",
+) -> Iterator[WeightFault | MatrixLoss]:
+    """As `compare_weights`, of tensors that are bound already. `elsewhere`: in words, where one that is missing may be."""
+    ours, theirs, config = pair.ours, pair.theirs, pair.config
+    shapes = parameter_shapes(config)
     sketches, compared = Sketches(), begun or Compared()
 
-    def look(tensor: LogicalTensor) -> tuple[int, MatrixLoss | None, str | None]:
+    def look(tensor: LogicalTensor) -> tuple[int, MatrixLoss | None, str | None, float | None]:
         found = theirs[tensor.name]
-        kind = quantized.get(found.keys[0]) if found.keys else None
+        kind = pair.lossy.get(found.keys[0]) if found.keys else None
         read: list[int] = []
-        loss = None
+        loss = largest = None
         try:
             if kind is None:
-                cause = _compare(tensor, found, config, read.append, sketches)
+                cause, largest = _compare(tensor, found, shapes[tensor.name], read.append, sketches, pair.either_way)
             else:
-                error, cause = _loss(tensor, found, kind, reader, read.append, sketches)
+                error, cause, largest = _loss(
+                    tensor, found, kind, pair.limits[kind], pair.reader, read.append, sketches
+                )
                 loss = MatrixLoss(found.keys[0], kind, error)
         except ShapeError as error:
             cause = str(error)
@@ -131,49 +185,75 @@ def compare_weights(
             if found.keys:
                 raise
             cause = str(error)
-        return sum(read), loss, cause
+        return sum(read), loss, cause, largest
 
-    tensors = list(ours.values())
+    tensors = [tensor for name, tensor in ours.items() if name in pair.names]
     before, left = tensors[: compared.done], tensors[compared.done :]
-    workers = _workers(config, bool(quantized), memory)
-    for name, (nbytes, loss, cause) in _in_order(look, left, workers):
+    workers = _workers(shapes, bool(pair.lossy), memory)
+    for name, (nbytes, loss, cause, largest) in _in_order(look, left, workers):
         advance(nbytes)
         compared.done += 1
         if loss:
             compared.losses.append(loss)
         if cause:
             compared.wrong[name] = cause
+            if largest is not None:
+                compared.largest[name] = largest
         note(compared)
     yield from compared.losses
     wrong = compared.wrong
     for tensor in before if wrong else ():  # what an earlier run has seen may stand in another's place
         if tensor.name not in SLICED:
             _sketch(tensor, tensor.load(None), sketches)
-    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, reader, _LARGEST_LOSS, candidate.readers[0].shape)
-    unexpected = unexpected_tensors(candidate, config)
+    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, pair.reader, pair.limits, pair.shape_of)
     for name, cause in wrong.items():
-        key = transformers_key(name, has_vision)
+        key, largest = transformers_key(name, pair.has_vision), compared.largest.get(name)
         if not theirs[name].keys:
-            elsewhere = _under_another_name(ours[name], config, candidate, unexpected)
-            yield WeightFault(name, key, f"{cause}{elsewhere}", "missing", is_missing=True)
+            yield WeightFault(name, key, f"{cause}{elsewhere(name)}", "missing", is_missing=True)
             continue
         try:
             diagnosis = diagnoser.of(name)
-        except BindingError:  # of a fused tensor that has no such expert
-            yield WeightFault(name, key, f"{cause}: experts are missing", "missing")
+        except BindingError as error:  # of a fused tensor that has no such expert, or of a sibling that is missing
+            missing = largest is None and not isinstance(error, DamagedMatrix)
+            told = f"{cause}: experts are missing" if missing else cause
+            yield WeightFault(name, key, told, "missing" if missing else None, max_abs_diff=largest)
             continue
         if diagnosis is None:
-            yield WeightFault(name, key, cause)
+            yield WeightFault(name, key, cause, max_abs_diff=largest)
         elif diagnosis.kind == "dtype":
-            yield WeightFault(name, key, cause, "dtype")
+            yield WeightFault(name, key, cause, "dtype", max_abs_diff=largest)
         else:
-            yield WeightFault(name, key, f"{diagnosis.cause}; {cause.rpartition('; ')[2]}", diagnosis.kind)
+            told = f"{diagnosis.cause}; {cause.rpartition('; ')[2]}"
+            yield WeightFault(name, key, told, diagnosis.kind, max_abs_diff=largest)
 
 
-def _workers(config: Llama4Config, is_quantized: bool, memory: int) -> int:
-    largest = max(prod(shape) for name, shape in parameter_shapes(config).items() if name not in SLICED)
-    fitting = memory // max(1, largest * (_BYTES_QUANTIZED if is_quantized else _BYTES_PLAIN))
-    return max(1, min(os.cpu_count() or 1, fitting))
+def losses_by_scheme(losses: Sequence[MatrixLoss]) -> dict[str, Any]:
+    """What became of the quantized matrices, by scheme: how many, and the mean and the largest of their relative errors."""
+    told: dict[str, Any] = {}
+    for kind in sorted({loss.kind for loss in losses}):
+        group = [loss for loss in losses if loss.kind == kind]
+        worst = max(group, key=lambda loss: loss.relative_mse)
+        told[kind] = {
+            "matrices": len(group),
+            "relative_mse_mean": finite(sum(loss.relative_mse for loss in group) / len(group)),
+            "relative_mse_largest": finite(worst.relative_mse),
+            "worst": worst.key,
+        }
+    return told
+
+
+def memory_needed(config: Llama4Config, is_lossy: bool) -> int:
+    """Bytes that the largest tensor takes while it is compared."""
+    return _needed(parameter_shapes(config), is_lossy)
+
+
+def _needed(shapes: Mapping[str, tuple[int, ...]], is_lossy: bool) -> int:
+    largest = max(prod(shape) for name, shape in shapes.items() if name not in SLICED)
+    return max(1, largest * (_BYTES_QUANTIZED if is_lossy else _BYTES_PLAIN))
+
+
+def _workers(shapes: Mapping[str, tuple[int, ...]], is_lossy: bool, memory: int) -> int:
+    return max(1, min(os.cpu_count() or 1, memory // _needed(shapes, is_lossy)))
 
 
 def _in_order(
@@ -228,11 +308,18 @@ def _under_another_name(
 
 
 def _compare(
-    ours: LogicalTensor, found: LogicalTensor, config: Llama4Config, advance: Callable[[int], None], sketches: Sketches
-) -> str | None:
-    """How much of `found` is wrong, in words. Raises ShapeError, and BindingError if there is none."""
+    ours: LogicalTensor,
+    found: LogicalTensor,
+    shape: tuple[int, ...],
+    advance: Callable[[int], None],
+    sketches: Sketches,
+    either_way: bool,
+) -> tuple[str | None, float | None]:
+    """How much of `found` is wrong, in words, and the largest difference. Raises ShapeError, and BindingError if there is none.
+
+    Differences are of numbers in the dtype of `found`.
+    """
     differing, elements, largest = 0, 0, 0.0
-    shape = parameter_shapes(config)[ours.name]
     if ours.name in SLICED:
         sketches.add(ours.name, (shape[0], shape[1]), sketch_of_rows(ours, (shape[0], shape[1])))
     for rows in slices(ours.name, shape[0]):
@@ -243,33 +330,37 @@ def _compare(
         b = found.load(rows)
         if a.shape != b.shape:
             if rows is not None and a.shape[1:] == b.shape[1:]:
-                return f"it has {'fewer' if len(b) < len(a) else 'more'} rows than the reference's"
-            return f"its shape is {list(b.shape)}, not {list(a.shape)}"
+                return f"it has {'fewer' if len(b) < len(a) else 'more'} rows than the reference's", None
+            return f"its shape is {list(b.shape)}, not {list(a.shape)}", None
         elements += a.size
+        rounded = a
         if ours.dtype != found.dtype:
             if not {ours.dtype, found.dtype} <= FLOATS:
-                return f"its dtype is {found.dtype}, not {ours.dtype}"
-            a = cast(a, ours.dtype, found.dtype)
-        unequal = a != b
+                return f"its dtype is {found.dtype}, not {ours.dtype}", None
+            rounded = cast(a, ours.dtype, found.dtype)
+        unequal = rounded != b
+        if either_way and ours.dtype != found.dtype:
+            unequal &= cast(b, found.dtype, ours.dtype) != a
         n = int(np.count_nonzero(unequal))
         if n:
             differing += n
-            difference = _largest_difference(a[unequal], b[unequal], found.dtype)
+            difference = _largest_difference(rounded[unequal], b[unequal], found.dtype)
             largest = largest if difference <= largest else difference  # NaN stays
     if not differing:
-        return None
-    return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}"
+        return None, None
+    return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}", largest
 
 
 def _loss(
     ours: LogicalTensor,
     found: LogicalTensor,
     kind: str,
+    limit: float,
     reader: QuantizedReader | None,
     advance: Callable[[int], None],
     sketches: Sketches,
-) -> tuple[float, str | None]:
-    """Relative squared error, and what is wrong with it. Raises ShapeError."""
+) -> tuple[float, str | None, float | None]:
+    """Relative squared error, what is wrong with it, and then the largest difference of a number. Raises ShapeError."""
     from llama4_convert.diagnosis.quantized_faults import suspicion
 
     a = ours.load(None)
@@ -283,17 +374,23 @@ def _loss(
         difference = y - x
         error, power = (np.einsum("nk,nk->n", z, z).astype(np.float64) for z in (difference, x))
     del difference
-    whole, limit = float(power.sum()), _LARGEST_LOSS[kind]
+    whole = float(power.sum())
     loss = float(error.sum()) / whole if whole else 0.0 if not error.any() else math.inf
-    if not loss <= limit:
-        return loss, f"a relative squared error of {loss:.3g}: {kind} makes no more than {limit:g}"
     rows = np.flatnonzero(error > _LARGEST_ROW_LOSS * power)
-    if len(rows):
-        return loss, f"a relative squared error of {float((error[rows] / power[rows]).max()):.3g} in row {listed(rows)}"
-    if reader is None:  # Meta's own codes, whose parts are not looked into
-        return loss, None
-    few = suspicion(x, y, reader.quantized[found.keys[0]], reader.read_parts(found.keys[0]))
-    return loss, f"{few.cause}; a relative squared error of {loss:.3g} on the whole" if few else None
+    cause = None
+    if not loss <= limit:
+        cause = f"a relative squared error of {loss:.3g}: {kind} makes no more than {limit:g}"
+    elif len(rows):
+        cause = f"a relative squared error of {float((error[rows] / power[rows]).max()):.3g} in row {listed(rows)}"
+    elif (
+        reader is not None and found.keys[0] in reader.quantized
+    ):  # not Meta's own codes, whose parts are not looked into
+        few = suspicion(x, y, reader.quantized[found.keys[0]], reader.read_parts(found.keys[0]))
+        cause = f"{few.cause}; a relative squared error of {loss:.3g} on the whole" if few else None
+    if cause is None:
+        return loss, None, None
+    with np.errstate(invalid="ignore", over="ignore"):
+        return loss, cause, float(np.abs(y - x).max())
 
 
 def _sketch(tensor: LogicalTensor, bits: Bits, sketches: Sketches) -> None:

@@ -22,7 +22,7 @@ _ANGLE = 0.01
 _SILENT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
 # With one token there is nothing to rotate against and nobody else to attend to.
 _FROM_TWO = {"use_qk_norm", "no_rope_layers"}
-_DIALOGS: tuple[tuple[bool, list[dict[str, str]]], ...] = (
+DIALOGS: tuple[tuple[bool, list[dict[str, str]]], ...] = (
     (True, [{"role": "user", "content": "Is 17 a prime?"}]),
     (
         True,
@@ -50,7 +50,7 @@ def said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> l
     # Which of the three end a generation depends on the variant, but there must be one, and no other.
     if expected_stops and not (stops and set(stops) <= set(expected_stops)):
         found.append(Difference("eos_token_id", list(expected_stops), list(stops)))
-    return [*found, *_chat_template(original, candidate)]
+    return [*found, *chat_template(original, candidate)]
 
 
 def told(
@@ -94,7 +94,7 @@ def _rope_differs_from(expected: Llama4TextConfig, found: Llama4TextConfig) -> i
     return math.ceil(_ANGLE / apart) + 1 if apart > 0 else None
 
 
-def _chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Difference]:
+def chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Difference]:
     """Whether the candidate's template writes dialogs as Meta's ChatFormat does. Guard has a prompt of its own."""
     source = template_of(candidate)
     if source is None or not original.config.text_config.moe_layers:
@@ -103,7 +103,7 @@ def _chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Diff
         ours, theirs = _processor(original), _tokenizer(candidate)
     except ConvertError:
         return  # no tokenizer on that side: nothing to compare with
-    for prompted, messages in _DIALOGS:
+    for prompted, messages in DIALOGS:
         expected = ours.chat(messages, add_generation_prompt=prompted).tokens
         try:
             text = render(source, messages, prompted)

@@ -31,7 +31,14 @@ from llama4_convert.parity.prompts import Batch, Prompt, check_prompts, prompts_
 from llama4_convert.parity.walk import CandidateFailed, Parity, Side, Walk, candidate_steps
 from llama4_convert.reference import Checkpoint, model_of
 from llama4_convert.version import VERSION
-from llama4_convert.weight_check import Compared, MatrixLoss, WeightFault, compare_weights, unexpected_tensors
+from llama4_convert.weight_check import (
+    Compared,
+    MatrixLoss,
+    WeightFault,
+    compare_weights,
+    losses_by_scheme,
+    unexpected_tensors,
+)
 
 if TYPE_CHECKING:
     from llama4.model import Llama4ForCausalLM
@@ -132,7 +139,7 @@ def validate(
         "config_differences": [told(one, config, candidate.config, length, sees) for one in differences],
         "weights_not_compared": uncompared,
         "tensors_compared": 0 if uncompared else len(sizes) - sum(fault.is_missing for fault in faults),
-        "tensors_quantized": _quantized(losses),
+        "tensors_quantized": losses_by_scheme(losses),
         "tensors_different": [fault.to_json() for fault in faults],
         "tensors_unexpected": [] if uncompared else unexpected_tensors(candidate, config),
         **run.metrics,
@@ -200,21 +207,6 @@ def _error_by_expert(losses: Sequence[MatrixLoss]) -> dict[str, Any] | None:
         [finite(sum(row[e]) / len(row[e])) if e in row else None for e in range(n)] for _, row in sorted(sums.items())
     ]
     return {"layers": sorted(sums), "relative_mse": rows}
-
-
-def _quantized(losses: Sequence[MatrixLoss]) -> dict[str, Any]:
-    """What became of the quantized matrices, by scheme: how many, and the mean and the largest of their relative errors."""
-    told: dict[str, Any] = {}
-    for kind in sorted({loss.kind for loss in losses}):
-        group = [loss for loss in losses if loss.kind == kind]
-        worst = max(group, key=lambda loss: loss.relative_mse)
-        told[kind] = {
-            "matrices": len(group),
-            "relative_mse_mean": finite(sum(loss.relative_mse for loss in group) / len(group)),
-            "relative_mse_largest": finite(worst.relative_mse),
-            "worst": worst.key,
-        }
-    return told
 
 
 def _batch(

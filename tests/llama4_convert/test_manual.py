@@ -81,6 +81,7 @@ RUNS = [
     ["explain", "HF", "*norm*"],
     ["verify", "HF"],
     ["validate", "HF", "--reference", "META", "--tokens", "4", "--no-cache"],
+    ["diff", "META", "HF"],
     ["generate", "HF", "--prompt", "a", "--max-new-tokens", "1"],
     ["card", "HF"],
     ["card", "HF", "--validation", "PARITY", "--write"],

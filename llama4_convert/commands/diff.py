@@ -1,0 +1,112 @@
+"""The command `diff`, and how it is told to people."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama4_convert import report
+from llama4_convert.commands.options import Size, as_json, show
+from llama4_convert.errors import CheckFailed
+
+_SHOWN = 20  # of each list
+
+
+@click.command()
+@click.argument("a", metavar="A", type=click.Path(path_type=Path))
+@click.argument("b", metavar="B", type=click.Path(path_type=Path))
+@click.option(
+    "--max-memory", type=Size(), default="4GiB", show_default=True, help="Bound on the memory of the process."
+)
+@as_json
+def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
+    """Tell in which tensors and fields two checkpoints differ. Each may be in either layout, of any rank count, quantized or not.
+
+    Every tensor is held against its counterpart bit by bit; those of two dtypes after rounding; those quantized on one side
+    against the error that the scheme can make. What only one has is listed, the rest compared all the same: a text-only
+    checkpoint, fewer layers, fewer experts. Where a cause fits, it is proposed. Keys that `convert` drops decide nothing.
+
+    Ends with exit code 5 if anything differs.
+
+    \b
+    Examples:
+      llama4-convert diff Llama-4-Scout-17B-16E-Instruct/original scout-hf
+      llama4-convert diff scout-hf scout-int4
+      llama4-convert diff scout-hf my-fine-tune --json
+    """
+    from llama4_convert import diff as run
+
+    with report.ProgressBar("diff", quiet=as_json and not sys.stderr.isatty()) as bar:
+        result = run(a, b, max_memory=max_memory, start=bar.start, progress=bar.advance)
+    show(result, as_json, lambda r: "\n".join(_lines(r)))
+    if not result["equal"]:
+        raise CheckFailed(f"{a} and {b} differ: {_first(result)}")
+
+
+def _lines(r: dict[str, Any]) -> Iterator[str]:
+    said, different = r["config_differences"], r["different"]
+    yield f"A        {r['a']}"
+    yield f"B        {r['b']}"
+    yield f"config   {f'{len(said)} field(s) differ' if said else 'no field differs'}"
+    width = max((len(d["field"]) for d in said[:_SHOWN]), default=0)
+    yield from _bounded(f"{d['field']:{width}}  {_short(d['a'])} in A, {_short(d['b'])} in B" for d in said)
+    seen = f", {'B' if r['reference'] == 'a' else 'A'} as seen from {r['reference'].upper()}" if different else ""
+    yield f"tensors  {r['tensors_compared']} compared, {len(different)} differ{seen}"
+    width = max((len(_name(d)) for d in different[:_SHOWN]), default=0)
+    yield from _bounded(f"{_name(d):{width}}  {d['cause']}" for d in different)
+    for rounded in r["rounded"]:
+        yield f"rounded  {rounded['tensors']} are {rounded['a']} in A and {rounded['b']} in B: compared after rounding"
+    for scheme, told in r["quantized"].items():
+        mean, largest = (_number(told[f"relative_mse_{name}"]) for name in ("mean", "largest"))
+        yield f"error    {told['matrices']} matrices in {scheme}: relative squared error {mean} on the mean, {largest} at most"
+        yield f"         ({told['worst']})"
+    reasons = {entry["name"]: entry["why"] for entry in r["dropped"]}
+    for side in "ab":
+        names = [name for name in r[f"only_in_{side}"] if name not in reasons]
+        if names:
+            yield f"only in {side.upper()}: {len(names)} tensor(s)"
+            yield from _bounded(names)
+        whys = Counter(reasons[name] for name in r[f"only_in_{side}"] if name in reasons)
+        for why, n in whys.items():
+            yield f"dropped  {n} key(s) only in {side.upper()} decide nothing: {why}"
+    yield "equal" if r["equal"] else "different"
+
+
+def _bounded(lines: Any) -> Iterator[str]:
+    lines = list(lines)
+    yield from (f"         {line}" for line in lines[:_SHOWN])
+    if len(lines) > _SHOWN:
+        yield f"         and {len(lines) - _SHOWN} more"
+
+
+def _name(difference: dict[str, Any]) -> str:
+    """With the expert, where many share a tensor."""
+    module = difference["module"]
+    return f"{difference['name']} ({module})" if module and ".experts." in module else str(difference["name"])
+
+
+def _first(r: dict[str, Any]) -> str:
+    if r["different"]:
+        first = r["different"][0]
+        return f"{_name(first)}: {first['cause']}"
+    reasons = {entry["name"] for entry in r["dropped"]}
+    for side in "ab":
+        if names := [name for name in r[f"only_in_{side}"] if name not in reasons]:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"only {r[side]} has {names[0]}{more}"
+    first = r["config_differences"][0]
+    return f"{first['field']} is {_short(first['a'])} and {_short(first['b'])}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:60] + " ..."
+
+
+def _number(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4g}"
