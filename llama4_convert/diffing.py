@@ -1,8 +1,8 @@
 """`diff`: two checkpoints in any two layouts held against each other, tensor by tensor, in bounded memory.
 
 Neither is taken as right: what is told is the same whichever comes first. Each side is bound for its own configuration, so that
-checkpoints of other layer or expert counts are compared as far as both have a tensor. Only the words on how a tensor differs take a
-side, since they must begin somewhere: that with more of its numbers (not quantized, of the wider dtype), else the first.
+checkpoints of other layer or expert counts are compared as far as both have a tensor. Only the words on how a tensor differs take
+a side, since they must begin somewhere: that with more of its numbers (not quantized, of the wider dtype), else the first.
 """
 
 from __future__ import annotations

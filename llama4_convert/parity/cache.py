@@ -189,12 +189,13 @@ class CandidateNotes:
         body = self._read().get("weights")
         if not body:
             return Compared()
-        return Compared(body["done"], body["wrong"], [MatrixLoss(*loss) for loss in body["losses"]])
+        losses = [MatrixLoss(*loss) for loss in body["losses"]]
+        return Compared(body["done"], body["wrong"], body["largest"], losses)
 
     def note(self, compared: Compared, is_last: bool = False) -> None:
         if is_last or time.monotonic() - self._noted >= _EVERY:
             losses = [[loss.key, loss.kind, loss.relative_mse] for loss in compared.losses]
-            self._write({"weights": {"done": compared.done, "wrong": compared.wrong, "losses": losses}})
+            self._write({"weights": {**vars(compared), "losses": losses}})
 
     def done(self, stages: int, stage: str, states: States, parity: Parity) -> None:
         if time.monotonic() - self._noted < _EVERY or self.cache.is_broken:

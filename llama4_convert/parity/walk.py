@@ -149,7 +149,7 @@ class Walk:
         )
 
     def _step(self, stage: str, states: States, parity: Parity) -> None:
-        layer, before = layer_of(stage), states
+        layer = layer_of(stage)
         if self.candidate.live:
             expected = self._expected(stage, states.reference)
             chosen = self._choice(expected, self.candidate.live)
@@ -164,12 +164,12 @@ class Walk:
             if self.reference.live:
                 # The candidate cannot run on the reference's input; the reference runs on the candidate's.
                 theirs = self._choice(free, self.reference.live)
-                alone = self.reference.live.run(stage, [before.free], [theirs])[0]
-                pair, base = (alone.state, free.state), before.free
+                alone = self.reference.live.run(stage, [states.free], [theirs])[0]
+                pair, base = (alone.state, free.state), states.free
         local = None
         if alone is not None:
-            local = self._error(*pair, base if layer is not None else None, parity)
-        propagated = self._error(expected.state, free.state, None, parity)
+            local = self._error(*pair, base if layer is not None else None)
+        propagated = self._error(expected.state, free.state, None)
         agreement = self._agreement(expected, free)
         told = {"nmse_local": finite(local), "nmse_propagated": finite(propagated)}
         if layer is not None:
@@ -184,7 +184,7 @@ class Walk:
                 is_real = self.batch.is_real.flatten()
                 score_error = nmse(_array(a.scores[is_real]), _array(b.scores[is_real]))
         if parity.strayed is None and local is not None and not max(local, score_error) <= self.tolerance:
-            self._name(stage, before, chosen, parity)
+            self._name(stage, states, chosen, parity)
         states.reference, states.free = expected.state, _same(expected.state, free.state)
         states.forced = None if forced is None else _same(expected.state, forced.state)
 
@@ -241,7 +241,7 @@ class Walk:
         parity.routing_load["layers"].append(layer)
         parity.routing_load["tokens"].append(counts.tolist())
 
-    def _error(self, reference: Tensor, other: Tensor, base: Tensor | None, parity: Parity) -> float:
+    def _error(self, reference: Tensor, other: Tensor, base: Tensor | None) -> float:
         if reference.shape != other.shape:
             raise CandidateFailed(f"its activations are {list(other.shape)}, not {list(reference.shape)}")
         if other is reference:
