@@ -1,6 +1,6 @@
 """`validate` at real widths: seconds a stage, own memory, what a second candidate costs, and what that makes of a whole Scout.
 
-    python benchmarks/parity.py [--tokens 4096] [--experts 16] [--vocab 16384] [--folder DIR] [--json FILE]
+    python benchmarks/parity.py [--tokens 4096] [--experts 16] [--vocab 16384] [--geometries scout] [--json FILE]
 
 Two layers of Scout's width and two of Maverick's (a dense one and one of experts), random weights: 30 GB of disk, half an hour
 on 2 cores. The whole model is *extrapolated*: weights by their bytes, layers by their number, logits by the vocabulary; to 8
@@ -103,11 +103,15 @@ def extrapolated(
     return {"a layer": layer, **parts, "all": sum(parts.values())}
 
 
-def compare(folder: Path, tokens: int, experts: int, vocab: int, quick: bool = False) -> dict[str, Any]:
-    found = {}
-    for geometry in ("scout", "maverick"):
+def compare(
+    folder: Path, tokens: int, experts: int, vocab: int, geometries: list[str], quick: bool = False
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for geometry in geometries:
         print(geometry, flush=True)
         found[geometry] = measure(folder, geometry, tokens, quick, layers=2, experts=experts, vocab=vocab)
+    if "scout" not in found:
+        return found
     found["scout"]["extrapolated"] = {str(cores): extrapolated(found["scout"], cores) for cores in (2, 8)}
     for cores, parts in found["scout"]["extrapolated"].items():
         told = ", ".join(f"{name} {seconds:,.0f}" for name, seconds in parts.items())
@@ -120,12 +124,15 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=4096)
     options.add_argument("--experts", type=int, default=16)
     options.add_argument("--vocab", type=int, default=16384)
+    options.add_argument("--geometries", nargs="+", choices=["scout", "maverick"], default=["scout", "maverick"])
     options.add_argument("--quick", action="store_true", help="does it run? The figures mean nothing")
     options.add_argument("--folder", type=Path)
     options.add_argument("--json", type=Path)
     args = options.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-") as folder:
-        found = compare(Path(folder), 24 if args.quick else args.tokens, args.experts, args.vocab, args.quick)
+        found = compare(
+            Path(folder), 24 if args.quick else args.tokens, args.experts, args.vocab, args.geometries, args.quick
+        )
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

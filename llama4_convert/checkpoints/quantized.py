@@ -45,7 +45,7 @@ class QuantizedReader(DirectoryReader):
         self.quantized: dict[str, QuantizedMatrix] = {}
         self.damaged: dict[str, DamagedMatrix] = {}
         method = checkpoint.config["quantization_config"].get("quant_method")
-        self.unknown_method = None if method in _METHODS else str(method)  # Transformers may know it
+        self.unknown_method = None if method is None or method in _METHODS else str(method)  # Transformers may know it
         for key in checkpoint.tensors if self.unknown_method is None else ():
             for suffix, bind in ((_PACKED, self._int4), (_SCALE, self._fp8), (_NF4, self._nf4)):
                 module = key.removesuffix(suffix)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from llama4.chat import Inputs
 from llama4.config import Llama4Config
-from llama4_convert import prompts
 from llama4_convert.errors import BadInput, ConvertError, EnvironmentFailed, UsageError
+from llama4_convert.parity import prompts
 from llama4_convert.parity.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
 
 PATCH = 42
