@@ -17,6 +17,7 @@ from pathlib import Path
 
 import atheris
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llama4_convert"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 with atheris.instrument_imports(include=["llama4_convert", "llama4", "mappings", "quant"]):
     from subjects import REFUSED, Watch, subjects

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import zipfile
@@ -11,15 +12,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama4_convert import convert, inspect, plan
+import commands
+
+from llama4_convert import card, convert, inspect, plan
 from llama4_convert.checkpoints.inert_pickle import RefusedPickle, read_state_dict
 from llama4_convert.checkpoints.pth import PthIndex, StoredTensor
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.html.report import render
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.published import read_ids
 from llama4_convert.tokenizer import tokenizer_files
 from llama4_convert.verification import verify
 from quant.recipe import RecipeError, load
+
+# What `validate --json` prints, as far as a model card wants it.
+PARITY = {
+    "passed": True,
+    "runner": "llama4",
+    "dtype": "float32",
+    "kind": "int4",
+    "tensors_compared": 50,
+    "tokens": 256,
+    "config_differences": [],
+    "tensors_different": [],
+    "gates_failed": [],
+    "gates": {"kl_mean": 0.2},
+    "kl_mean": 0.01,
+    "kl_p999": 0.2,
+    "top1_agreement": 0.99,
+    "nmse": 0.001,
+    "tensors_quantized": {"int4": {"matrices": 6, "relative_mse_mean": 0.01, "relative_mse_largest": 0.02}},
+    "layers": [{"layer": 0, "nmse_local": 0.01, "nmse_propagated": 0.01, "router_agreement": 1.0}],
+}
 
 REFUSED = (BadInput, RefusedPickle, UsageError, RecipeError)
 # Of Python's audited actions, what no file may lead to. Importing our own modules late is our own doing.
@@ -99,6 +123,8 @@ def subjects(source: Path, folder: Path) -> dict[str, Subject]:
     ids.write_text(
         f'[{{"path": "config.json", "oid": "{digits[:40]}"}}, {{"path": "x", "lfs": {{"oid": "{digits}"}}}}]'
     )
+    lora, parity = commands.write_adapter(out, folder / "lora"), folder / "parity.json"
+    parity.write_text(json.dumps({"path": str(out), **PARITY}))
     tensors_of_whole = {key: without_crc(tensor) for key, tensor in PthIndex.read(rank).tensors.items()}
 
     def archive_index(_: bytes) -> None:
@@ -125,6 +151,8 @@ def subjects(source: Path, folder: Path) -> dict[str, Subject]:
         ),
         "recipe": text(recipe, lambda _: load(str(recipe))),
         "ids": text(ids, lambda _: read_ids(ids, out)),
+        "adapter": text(lora / "adapter_config.json", lambda _: plan(out, adapter=lora)),
+        "parity": text(parity, lambda _: (card(out, validation=parity), render(json.loads(parity.read_bytes())))),
     }
     # What readers import late is imported by now, and is no doing of what is handed in.
     for subject in found.values():
