@@ -44,6 +44,8 @@ from mappings import load_table
 MAX_MEMORY = 4 << 30
 _INTERPRETER = 420 << 20  # Python with torch, and what its allocator holds back
 _EXPERT = re.compile(r"layers\.(\d+)\.feed_forward\.experts\.(\d+)\.(gate|up|down)")
+_FUSED = (".experts.gate_up_proj", ".experts.down_proj")
+_MOST_EXPERTS = 1024  # an axis longer than that is none of experts
 _SLICE = 32 << 20  # bytes of a tensor that no Llama 4 has, read at a time
 
 
@@ -120,7 +122,7 @@ class Side:
             keys = self.reader.keys()
             for key in keys:
                 shape = () if key in getattr(self.reader, "damaged", {}) else self.reader.shape(key)
-                if key.endswith(".experts.gate_up_proj") and len(shape) == 3:
+                if key.endswith(_FUSED) and len(shape) == 3 and shape[0] <= _MOST_EXPERTS:
                     experts.append(shape[0])
             text = replace(text, num_local_experts=max(experts))
         layers = max(text.num_hidden_layers, beyond.num_hidden_layers)
@@ -247,6 +249,7 @@ class _Comparison:
             reader if isinstance(reader, QuantizedReader) else None,
             self.left.reader.shape,
             either_way=True,
+            both_quantized=bool(self.right.checkpoint.quantized),
         )
 
     def rounded(self, swapped: bool) -> list[dict[str, Any]]:

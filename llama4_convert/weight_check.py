@@ -108,9 +108,10 @@ class Pair:
     limits: Mapping[str, float]  # relative squared error of each scheme
     reader: QuantizedReader | None  # of `theirs`, whose codes and scales are looked into
     shape_of: Callable[[str], tuple[int, ...]]  # of a key of `theirs`
-    either_way: bool = (
-        False  # of two dtypes, numbers are equal if rounding either gives the other; else only if ours does
-    )
+    # Neither is taken as right: of two dtypes numbers are equal if rounding either gives the other, not only if ours does.
+    either_way: bool = False
+    # Neither has the true numbers: errors are relative to the smaller ones.
+    both_quantized: bool = False
 
 
 def compare_weights(
@@ -176,7 +177,7 @@ def compare_tensors(
                 cause, largest = _compare(tensor, found, shapes[tensor.name], read.append, sketches, pair.either_way)
             else:
                 error, cause, largest = _loss(
-                    tensor, found, kind, pair.limits[kind], pair.reader, read.append, sketches
+                    tensor, found, kind, pair.limits[kind], pair.reader, read.append, sketches, pair.both_quantized
                 )
                 loss = MatrixLoss(found.keys[0], kind, error)
         except ShapeError as error:
@@ -359,6 +360,7 @@ def _loss(
     reader: QuantizedReader | None,
     advance: Callable[[int], None],
     sketches: Sketches,
+    both_quantized: bool,
 ) -> tuple[float, str | None, float | None]:
     """Relative squared error, what is wrong with it, and then the largest difference of a number. Raises ShapeError."""
     from llama4_convert.diagnosis.quantized_faults import suspicion
@@ -373,8 +375,9 @@ def _loss(
     with np.errstate(invalid="ignore", over="ignore"):
         difference = y - x
         error, power = (np.einsum("nk,nk->n", z, z).astype(np.float64) for z in (difference, x))
+        theirs = np.einsum("nk,nk->n", y, y).astype(np.float64) if both_quantized else power
     del difference
-    whole = float(power.sum())
+    whole, power = float(min(power.sum(), theirs.sum())), np.minimum(power, theirs)
     loss = float(error.sum()) / whole if whole else 0.0 if not error.any() else math.inf
     rows = np.flatnonzero(error > _LARGEST_ROW_LOSS * power)
     cause = None
