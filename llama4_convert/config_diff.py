@@ -62,19 +62,18 @@ def _chat_template(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     if one is None or other is None:
         yield Difference("chat_template", *(None if text is None else "present" for text in (one, other)))
         return
-    for prompted, messages in config_check.DIALOGS:
-        texts = [_rendered(text, messages, prompted) for text in (one, other)]
+    for texts in zip(_rendered(one), _rendered(other), strict=True):
         if texts[0] != texts[1]:
             at = next((i for i, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
             yield Difference("chat_template", *(text[at : at + 40] for text in texts))
             return
 
 
-def _rendered(template: str, messages: list[dict[str, str]], prompted: bool) -> str:
+def _rendered(template: str) -> list[str]:
     try:
-        return config_check.render(template, messages, prompted)
-    except Exception as error:  # a template is a program, and this one is broken
-        return one_line(error, 120)
+        return config_check.rendered(template)
+    except ValueError as error:
+        return [one_line(error, 120)] * len(config_check.DIALOGS)
 
 
 def told(difference: Difference) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 # An angle of RoPE that differs by less (radians) is not told from rounding.
 _ANGLE = 0.01
+_PATIENCE = 20.0  # seconds that a chat template may take
 # Fields that change nothing that is computed: other readers choose their code by them, or a generation its end.
 _SILENT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
 # With one token there is nothing to rotate against and nobody else to attend to.
@@ -103,13 +107,13 @@ def chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Diffe
         ours, theirs = _processor(original), _tokenizer(candidate)
     except ConvertError:
         return  # no tokenizer on that side: nothing to compare with
-    for prompted, messages in DIALOGS:
+    try:
+        texts = rendered(source)
+    except ValueError as error:
+        yield Difference("chat_template", "a template that renders", one_line(error, 120))
+        return
+    for (prompted, messages), text in zip(DIALOGS, texts, strict=True):
         expected = ours.chat(messages, add_generation_prompt=prompted).tokens
-        try:
-            text = render(source, messages, prompted)
-        except Exception as error:  # a template is a program, and this one is broken
-            yield Difference("chat_template", "a template that renders", one_line(error, 120))
-            return
         found = theirs.encode(text)
         if found != expected:
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))
@@ -135,8 +139,33 @@ def template_of(checkpoint: Checkpoint) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """As Transformers renders, in jinja2's sandbox: a template is a program that nobody vouches for."""
+def rendered(template: str) -> list[str]:
+    """`DIALOGS` as the template writes them. Raises ValueError for one that fails, or does not end.
+
+    A template is a program that nobody vouches for: it runs in jinja2's sandbox, and in a process that can be stopped.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    script = f"from {__name__} import _render_here; _render_here()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            input=template.encode("utf-8", "replace"),
+            capture_output=True,
+            env=environment,
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"it does not end within {_PATIENCE:.0f} s") from None
+    if done.returncode:
+        last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise ValueError(last or "it cannot be rendered")
+    texts: list[str] = json.loads(done.stdout)
+    return texts
+
+
+def _render_here() -> None:
+    """What the process of `rendered` does: a template from stdin, the texts as JSON to stdout; as Transformers renders."""
     from jinja2 import ext, sandbox
 
     environment = sandbox.ImmutableSandboxedEnvironment(
@@ -144,9 +173,12 @@ def render(template: str, messages: list[dict[str, str]], add_generation_prompt:
     )
     environment.globals["strftime_now"] = lambda form: ""
     environment.globals["raise_exception"] = _raise
-    return environment.from_string(template).render(
-        messages=messages, add_generation_prompt=add_generation_prompt, bos_token="<|begin_of_text|>"
-    )
+    template = environment.from_string(sys.stdin.buffer.read().decode())
+    texts = [
+        template.render(messages=messages, add_generation_prompt=prompted, bos_token="<|begin_of_text|>")
+        for prompted, messages in DIALOGS
+    ]
+    sys.stdout.write(json.dumps(texts))
 
 
 def _raise(message: str) -> None:

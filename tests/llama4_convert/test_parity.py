@@ -19,6 +19,7 @@ from llama4_convert import convert, validate
 from llama4_convert.checkpoints import quantized
 from llama4_convert.errors import UsageError
 from llama4_convert.parity import cache as parity_cache
+from llama4_convert.parity import config_check
 from llama4_convert.parity.config_check import matters_from
 from llama4_convert.parity.memory import budget
 from llama4_convert.reference import Checkpoint
@@ -413,6 +414,18 @@ def test_a_chat_template_that_writes_other_tokens_is_a_wrong_field(
         assert not result["passed"]
         assert [d["field"] for d in result["config_differences"]] == ["chat_template"]
         assert result["config_differences"][0]["matters"] is None
+
+
+def test_a_chat_template_that_does_not_end_is_stopped(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_check, "_PATIENCE", 3.0)
+    source, output = pair("text_only", variant="instruct")
+    path = commands.copy(output, tmp_path / "copy")
+    loop = "{% for i in range(99999) %}"
+    (path / "chat_template.jinja").write_text(loop * 4 + "{% endfor %}" * 4)
+    [told] = validate(path, reference=source, tokens=2)["config_differences"]
+    assert (told["field"], told["found"]) == ("chat_template", "it does not end within 3 s")
 
 
 # -------------------- memory
