@@ -37,7 +37,7 @@ def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
     Examples:
       llama4-convert diff Llama-4-Scout-17B-16E-Instruct/original scout-hf
       llama4-convert diff scout-hf scout-int4
-      llama4-convert diff scout-hf my-fine-tune --json
+      llama4-convert diff scout-hf scout-fp8 --json
     """
     from llama4_convert import diff as run
 
