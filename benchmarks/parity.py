@@ -65,21 +65,23 @@ def measure(folder: Path, geometry: str, tokens: int, quick: bool, **sizes: int)
     synth(source, geometry=geometry, ranks=8, **({"tiny": True} if quick else sizes))  # type: ignore[arg-type]
     ids.write_text(json.dumps([[random.Random(0).randrange(256) for _ in range(tokens)]]))
     convert(source, folder / "bf16")
-    found: dict[str, Run] = {"bf16": run(folder / "bf16", source, ids, str(folder / "cache"))}
-    found["bf16, the reference computed before"] = run(folder / "bf16", source, ids, str(folder / "cache"))
-    found["bf16, one core"] = run(folder / "bf16", source, ids, "", threads=1)
+    found: dict[str, Run] = {}
+
+    def tell(name: str, candidate: str, cache: Path | str, threads: int = 0) -> None:
+        found[name] = one = run(folder / candidate, source, ids, str(cache), threads)
+        layers = ", ".join(f"{s:.1f}" for s in one.layers())
+        print(f"  {name:38} {one.wall_s:7.1f} s, own {one.own_mib:6.0f} MiB, layers {layers}", flush=True)
+
+    tell("bf16", "bf16", folder / "cache")
+    tell("bf16, the reference computed before", "bf16", folder / "cache")
+    tell("bf16, one core", "bf16", "", threads=1)
     shutil.rmtree(folder / "bf16")
     convert(source, folder / "nf4", recipe="nf4")
-    found["nf4, the reference computed before"] = run(folder / "nf4", source, ids, str(folder / "cache"))
+    tell("nf4, the reference computed before", "nf4", folder / "cache")
     size = sum(path.stat().st_size for path in source.iterdir())
     vocab = plan(source)["tensors"][0]["shape"][0] if quick else sizes["vocab"]
     for path in (source, folder / "nf4", folder / "cache"):
         shutil.rmtree(path)
-    for name, one in found.items():
-        print(
-            f"  {name:38} {one.wall_s:7.1f} s, own {one.own_mib:6.0f} MiB, layers {[round(s, 1) for s in one.layers()]}",
-            flush=True,
-        )
     return {"bytes": size, "tokens": tokens, "vocab": vocab, "runs": {name: asdict(one) for name, one in found.items()}}
 
 
