@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def validate(
 
     if no_cache and cache is not None:
         raise UsageError("--cache and --no-cache contradict each other: leave one out")
+    if html is not None and not os.access(html.parent, os.W_OK):  # not after hours
+        raise UsageError(f"{html.parent} is no folder that can be written: give another FILE to --html")
     with report.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(
             path,
@@ -113,11 +116,11 @@ def validate(
             at=bar.at,
             **options,
         )
+    show(result, as_json, report.validate_summary)
     if html is not None:
         from llama4_convert.html.report import write_report
 
         write_report(result, html)
         report.say(f"{html} has the pictures")
-    show(result, as_json, report.validate_summary)
     if not result["passed"]:
         raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")

@@ -350,6 +350,24 @@ def test_only_the_runs_used_last_are_kept(pair: Callable[..., tuple[Path, Path]]
     assert len(list(tmp_path.iterdir())) == parity_cache._KEPT
 
 
+def test_the_report_is_written_beside_the_summary_and_a_wrong_place_is_refused_first(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = pair("text_only")
+    arguments = ("validate", output, "--reference", source, "--tokens", 4, "--no-cache", "--html")
+    refused = commands.run(capsys, *arguments, tmp_path / "nowhere" / "report.html")
+    assert refused.code == 2
+    assert "nowhere is no folder" in refused.error
+    assert refused.out == ""
+    outcome = commands.run(capsys, *arguments, tmp_path / "report.html", "--json")
+    assert outcome.code == 0
+    assert outcome.json["passed"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Passed:" in page
+    assert page.rstrip().endswith("</html>")
+    assert outcome.json["command"].split(" --")[0] in page
+
+
 # -------------------- what a field changes, and from which length on
 
 
