@@ -68,6 +68,20 @@ def tensor_sizes(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     return found
 
 
+def other_model(base: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str | None:
+    """What shows that the tensors are no fine-tune of `base`, in words; layers and vocabulary may be fewer or more."""
+    expected, sizes = Llama4TextConfig.from_json(base), tensor_sizes(tensors)
+    for field in ("hidden_size", "intermediate_size", "intermediate_size_mlp", "num_local_experts"):
+        is_idle = field == "num_local_experts" and not expected.moe_layers
+        if field in sizes and not is_idle and sizes[field] != getattr(expected, field):
+            return f"{field} is {sizes[field]} in its tensors and {getattr(expected, field)} there"
+    common = range(min(sizes.get("num_hidden_layers", 0), expected.num_hidden_layers))
+    moe = [layer for layer in common if layer in sizes["moe_layers"]]
+    if moe != [layer for layer in common if expected.is_moe(layer)]:
+        return f"layers {moe[:6]} have experts in its tensors, and {list(expected.moe_layers[:6])} there"
+    return None
+
+
 def repair_text(
     found: Mapping[str, Any], base: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, Any], list[Repair]]:

@@ -15,7 +15,7 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
-from llama4_convert.config_repair import Repair, repair_text, wrong_tokens
+from llama4_convert.config_repair import Repair, other_model, repair_text, wrong_tokens
 from llama4_convert.conversion import Job, Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.holdings import Holding, Holdings, of_meta, of_transformers
@@ -134,6 +134,8 @@ class VisionJob(TransformersJob):
         found: Any = self.text.config.get("text_config") or self.text.config
         expected: Any = base.body.get("text_config") or base.body
         try:
+            if apart := other_model(expected, tensors):
+                raise BadInput(f"{request.source} is no fine-tune of {base.path}: {apart}")
             self.text_config, self.repaired = repair_text(found, expected, tensors)
         except ConfigError as error:
             raise BadInput(f"{request.source}: config.json: {error}") from error
@@ -156,11 +158,6 @@ class VisionJob(TransformersJob):
     def _plan(self) -> Plan:
         try:
             text, text_binding = bind_directory(self.text)
-            ours, theirs = (c.text_config.hidden_size for c in (text, self.base.config))
-            if ours != theirs:
-                raise BadInput(
-                    f"hidden_size is {ours} in {self.request.source} and {theirs} in {self.base.path}: it is no fine-tune of that"
-                )
             full = replace(self.base.config, text_config=text.text_config)
             binding = load_table().bind(shape_of_config(full))
             n = len(self.base.ranks)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,10 @@ def validate(
 
     if no_cache and cache is not None:
         raise UsageError("--cache and --no-cache contradict each other: leave one out")
-    if html is not None and not os.access(html.parent, os.W_OK):  # not after hours
-        raise UsageError(f"{html.parent} is no folder that can be written: give another FILE to --html")
+    if html is not None:
+        _check_place(html)
+    if cache is not None and not cache.name:
+        raise UsageError("--cache has no folder: name one, or leave it out")
     with report.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(
             path,
@@ -124,3 +126,18 @@ def validate(
         report.say(f"{html} has the pictures")
     if not result["passed"]:
         raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")
+
+
+def _check_place(html: Path) -> None:
+    """Refuses before the run, not after hours, what a report cannot be written to."""
+    if not html.name:
+        raise UsageError("--html has no file: name one, or leave it out")
+    if html.exists() and not html.is_file():
+        raise UsageError(f"{html} is no regular file: give another FILE to --html")
+    try:
+        with tempfile.TemporaryFile(dir=html.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{html.parent} is no folder that can be written ({error.strerror}): give another FILE to --html"
+        ) from error

@@ -141,6 +141,11 @@ class Walk:
             if layers != expected:
                 raise CandidateFailed(f"its vision tower has {layers} layers, not {expected}")
 
+    def _same_kind(self, layer: int) -> bool:
+        """Whether the layer has experts on both sides, or on neither."""
+        models = [side.live.model.config for side in (self.reference, self.candidate) if side.live]
+        return len({c.text_config.is_moe(layer) for c in (self.config, *models)}) == 1
+
     def _can_force(self, live: Live) -> bool:
         ours, theirs = self.config.text_config, live.model.config.text_config
         return bool(ours.moe_layers) and (ours.num_experts_per_tok, ours.num_local_experts) == (
@@ -259,6 +264,9 @@ class Walk:
         if layer is None or self.modules is None:
             parity.strayed = layer, stage if layer is None else "layer"
             return
+        if not self._same_kind(layer):  # which has no modules in common
+            parity.strayed = layer, "feed_forward"
+            return
         before = states.reference if self.candidate.live else states.free
         assert before is not None
         errors = self.modules(layer, before, chosen)
@@ -333,7 +341,12 @@ def candidate_steps() -> Iterator[None]:
         yield
     except BindingError as error:  # a shape that is not the configuration's, or a dtype beyond us
         raise CandidateFailed(str(error)) from error
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:  # KeyError: a tensor that its configuration has not
         raise_if_out_of_memory(error)
         raise CandidateFailed(one_line(error)) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from llama4.config import Llama4Config
 from llama4.text import Llama4TextModel
-from llama4_convert import convert, validate
+from llama4_convert import convert, synth, validate
 from llama4_convert.checkpoints import quantized
 from llama4_convert.errors import UsageError
 from llama4_convert.parity import cache as parity_cache
@@ -131,6 +132,21 @@ def test_the_stage_of_the_vision_tower_that_strays_is_told(
     assert names == ["vision.embed", "vision.layers.0", "vision.layers.1", "vision.adapter", "vision.projector"]
     assert [told["stage"] for told in vision if told["nmse_local"] > 1e-8] == [stage]
     assert [told["stage"] for told in vision if told["nmse_propagated"] > 1e-8] == names[names.index(stage) :]
+
+
+@pytest.mark.parametrize("runner", ["llama4", "transformers"])
+@pytest.mark.parametrize(("one", "other"), [("scout", "maverick"), ("maverick", "scout")])
+def test_layers_of_another_kind_are_a_failed_check_and_no_crash(
+    one: str, other: str, runner: str, pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Dense where the reference has experts, or the reverse: of as many layers, so that both run."""
+    for geometry in (one, other):
+        synth(tmp_path / geometry, geometry=geometry, tiny=True, ranks=2)
+    convert(tmp_path / one, tmp_path / "out")
+    result = validate(tmp_path / "out", reference=tmp_path / other, tokens=4, runner=runner)
+    assert not result["passed"]
+    assert {"moe_layers", "interleave_moe_layer_step"} <= {d["field"] for d in result["config_differences"]}
+    assert any(fault["kind"] == "missing" for fault in result["tensors_different"])
 
 
 # -------------------- routing
@@ -360,6 +376,18 @@ def test_the_report_is_written_beside_the_summary_and_a_wrong_place_is_refused_f
     assert refused.code == 2
     assert "nowhere is no folder" in refused.error
     assert refused.out == ""
+    os.mkfifo(tmp_path / "pipe")
+    for place, words in (
+        ("", "no file"),
+        (tmp_path / "pipe", "no regular file"),
+        ("/proc/x.html", "/proc is no folder"),
+    ):
+        refused = commands.run(capsys, *arguments, place)
+        assert (refused.code, refused.out) == (2, "")
+        assert words in refused.error
+    assert (tmp_path / "pipe").is_fifo()
+    without = commands.run(capsys, "validate", output, "--reference", source, "--cache", "")
+    assert (without.code, without.out) == (2, "")
     outcome = commands.run(capsys, *arguments, tmp_path / "report.html", "--json")
     assert outcome.code == 0
     assert outcome.json["passed"]

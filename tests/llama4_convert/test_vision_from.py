@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama4.config import Llama4Config, differences
-from llama4_convert import convert, plan, validate
+from llama4_convert import convert, plan, synth, validate
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.parity.transformers_runner import load_transformers
 
@@ -339,7 +339,7 @@ def test_a_base_of_another_width(
     outcome = commands.run(capsys, "convert", tuned("odd"), tmp_path / "out", "--vision-from", converted("scout"))
     assert outcome.code == 3
     assert "hidden_size is 96" in outcome.error
-    assert "and 128 in" in outcome.error
+    assert "and 128 there" in outcome.error
     assert not (tmp_path / "out").exists()
 
 
@@ -400,3 +400,15 @@ def test_ranks_of_the_base_that_disagree(
     torch.save(state, file)
     with pytest.raises(BadInput, match="the ranks disagree"):
         convert(tuned("odd"), tmp_path / "other", vision_from=base)
+
+
+def test_a_base_of_another_model_is_refused_and_nothing_is_taken_from_it(tmp_path: Path) -> None:
+    """Scout's text and Maverick: the widths are the same, and the layers that have experts are others."""
+    for geometry in ("scout", "maverick"):
+        synth(tmp_path / geometry, geometry=geometry, tiny=True, ranks=2)
+    convert(tmp_path / "scout", tmp_path / "text", text_only=True)
+    with pytest.raises(BadInput, match=r"is no fine-tune of .*maverick: layers"):
+        convert(tmp_path / "text", tmp_path / "out", vision_from=tmp_path / "maverick")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    convert(tmp_path / "text", tmp_path / "right", vision_from=tmp_path / "scout")
+    assert validate(tmp_path / "right", reference=tmp_path / "scout", tokens=4)["passed"]
