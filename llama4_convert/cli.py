@@ -19,6 +19,7 @@ from llama4_convert.commands.writing import convert, export, plan, recipes
 from llama4_convert.errors import ConvertError, EnvironmentFailed, UsageError, from_os_error
 from llama4_convert.version import VERSION
 
+OURS = ("llama4", "llama4_convert", "mappings", "quant")
 EXIT_CODES = """
 \b
 Exit codes: 0 done, 1 a bug of ours, 2 usage, 3 bad input, 4 environment
@@ -70,6 +71,12 @@ def main() -> None:
         _fail(error)
     except OSError as error:
         _fail(from_os_error(error, "running"))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OURS or not package:
+            raise
+        told = f"the Python package {package} is missing: install llama4-convert with its dependencies (pip install .)"
+        _fail(EnvironmentFailed(told))
     except MemoryError:
         _fail(EnvironmentFailed("out of memory: give less to --max-memory, or close other programs"))
 

@@ -177,11 +177,19 @@ def test_what_can_happen_anywhere(run: Run, raised: type[BaseException], code: i
     assert outcome.err.strip().count("\n") == 0
 
 
-def test_our_own_bugs_are_not_hidden() -> None:
+def test_a_package_that_is_missing(run: Run) -> None:
+    with mock.patch("llama4_convert.inspection.inspect", side_effect=ModuleNotFoundError(name="numpy.linalg")):
+        outcome = run("inspect", ".")
+    assert (outcome.code, outcome.err.count("\n")) == (4, 1)
+    assert "package numpy is missing" in outcome.error
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), ModuleNotFoundError(name="llama4_convert.inspektion")])
+def test_our_own_bugs_are_not_hidden(bug: Exception) -> None:
     with (
-        mock.patch("llama4_convert.inspection.inspect", side_effect=ZeroDivisionError),
+        mock.patch("llama4_convert.inspection.inspect", side_effect=bug),
         mock.patch("sys.argv", ["llama4-convert", "inspect", "."]),
-        pytest.raises(ZeroDivisionError),
+        pytest.raises(type(bug)),
     ):
         cli.main()
 
