@@ -77,20 +77,26 @@ def transformers_key(name: str, has_vision: bool) -> str:
     return prefix + _TEXT_NAMES[name]
 
 
-def logical_tensors(reader: TensorReader, config: Llama4Config, lenient: bool = False) -> Iterator[LogicalTensor]:
-    """Every logical tensor of a directory, in model order. Raises BindingError; if `lenient` what is missing is `absent`."""
+def logical_tensors(
+    reader: TensorReader, config: Llama4Config, lenient: bool = False, has_vision: bool | None = None
+) -> Iterator[LogicalTensor]:
+    """Every logical tensor of a directory, in model order. Raises BindingError; if `lenient` what is missing is `absent`.
+
+    `has_vision`: whether the directory's keys are those of a model that sees; None: as `config` says.
+    """
+    has_vision = config.vision_config is not None if has_vision is None else has_vision
     for name in parameter_shapes(config):
         try:
-            yield _bind(reader, config, name)
+            yield _bind(reader, config, name, has_vision)
         except BindingError as error:
             if not lenient:
                 raise
             yield absent(name, error)
 
 
-def _bind(reader: TensorReader, config: Llama4Config, name: str) -> LogicalTensor:
+def _bind(reader: TensorReader, config: Llama4Config, name: str, has_vision: bool) -> LogicalTensor:
     """Raises BindingError."""
-    keys, has_vision = reader.keys(), config.vision_config is not None
+    keys = reader.keys()
     key = transformers_key(name, has_vision)
     if name == "output" and key not in keys and config.text_config.tie_word_embeddings:
         key = transformers_key("tok_embeddings", has_vision)

@@ -84,7 +84,12 @@ class Checkpoint:
         config = config or self.config
         if self.layout == "meta":
             return weights_meta.logical_tensors(self.readers, config, lenient)
-        return weights_transformers.logical_tensors(self.readers[0], config, lenient)
+        return weights_transformers.logical_tensors(self.readers[0], config, lenient, self.is_multimodal)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether its tensors are named as those of a model that sees are (also if its vision tower is lost)."""
+        return self.config.vision_config is not None if self.layout == "meta" else not self.is_text_only
 
 
 def load_reference(

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -139,7 +139,7 @@ def compare_weights(
         theirs,
         ours.keys(),
         config,
-        config.vision_config is not None,
+        candidate.is_multimodal,
         lossy,
         LARGEST_LOSS,
         reader if isinstance(reader, QuantizedReader) else None,
@@ -149,7 +149,7 @@ def compare_weights(
     def elsewhere(name: str) -> str:
         return _under_another_name(ours[name], config, candidate, unexpected)
 
-    unexpected = unexpected_tensors(candidate, config)
+    unexpected = unexpected_tensors(reference, candidate, config)
     yield from compare_tensors(pair, advance, memory=memory, begun=begun, note=note, elsewhere=elsewhere)
 
 
@@ -272,10 +272,12 @@ def _in_order(
             yield name, seen.result()
 
 
-def unexpected_tensors(candidate: Checkpoint, config: Llama4Config) -> list[str]:
-    """Keys of a Transformers directory that hold no tensor of the model."""
+def unexpected_tensors(reference: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[str]:
+    """Keys of a Transformers directory that hold no tensor of the model; beside a text model its vision tower is none of them."""
     if candidate.layout != "transformers":
         return []
+    if reference.is_text_only:
+        config = replace(config, vision_config=candidate.config.vision_config)
     used = {key for tensor in candidate.logical_tensors(config, lenient=True) for key in tensor.keys}
     return sorted(set(candidate.readers[0].keys()) - used)
 

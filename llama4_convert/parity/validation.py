@@ -90,6 +90,8 @@ def validate(
     if candidate.is_text_only and config.vision_config:
         warn(f"{path} is a text model: the vision tower of {reference} is left out of the comparison")
         config = replace(config, vision_config=None)
+    elif original.is_text_only and candidate.config.vision_config:
+        warn(f"{reference} is a text model: the vision tower of {path} is left out of the comparison")
     differences, batch = _batch(original, candidate, config, tokens, prompts, token_ids, images, seed)
     differences += said(original, candidate, config)
     comparison = _Comparison(original, candidate, config, batch, runner, reference_runner, dtype, kind)
@@ -141,7 +143,7 @@ def validate(
         "tensors_compared": 0 if uncompared else len(sizes) - sum(fault.is_missing for fault in faults),
         "tensors_quantized": losses_by_scheme(losses),
         "tensors_different": [fault.to_json() for fault in faults],
-        "tensors_unexpected": [] if uncompared else unexpected_tensors(candidate, config),
+        "tensors_unexpected": [] if uncompared else unexpected_tensors(original, candidate, config),
         **run.metrics,
         "gates": chosen,
         "gates_failed": failed,

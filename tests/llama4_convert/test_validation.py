@@ -126,6 +126,19 @@ def test_transformers_computes_the_same(
     assert result["first_divergence"] is None
 
 
+@pytest.mark.parametrize("is_reference", [False, True])
+def test_a_text_model_beside_a_directory_that_sees(is_reference: bool, converted: Callable[..., Path]) -> None:
+    """Their keys differ by a prefix, and the tower of the other is no tensor too many."""
+    sides = [converted(text_only=True), converted()]
+    path, reference = reversed(sides) if is_reference else sides
+    said: list[str] = []
+    result = validate(path, reference=reference, tokens=10, warn=said.append)
+    assert result["passed"], result
+    assert (result["kl_mean"], result["tensors_unexpected"], result["config_differences"]) == (0, [], [])
+    assert len(said) == 1
+    assert f"the vision tower of {converted()} is left out" in said[0]
+
+
 def test_a_text_only_conversion_passes_and_says_what_it_leaves_out(
     source: Callable[..., Path], converted: Callable[..., Path]
 ) -> None:
