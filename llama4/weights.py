@@ -31,8 +31,11 @@ class TensorReader(Protocol):
 
     def shape(self, key: str) -> tuple[int, ...]: ...
 
-    def read(self, key: str, rows: Rows | None = None) -> Bits:
-        """The raw bits of a tensor, as unsigned integers of its item size; `rows` cuts its first dimension as a slice does."""
+    def read(self, key: str, rows: Rows | None = None, columns: Rows | None = None) -> Bits:
+        """The raw bits of a tensor, as unsigned integers of its item size.
+
+        `rows` cuts its first dimension as a slice does, `columns` the last one of a tensor that has more.
+        """
         ...
 
 

@@ -120,8 +120,6 @@ def expert_of_fused(reader: TensorReader, key: str, expert: int, part: str, rows
     shape = reader.shape(key)
     if len(shape) != 3 or expert >= shape[0]:
         raise ShapeError(f"{key} has shape {list(shape)}: no matrix of expert {expert}")
-    matrix: Bits = reader.read(key, (expert, expert + 1))[0]
-    if part != "down":
-        width = matrix.shape[1] // 2
-        matrix = matrix[:, :width] if part == "gate" else matrix[:, width:]
-    return cut(matrix.T, rows)
+    width = shape[2] // 2
+    columns = {"gate": (0, width), "up": (width, shape[2]), "down": None}[part]
+    return cut(reader.read(key, (expert, expert + 1), columns)[0].T, rows)

@@ -5,15 +5,16 @@ What differs by a single bit is found with certainty, whatever logits make of it
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
 from llama4.weights_transformers import expert_of_fused, transformers_key
 from llama4_convert.checkpoints.quantized import DamagedMatrix, QuantizedReader
+from llama4_convert.checkpoints.transformers import ITEM_SIZES
 from llama4_convert.diagnosis.altered import floats
 from llama4_convert.diagnosis.diagnoser import Diagnoser
 from llama4_convert.diagnosis.rearranged import as_matrix, listed
@@ -28,6 +30,9 @@ from llama4_convert.diagnosis.sides import FLOATS, SLICED, cast, slices
 from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
 from llama4_convert.parity.metrics import finite
 from llama4_convert.reference import Checkpoint
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as _Digest
 
 _Seen = TypeVar("_Seen")
 
@@ -123,12 +128,15 @@ def compare_weights(
     memory: int = 2 << 30,
     begun: Compared | None = None,
     note: Callable[[Compared], None] = lambda compared: None,
+    equal: MutableMapping[str, str] | None = None,
 ) -> Iterator[WeightFault | MatrixLoss]:
     """The loss of every quantized matrix, then the faults of `candidate`, in model order; `config` says what there must be.
 
     What is quantized cannot be equal: it is a fault only beyond what its scheme can lose. `advance` is told the bytes of the
     reference as they are read; what is wrong is read a second time, to say how. As many tensors are looked at at a time as
-    there are cores, and as `memory` bytes hold. `note` is told how far it has come, and `begun` goes on from there.
+    there are cores, and as `memory` bytes hold. `note` is told how far it has come, and `begun` goes on from there. `equal`
+    takes the digest of each tensor that is the reference's bit by bit; one that has its digest there already is held
+    against that, and the reference's is not read.
     """
     ours = {tensor.name: tensor for tensor in reference.logical_tensors(config)}
     theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
@@ -150,7 +158,7 @@ def compare_weights(
         return _under_another_name(ours[name], config, candidate, unexpected)
 
     unexpected = unexpected_tensors(reference, candidate, config)
-    yield from compare_tensors(pair, advance, memory=memory, begun=begun, note=note, elsewhere=elsewhere)
+    yield from compare_tensors(pair, advance, memory=memory, begun=begun, note=note, elsewhere=elsewhere, equal=equal)
 
 
 def compare_tensors(
@@ -161,20 +169,31 @@ def compare_tensors(
     begun: Compared | None = None,
     note: Callable[[Compared], None] = lambda compared: None,
     elsewhere: Callable[[str], str] = lambda name: "",
+    equal: MutableMapping[str, str] | None = None,
 ) -> Iterator[WeightFault | MatrixLoss]:
     """As `compare_weights`, of tensors that are bound already. `elsewhere`: in words, where one that is missing may be."""
     ours, theirs, config = pair.ours, pair.theirs, pair.config
     shapes = parameter_shapes(config)
     sketches, compared = Sketches(), begun or Compared()
+    unread: set[str] = set()  # of the reference
 
     def look(tensor: LogicalTensor) -> tuple[int, MatrixLoss | None, str | None, float | None]:
         found = theirs[tensor.name]
         kind = pair.lossy.get(found.keys[0]) if found.keys else None
+        proven = equal.get(tensor.name) if equal and kind is None else None
+        if proven and _digest(found, shapes[tensor.name]) == proven:
+            unread.add(tensor.name)
+            return prod(shapes[tensor.name]) * ITEM_SIZES[tensor.dtype], None, None, None
         read: list[int] = []
         loss = largest = None
         try:
             if kind is None:
-                cause, largest = _compare(tensor, found, shapes[tensor.name], read.append, sketches, pair.either_way)
+                digest = None if equal is None else hashlib.sha256()
+                cause, largest = _compare(
+                    tensor, found, shapes[tensor.name], read.append, sketches, pair.either_way, digest
+                )
+                if equal is not None and digest and cause is None:
+                    equal[tensor.name] = digest.hexdigest()
             else:
                 error, cause, largest = _loss(
                     tensor, found, kind, pair.limits[kind], pair.reader, read.append, sketches, pair.both_quantized
@@ -203,9 +222,10 @@ def compare_tensors(
         note(compared)
     yield from compared.losses
     wrong = compared.wrong
-    for tensor in before if wrong else ():  # what an earlier run has seen may stand in another's place
-        if tensor.name not in SLICED:
-            _sketch(tensor, tensor.load(None), sketches)
+    unseen = {tensor.name for tensor in before} | unread
+    for tensor in tensors if wrong else ():  # what was not read in this run may stand in another's place
+        if tensor.name in unseen:
+            _sketch(tensor, None if tensor.name in SLICED else tensor.load(None), shapes[tensor.name], sketches)
     diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, pair.reader, pair.limits, pair.shape_of)
     for name, cause in wrong.items():
         key, largest = transformers_key(name, pair.has_vision), compared.largest.get(name)
@@ -317,30 +337,35 @@ def _compare(
     advance: Callable[[int], None],
     sketches: Sketches,
     either_way: bool,
+    digest: _Digest | None = None,
 ) -> tuple[str | None, float | None]:
     """How much of `found` is wrong, in words, and the largest difference. Raises ShapeError, and BindingError if there is none.
 
-    Differences are of numbers in the dtype of `found`.
+    Differences are of numbers in the dtype of `found`, of which `digest` is told.
     """
     differing, elements, largest = 0, 0, 0.0
     if ours.name in SLICED:
-        sketches.add(ours.name, (shape[0], shape[1]), sketch_of_rows(ours, (shape[0], shape[1])))
+        _sketch(ours, None, shape, sketches)
     for rows in slices(ours.name, shape[0]):
         a = ours.load(rows)
         advance(a.nbytes)
         if ours.name not in SLICED:
-            _sketch(ours, a, sketches)
+            _sketch(ours, a, shape, sketches)
         b = found.load(rows)
         if a.shape != b.shape:
             if rows is not None and a.shape[1:] == b.shape[1:]:
                 return f"it has {'fewer' if len(b) < len(a) else 'more'} rows than the reference's", None
             return f"its shape is {list(b.shape)}, not {list(a.shape)}", None
+        if digest:
+            _feed(digest, found.dtype, b)
         elements += a.size
         rounded = a
         if ours.dtype != found.dtype:
             if not {ours.dtype, found.dtype} <= FLOATS:
                 return f"its dtype is {found.dtype}, not {ours.dtype}", None
             rounded = cast(a, ours.dtype, found.dtype)
+        if np.array_equal(rounded, b):
+            continue
         unequal = rounded != b
         if either_way and ours.dtype != found.dtype:
             unequal &= cast(b, found.dtype, ours.dtype) != a
@@ -352,6 +377,24 @@ def _compare(
     if not differing:
         return None, None
     return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}", largest
+
+
+def _digest(tensor: LogicalTensor, shape: tuple[int, ...]) -> str | None:
+    """What `_compare` feeds a digest of a tensor that is right; None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for rows in slices(tensor.name, shape[0]):
+            _feed(digest, tensor.dtype, tensor.load(rows))
+    except BindingError:
+        return None
+    return digest.hexdigest()
+
+
+def _feed(digest: _Digest, dtype: str, bits: Bits) -> None:
+    """In the order in which they lie: that of experts differs between layouts, which are then compared once more."""
+    is_turned = bits.flags.f_contiguous and not bits.flags.c_contiguous
+    digest.update(f"{dtype} {bits.shape} {is_turned} ".encode())
+    digest.update(np.ascontiguousarray(bits.T if is_turned else bits).data)
 
 
 def _loss(
@@ -369,7 +412,7 @@ def _loss(
 
     a = ours.load(None)
     advance(a.nbytes)
-    _sketch(ours, a, sketches)
+    _sketch(ours, a, a.shape, sketches)
     b = found.load(None)
     if a.shape != b.shape:
         raise ShapeError(f"its shape is {list(b.shape)}, not {list(a.shape)}")
@@ -398,7 +441,11 @@ def _loss(
         return loss, cause, float(np.abs(y - x).max())
 
 
-def _sketch(tensor: LogicalTensor, bits: Bits, sketches: Sketches) -> None:
+def _sketch(tensor: LogicalTensor, bits: Bits | None, shape: tuple[int, ...], sketches: Sketches) -> None:
+    """`bits`: the whole tensor; None of one that is not read whole."""
+    if bits is None:
+        sketches.add(tensor.name, (shape[0], shape[1]), sketch_of_rows(tensor, (shape[0], shape[1])))
+        return
     x = as_matrix(bits)
     if tensor.dtype in FLOATS and x.size:
         sketches.add(tensor.name, (x.shape[0], x.shape[1]), sketch(x, tensor.dtype))

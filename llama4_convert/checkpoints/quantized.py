@@ -76,19 +76,20 @@ class QuantizedReader(DirectoryReader):
         matrix = self.quantized.get(key)
         return (matrix.n, matrix.k) if matrix else super().shape(key)
 
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
+    def read(self, key: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Bits:
         if key in self.damaged:
             raise self.damaged[key]
         matrix = self.quantized.get(key)
         if matrix is None:
-            return super().read(key, rows)
+            return super().read(key, rows, columns)
         try:
             bits: Bits = matrix.decoder.decode(
                 self.read_parts(key, rows if matrix.by_rows else None), matrix.n, matrix.k
             )
         except ValueError as error:
             raise DamagedMatrix(f"{key}: its quantized parts do not fit together: {error}") from error
-        return bits if rows is None or matrix.by_rows else bits[rows[0] : rows[1]]
+        bits = bits if rows is None or matrix.by_rows else bits[rows[0] : rows[1]]
+        return bits if columns is None else bits[..., slice(*columns)]
 
     def read_parts(self, key: str, rows: tuple[int, int] | None = None) -> dict[str, Bits]:
         """The raw bits of what decoding the matrix reads, by suffix."""

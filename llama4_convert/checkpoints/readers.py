@@ -15,6 +15,7 @@ from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersChec
 from llama4_convert.errors import BadInput
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_BAND = 1 << 20
 
 
 class RankReader:
@@ -39,8 +40,12 @@ class RankReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return self.index.tensors[key].shape
 
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
-        """Raw bits, strides resolved; `rows` cuts the first dimension."""
+    def read(self, key: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Bits:
+        """Raw bits, strides resolved."""
+        whole = self._read_rows(key, rows)
+        return whole if columns is None else whole[..., slice(*columns)]
+
+    def _read_rows(self, key: str, rows: tuple[int, int] | None) -> Bits:
         tensor = self.index.tensors[key]
         start, stop = _clamped(rows, tensor.shape[0] if tensor.shape else 1)
         shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
@@ -81,16 +86,27 @@ class DirectoryReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return self.checkpoint.tensors[key].shape
 
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> Bits:
-        """Raw bits; `rows` cuts the first dimension."""
+    def read(self, key: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Bits:
+        """Raw bits."""
         tensor = self.checkpoint.tensors[key]
         item = ITEM_SIZES[tensor.dtype]
         if not tensor.shape:
             return _read(tensor.file, tensor.offset, 1, item).reshape(())
         start, stop = _clamped(rows, tensor.shape[0])
         row = prod(tensor.shape[1:])
-        flat = _read(tensor.file, tensor.offset + start * row * item, (stop - start) * row, item)
-        return flat.reshape(stop - start, *tensor.shape[1:])
+        first, count = tensor.offset + start * row * item, (stop - start) * row
+        if columns is None:
+            return _read(tensor.file, first, count, item).reshape(stop - start, *tensor.shape[1:])
+        # In bands that stay in the processor's cache: what is not wanted takes no memory.
+        width, (left, right) = tensor.shape[-1], _clamped(columns, tensor.shape[-1])
+        made = np.empty((stop - start, *tensor.shape[1:-1], right - left), _BITS[item])
+        lines = made.reshape(count // width if width else 0, right - left)
+        band = max(1, _BAND // max(1, width * item))
+        for line in range(0, len(lines), band):
+            n = min(band, len(lines) - line)
+            read = _read(tensor.file, first + line * width * item, n * width, item)
+            lines[line : line + n] = read.reshape(n, width)[:, left:right]
+        return made
 
 
 def _clamped(rows: tuple[int, int] | None, height: int) -> tuple[int, int]:

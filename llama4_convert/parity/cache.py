@@ -1,6 +1,7 @@
 """What a validation leaves on disk, so that it goes on after a kill and a second candidate need not wait for the reference.
 
     FOLDER/<key of the reference and the prompts>/  layers.3.npy  layers.3.scores.npy ...       states of the reference
+                                                    equal.json                        digests of tensors known to be right
                                                     <key of the candidate>/  progress.json  free.12.npy  forced.12.npy
 
 A key is a digest of everything that decides the numbers: the content of the checkpoint (CRCs of Meta's archives; of
@@ -43,6 +44,7 @@ from llama4_convert.writer import write_small
 _KEPT = 4  # validations that stay
 _EVERY = 10.0  # seconds between two notes of how far a candidate has come
 _PROGRESS = "progress.json"
+_EQUAL = "equal.json"
 
 
 def default_folder() -> Path:
@@ -152,7 +154,18 @@ class Cache:
         folder = self.folder / key
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
-        return CandidateNotes(self, folder)
+        told = _json(self.folder / _EQUAL)
+        equal = {name: digest for name, digest in told.items() if isinstance(digest, str)}
+        return CandidateNotes(self, folder, equal)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Empty if it is not there, or damaged."""
+    try:
+        body: Any = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 def _checksum(bits: Bits) -> bytes:
@@ -165,6 +178,7 @@ class CandidateNotes:
 
     cache: Cache
     folder: Path
+    equal: dict[str, str]  # digests of tensors that some candidate had right, by name
     _noted: float = field(default_factory=time.monotonic)
 
     def resume(self) -> tuple[int, States, Parity]:
@@ -196,6 +210,8 @@ class CandidateNotes:
         if is_last or time.monotonic() - self._noted >= _EVERY:
             losses = [[loss.key, loss.kind, loss.relative_mse] for loss in compared.losses]
             self._write({"weights": {**vars(compared), "losses": losses}})
+            with contextlib.suppress(OSError, EnvironmentFailed):
+                write_small(self.cache.folder / _EQUAL, json.dumps(self.equal.copy()).encode())
 
     def done(self, stages: int, stage: str, states: States, parity: Parity) -> None:
         if time.monotonic() - self._noted < _EVERY or self.cache.is_broken:
@@ -225,11 +241,7 @@ class CandidateNotes:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self) -> dict[str, Any]:
-        try:
-            body: Any = json.loads((self.folder / _PROGRESS).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return body if isinstance(body, dict) else {}
+        return _json(self.folder / _PROGRESS)
 
     def _write(self, body: Mapping[str, Any]) -> None:
         self._noted = time.monotonic()

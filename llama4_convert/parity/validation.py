@@ -288,6 +288,7 @@ class _Comparison:
             memory=memory,
             begun=begun,
             note=notes.note if notes else lambda compared: None,
+            equal=notes.equal if notes else None,
         )
         findings = list(found)
         if notes:

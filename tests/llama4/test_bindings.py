@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from llama4 import weights_meta, weights_transformers
 from llama4.weights import BindingError, LogicalTensor, first_key, parameter_shapes
 from llama4_convert import convert
+from llama4_convert.checkpoints import readers
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.reference import Checkpoint
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
@@ -43,6 +45,19 @@ def assert_equal_bits(a: Checkpoint, b: Checkpoint) -> None:
         x, y = ours.load(None), theirs.load(None)
         assert x.dtype == y.dtype == np.uint16, ours.name
         assert np.array_equal(x, y), ours.name
+
+
+@pytest.mark.parametrize("band", [1, 100, 1 << 20])
+def test_columns_are_those_of_the_whole_tensor(
+    band: int, converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_BAND", band)
+    reader = readers.DirectoryReader(TransformersCheckpoint.open(converted("scout")))
+    key = next(key for key in reader.checkpoint.tensors if key.endswith("gate_up_proj"))
+    whole = reader.read(key)
+    for rows, columns in ((None, (0, 5)), ((1, 3), (7, 99)), ((0, 1), (90, 10**6)), ((2, 2), (3, 3))):
+        cut = whole if rows is None else whole[slice(*rows)]
+        assert np.array_equal(reader.read(key, rows, columns), cut[..., slice(*columns)])
 
 
 # -------------------- the same tensors

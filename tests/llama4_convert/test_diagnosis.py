@@ -46,9 +46,10 @@ class Memory:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.tensors[key].shape)
 
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> Any:
+    def read(self, key: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Any:
         tensor = bits(self.tensors[key])
-        return tensor if rows is None or not tensor.ndim else tensor[rows[0] : rows[1]]
+        tensor = tensor if rows is None or not tensor.ndim else tensor[rows[0] : rows[1]]
+        return tensor if columns is None else tensor[..., slice(*columns)]
 
 
 def bits(tensor: Tensor) -> Any:

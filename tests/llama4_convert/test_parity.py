@@ -19,6 +19,7 @@ from llama4.config import Llama4Config
 from llama4.text import Llama4TextModel
 from llama4_convert import convert, synth, validate
 from llama4_convert.checkpoints import quantized
+from llama4_convert.checkpoints.readers import RankReader
 from llama4_convert.errors import UsageError
 from llama4_convert.parity import cache as parity_cache
 from llama4_convert.parity import config_check
@@ -284,6 +285,31 @@ def test_the_reference_is_computed_once_for_all_its_candidates(
     assert lossy == validate(other, reference=source, tokens=24)
     # Other prompts are other numbers.
     assert validate(output, reference=source, tokens=25, cache=tmp_path)["tokens"] == first["tokens"] + 1
+
+
+def test_a_second_candidate_is_compared_without_reading_the_reference(
+    damaged: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs is found and told all the same, and then the reference is read of that."""
+    source, bad = damaged(f"{TEXT}layers.3.self_attn.q_proj.weight", lambda t: t.neg())
+    output = tmp_path / "sound"
+    convert(source, output)
+    expected = validate(bad, reference=source, tokens=2)
+    read: list[str] = []
+    load = RankReader.read
+
+    def counting(self: RankReader, name: str, *rows: Any) -> Any:
+        read.append(name)
+        return load(self, name, *rows)
+
+    monkeypatch.setattr(RankReader, "read", counting)
+    first = validate(output, reference=source, tokens=2, cache=tmp_path / "cache")
+    assert "layers.3.attention.wqkv.weight" in read
+    read.clear()
+    assert validate(output, reference=source, tokens=2, cache=tmp_path / "cache") == first
+    assert set(read) == {"output.weight"}  # for the logits
+    assert validate(bad, reference=source, tokens=2, cache=tmp_path / "cache") == expected
+    assert [fault["kind"] for fault in expected["tensors_different"]] == ["negated"]
 
 
 def test_a_changed_reference_is_computed_anew(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
