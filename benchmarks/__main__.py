@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels
+import parity
 import peers
 import plots
 import reference
@@ -91,6 +92,10 @@ class Bench:
             [32] if self.quick else [32, 256, 1024], ["float32", "bfloat16"], self.pairs, self.quick
         )
 
+    def parity(self) -> dict[str, Any]:
+        """`validate` at real widths."""
+        return parity.compare(self.folder, ["scout"] if self.quick else parity.GEOMETRIES, quick=self.quick)
+
     def kernels(self) -> dict[str, Any]:
         return kernels.measure(2, 1 if self.quick else 7, shape=(256, 512) if self.quick else kernels.SHAPE)
 
@@ -115,6 +120,7 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     "maverick": Bench.maverick,
     "peers": Bench.peers,
     "reference": Bench.reference,
+    "parity": Bench.parity,
     "kernels": Bench.kernels,
 }
 
@@ -146,6 +152,11 @@ def tables(results: dict[str, Any]) -> None:
                 f"| {one['dtype']} | {one['tokens']} | {one['ours_tokens_per_s']:.1f} |"
                 f" {one['transformers_tokens_per_s']:.1f} | {told(one['times_as_fast'], 1)} |"
             )
+    for geometry, found in results.get("parity", {}).items():
+        print(f"\n| candidate, {geometry}'s width | seconds | own MiB | seconds a layer |\n|---|---|---|---|")
+        for name, one in found["runs"].items():
+            layers = ", ".join(f"{s:.1f}" for stage, s in one["seconds"].items() if stage.startswith("layers."))
+            print(f"| {name} | {one['wall_s']:.1f} | {one['own_mib']:,.0f} | {layers} |")
     if found := results.get("kernels"):
         print("\n| GB/s of bf16 read | [in, out] | [out, in] | of a copy |\n|---|---|---|---|")
         for name, one in found.items():

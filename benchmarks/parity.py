@@ -15,6 +15,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from measuring import idle, measured
 
 from llama4_convert import convert, plan, synth
 
+GEOMETRIES = ("scout", "maverick")
 VALIDATE = """
 import json, sys, time
 import torch
@@ -106,8 +108,14 @@ def extrapolated(
 
 
 def compare(
-    folder: Path, tokens: int, experts: int, vocab: int, geometries: list[str], quick: bool = False
+    folder: Path,
+    geometries: Sequence[str] = GEOMETRIES,
+    tokens: int = 4096,
+    experts: int = 16,
+    vocab: int = 16384,
+    quick: bool = False,
 ) -> dict[str, Any]:
+    tokens = 24 if quick else tokens
     found: dict[str, Any] = {}
     for geometry in geometries:
         print(geometry, flush=True)
@@ -126,15 +134,13 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=4096)
     options.add_argument("--experts", type=int, default=16)
     options.add_argument("--vocab", type=int, default=16384)
-    options.add_argument("--geometries", nargs="+", choices=["scout", "maverick"], default=["scout", "maverick"])
+    options.add_argument("--geometries", nargs="+", choices=GEOMETRIES, default=GEOMETRIES)
     options.add_argument("--quick", action="store_true", help="does it run? The figures mean nothing")
     options.add_argument("--folder", type=Path)
     options.add_argument("--json", type=Path)
     args = options.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-") as folder:
-        found = compare(
-            Path(folder), 24 if args.quick else args.tokens, args.experts, args.vocab, args.geometries, args.quick
-        )
+        found = compare(Path(folder), args.geometries, args.tokens, args.experts, args.vocab, args.quick)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
