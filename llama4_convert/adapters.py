@@ -28,7 +28,7 @@ from llama4_convert.matrices import Matrix, linearized
 from mappings import Binding, Box, Placement
 
 if TYPE_CHECKING:
-    from llama4_convert.planning import Plan
+    from llama4_convert.planned import Plan
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -18,7 +18,7 @@ from llama4_convert.version import TOOL
 
 if TYPE_CHECKING:
     from llama4_convert.adapters import Adapter
-    from llama4_convert.planning import Plan
+    from llama4_convert.planned import Plan
     from llama4_convert.published import Digest
     from quant.recipe import Recipe
 

@@ -14,7 +14,7 @@ import numpy as np
 from llama4_convert import nonfinite
 from llama4_convert.checkpoints.meta_quantized import CODES, QuantizedRecord
 from llama4_convert.errors import BadInput
-from llama4_convert.planning import ExpertScales, Piece, PlannedTensor
+from llama4_convert.planned import ExpertScales, Piece, PlannedTensor
 from mappings import Copy
 from quant.formats.meta import quantize_fp8, scale_key
 from quant.recipe import Recipe

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llama4_convert.planning import Piece, Plan, PlannedFile, gathered
+from llama4_convert.planned import Piece, Plan, PlannedFile, gathered
 
 Key = tuple[int, str]  # rank, record name
 Running = dict[Key, tuple[int, int]]  # bytes read so far, their CRC-32

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama4_convert import nonfinite
+from llama4_convert.binding import mismatch
 from llama4_convert.cast import cast
 from llama4_convert.changes import Merger
 from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
@@ -26,7 +27,7 @@ from llama4_convert.checkpoints.pth import ITEM_SIZES, PthIndex, Record, StoredT
 from llama4_convert.errors import BadInput, from_os_error
 from llama4_convert.expert_codes import ExpertCodes
 from llama4_convert.nonfinite import NonFinite
-from llama4_convert.planning import Part, Piece, Plan, PlannedFile, PlannedMatrix, PlannedTensor, mismatch
+from llama4_convert.planned import Part, Piece, Plan, PlannedFile, PlannedMatrix, PlannedTensor
 from llama4_convert.resuming import Key, Running
 from llama4_convert.writer import Buffers, FileWriter
 from quant.encoding import Encoded
