@@ -109,7 +109,7 @@ def _reader(file: Path) -> TensorReader:
 
 def _unpickled(file: Path) -> TensorReader:
     """A pickle is never executed: what is no plain state dict in a zip is refused."""
-    from llama4_convert.run import Source
+    from llama4_convert.source import Source
 
     try:
         index = PthIndex.read(file)

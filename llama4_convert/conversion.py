@@ -211,7 +211,7 @@ class Job:
 
     def peak_memory(self, max_memory: int) -> int:
         """Bytes of own memory that the conversion takes under a bound of `max_memory`."""
-        from llama4_convert.run import peak_memory
+        from llama4_convert.memory import peak_memory
 
         return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")), self.plan)
 

@@ -21,7 +21,8 @@ from quant.recipe import Recipe
 from quant.schemes import NotFinite
 
 if TYPE_CHECKING:
-    from llama4_convert.run import Fill, RunResult
+    from llama4_convert.filling import RunResult
+    from llama4_convert.gathering import Fill
 
 
 def is_quantized(recipe: Recipe, key: str, n_layers: int) -> bool:

@@ -246,7 +246,7 @@ class ExportJob(Job):
         return self.params
 
     def peak_memory(self, max_memory: int) -> int:
-        from llama4_convert.run import peak_memory
+        from llama4_convert.memory import peak_memory
 
         own = self.request.source / "tokenizer.json"
         return peak_memory(

@@ -22,6 +22,8 @@ from mappings import Box, Copy, Placement, copies
 from quant.encoding import Encoder
 from quant.recipe import Scheme
 
+RecordKey = tuple[int, str]  # rank, record name
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -54,6 +56,10 @@ class Piece:
     @property
     def numel(self) -> int:
         return prod(self.copy.shape)
+
+    @property
+    def record_key(self) -> RecordKey:
+        return self.rank, self.source.record.name
 
     @property
     def is_sequential(self) -> bool:
@@ -202,7 +208,7 @@ class Plan:
     meta_keys: tuple[str, ...]  # the source keys used, in the source's spelling
     dropped: Mapping[str, str]  # source key -> why
     base_evidence: tuple[str, ...]  # keys that only base models carry
-    streamed: frozenset[tuple[int, str]]  # (rank, record name) read front to back by one file: checked on the way
+    streamed: frozenset[RecordKey]  # read front to back by one file: checked on the way
     unread: tuple[tuple[int, Record], ...]  # records to check beforehand: replicas, dropped, or not read front to back
     compare: tuple[tuple[str, int], ...]  # (key, rank): copies to hold against rank 0's, where CRCs cannot tell
     warnings: tuple[str, ...]

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llama4_convert.checkpoints.pth import ITEM_SIZES
-from llama4_convert.planned import PlannedFile, PlannedTensor
+from llama4_convert.planned import PlannedFile, PlannedTensor, RecordKey
 
 # A header that fills whole pages keeps the tensors behind it aligned for direct I/O and for mmap.
 _PAGE = 4096
 
 
-def groups_of(tensors: Sequence[PlannedTensor], streamed: frozenset[tuple[int, str]]) -> list[list[PlannedTensor]]:
+def groups_of(tensors: Sequence[PlannedTensor], streamed: frozenset[RecordKey]) -> list[list[PlannedTensor]]:
     """What stays in one file: the parts of a matrix, and neighbours that read the same record."""
     groups: list[list[PlannedTensor]] = []
-    seen: set[tuple[int, str]] = set()
+    seen: set[RecordKey] = set()
     for tensor in tensors:
-        records = {(p.rank, p.source.record.name) for p in tensor.pieces} & streamed
+        records = {piece.record_key for piece in tensor.pieces} & streamed
         last = groups[-1][-1].part if groups else None
         if groups and (records & seen or (tensor.part and last and tensor.part.matrix is last.matrix)):
             groups[-1].append(tensor)

@@ -12,7 +12,7 @@ from typing import Protocol
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import PthIndex, Record
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex
-from llama4_convert.planned import Piece
+from llama4_convert.planned import Piece, RecordKey
 
 
 class SourceFiles(Protocol):
@@ -22,15 +22,15 @@ class SourceFiles(Protocol):
     def ranks(self) -> Sequence[PthIndex | SafetensorsIndex]: ...
 
 
-def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) -> frozenset[tuple[int, str]]:
+def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) -> frozenset[RecordKey]:
     """The records that are read once, whole and front to back, in this order, so that their CRC can be checked on the way."""
-    users: Counter[tuple[int, str]] = Counter()
+    users: Counter[RecordKey] = Counter()
     for rank, index in enumerate(source.ranks):
         users.update((rank, tensor.record.name) for tensor in index.tensors.values())
-    reads: dict[tuple[int, str], list[Piece]] = defaultdict(list)
+    reads: dict[RecordKey, list[Piece]] = defaultdict(list)
     for pieces in order:
         for piece in pieces:
-            reads[piece.rank, piece.source.record.name].append(piece)
+            reads[piece.record_key].append(piece)
 
     def in_order(pieces: list[Piece]) -> bool:
         position = 0
@@ -51,7 +51,7 @@ def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) ->
 
 
 def unread_records(
-    source: MetaCheckpoint, streamed: frozenset[tuple[int, str]], skipped: set[str]
+    source: MetaCheckpoint, streamed: frozenset[RecordKey], skipped: set[str]
 ) -> tuple[tuple[int, Record], ...]:
     left_out = {
         (rank, index.tensors[key].record.name)
