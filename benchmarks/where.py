@@ -19,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llama4_convert import conversion, convert, run, synth, writer
+from llama4_convert import conversion, convert, matrix_encoding, synth, writer
+from llama4_convert.source import Source
 
 BUSY: Counter[str] = Counter()
 
@@ -64,9 +65,9 @@ def main() -> None:
         size = synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8)["bytes"]
         os.sync()
         timed(conversion.Job, "__init__", "planning")
-        timed(run.Source, "read", "reading threads: read")
-        timed(run.Source, "check", "reading threads: CRC-32")
-        timed(run._Encoder, "_encode", "main thread: encode, or wait for the next matrix")
+        timed(Source, "read", "reading threads: read")
+        timed(Source, "check", "reading threads: CRC-32")
+        timed(matrix_encoding.MatrixEncoder, "_encode", "main thread: encode, or wait for the next matrix")
         timed(writer.Buffers, "take", "main thread: wait for a buffer")
         timed(writer.FileWriter, "_write", "disk thread: write")
         timed(writer.FileWriter, "commit", "main thread: wait for the end of a file")

@@ -28,7 +28,7 @@ from llama4_convert.matrices import Matrix, linearized
 from mappings import Binding, Box, Placement
 
 if TYPE_CHECKING:
-    from llama4_convert.planning import Plan
+    from llama4_convert.planned import Plan
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -109,7 +109,7 @@ def _reader(file: Path) -> TensorReader:
 
 def _unpickled(file: Path) -> TensorReader:
     """A pickle is never executed: what is no plain state dict in a zip is refused."""
-    from llama4_convert.run import Source
+    from llama4_convert.source import Source
 
     try:
         index = PthIndex.read(file)

@@ -18,7 +18,7 @@ from llama4_convert.version import TOOL
 
 if TYPE_CHECKING:
     from llama4_convert.adapters import Adapter
-    from llama4_convert.planning import Plan
+    from llama4_convert.planned import Plan
     from llama4_convert.published import Digest
     from quant.recipe import Recipe
 
@@ -211,7 +211,7 @@ class Job:
 
     def peak_memory(self, max_memory: int) -> int:
         """Bytes of own memory that the conversion takes under a bound of `max_memory`."""
-        from llama4_convert.run import peak_memory
+        from llama4_convert.memory import peak_memory
 
         return peak_memory(max_memory, len(self.source.small_files.get("tokenizer.model", b"")), self.plan)
 

@@ -17,7 +17,7 @@ from llama4_convert.writer import PARTIAL_SUFFIX
 
 if TYPE_CHECKING:
     from llama4_convert.conversion import Job
-    from llama4_convert.run import RunResult
+    from llama4_convert.filling import RunResult
 
 Warn = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -215,9 +215,12 @@ class _Execution:
         self.manifest.add(name, write_small(path, data), len(data))
 
     def _write_weights(self) -> dict[str, int]:
+        from llama4_convert.filling import RunResult
+        from llama4_convert.memory import planned_buffers
         from llama4_convert.published import check_promised
         from llama4_convert.resuming import resumed
-        from llama4_convert.run import DamagedRecord, RunResult, Source, check_unread, planned_buffers, write_file
+        from llama4_convert.run import check_unread, write_file
+        from llama4_convert.source import DamagedRecord, Source
         from llama4_convert.writer import FileWriter, Workers
 
         going_on = resumed(self.job.plan, self._weights_done(), self.manifest.records)

@@ -14,14 +14,15 @@ import numpy as np
 from llama4_convert import nonfinite
 from llama4_convert.checkpoints.meta_quantized import CODES, QuantizedRecord
 from llama4_convert.errors import BadInput
-from llama4_convert.planning import ExpertScales, Piece, PlannedTensor
+from llama4_convert.planned import ExpertScales, Piece, PlannedTensor
 from mappings import Copy
 from quant.formats.meta import quantize_fp8, scale_key
 from quant.recipe import Recipe
 from quant.schemes import NotFinite
 
 if TYPE_CHECKING:
-    from llama4_convert.run import Fill, RunResult
+    from llama4_convert.filling import RunResult
+    from llama4_convert.gathering import Fill
 
 
 def is_quantized(recipe: Recipe, key: str, n_layers: int) -> bool:

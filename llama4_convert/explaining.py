@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.config import ConfigError, Llama4Config
+from llama4_convert.binding import model_shape, shape_of_config
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import ITEM_SIZES, StoredTensor
@@ -25,7 +26,7 @@ from llama4_convert.finding import Found, Names
 from llama4_convert.manifest import Manifest
 from llama4_convert.operations import Move, layout_of, row, scheme_words, steps
 from llama4_convert.origin import origin
-from llama4_convert.planning import Piece, PlannedTensor, model_shape, shape_of_config
+from llama4_convert.planned import Piece, PlannedTensor
 from mappings import Box, MappingError, load_table
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from llama4.config import ConfigError, Llama4Config
 from llama4.geometry import Geometry, GeometryError
+from llama4_convert.binding import bind_directory, bind_source, check_replicas, check_tensors
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint, read_small
 from llama4_convert.checkpoints.meta_quantized import CODES
@@ -28,21 +29,12 @@ from llama4_convert.expert_codes import is_quantized, planned_codes
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.manifest import MOST_RANKS, Manifest
 from llama4_convert.params import contradictions, params_json, without_vision
-from llama4_convert.planning import (
-    Plan,
-    PlannedFile,
-    PlannedTensor,
-    bind_directory,
-    bind_source,
-    check_replicas,
-    check_tensors,
-    planned_tensor,
-    streamed_records,
-    unread_records,
-)
+from llama4_convert.planned import Plan, PlannedFile, PlannedTensor
+from llama4_convert.planning import planned_tensor
 from llama4_convert.pth_writer import PthArchive, PthTensor
 from llama4_convert.quantization import relative_mse, sqnr_db
 from llama4_convert.requantization import promises
+from llama4_convert.streaming import streamed_records, unread_records
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL
 from mappings import Binding, MappingError
@@ -254,7 +246,7 @@ class ExportJob(Job):
         return self.params
 
     def peak_memory(self, max_memory: int) -> int:
-        from llama4_convert.run import peak_memory
+        from llama4_convert.memory import peak_memory
 
         own = self.request.source / "tokenizer.json"
         return peak_memory(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.weights import Bits, TensorReader
+from llama4_convert.binding import bind_source
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import as_stored
@@ -17,7 +18,8 @@ from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersChec
 from llama4_convert.composition import Share, active_parameters, kind_of, listed, quantization, spelling
 from llama4_convert.errors import BadInput
 from llama4_convert.manifest import Manifest
-from llama4_convert.planning import Plan, bind_source, make_plan
+from llama4_convert.planned import Plan
+from llama4_convert.planning import make_plan
 
 if TYPE_CHECKING:
     from llama4_convert.checkpoints.readers import DirectoryReader

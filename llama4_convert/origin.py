@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from llama4_convert.binding import FLOAT_DTYPES
 from llama4_convert.manifest import Manifest
 from llama4_convert.matrices import Matrix, matrices
 from llama4_convert.operations import Move, layout_of, row, steps
-from llama4_convert.planning import FLOAT_DTYPES
 from mappings import Binding, Placement
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from llama4_convert.composition import kind_of
-from llama4_convert.planning import Plan
+from llama4_convert.planned import Plan
 from quant.config import Module, compressed_tensors_config
 from quant.recipe import Recipe
 

@@ -117,7 +117,7 @@ class TransformersJob(Job):
         return {name: lambda name=name: {name: made[name]} for name in made}  # type: ignore[misc]
 
     def peak_memory(self, max_memory: int) -> int:
-        from llama4_convert.run import peak_memory
+        from llama4_convert.memory import peak_memory
 
         return peak_memory(max_memory, 0, self.plan)
 

@@ -10,28 +10,23 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llama4_convert.planning import Piece, Plan, PlannedFile, gathered
+from llama4_convert.planned import Piece, Plan, PlannedFile, RecordKey, gathered
 
-Key = tuple[int, str]  # rank, record name
-Running = dict[Key, tuple[int, int]]  # bytes read so far, their CRC-32
+Running = dict[RecordKey, tuple[int, int]]  # bytes read so far, their CRC-32
 
 
-def first_reads(file: PlannedFile) -> dict[Key, int]:
+def first_reads(file: PlannedFile) -> dict[RecordKey, int]:
     """The records that a file is made of, each with the first byte that it takes."""
-    found: dict[Key, int] = {}
+    found: dict[RecordKey, int] = {}
     for piece in _pieces(file):
         start = piece.copy.source_offset * piece.source.itemsize
-        found[_key(piece)] = min(start, found.get(_key(piece), start))
+        found[piece.record_key] = min(start, found.get(piece.record_key, start))
     return found
 
 
 def _pieces(file: PlannedFile) -> Iterator[Piece]:
     for read in file.reads():
         yield from gathered(read).pieces
-
-
-def _key(piece: Piece) -> Key:
-    return piece.rank, piece.source.record.name
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Resumed:
     running: Running  # to be continued
 
 
-def resumed(plan: Plan, done: Collection[str], running: Mapping[Key, tuple[int, int]]) -> Resumed:
+def resumed(plan: Plan, done: Collection[str], running: Mapping[RecordKey, tuple[int, int]]) -> Resumed:
     """How to go on when the files `done` are finished and `running` says how far records have been read for them.
 
     A record goes on being checked as it is read if `running` ends where the first file that is left begins, and all files
@@ -50,14 +45,14 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[Key, tuple[int, 
     checked beforehand, as what is not read in order is.
     """
     reads = {file.name: first_reads(file) for file in plan.files}
-    users: dict[Key, list[str]] = {}
+    users: dict[RecordKey, list[str]] = {}
     for file in plan.files:
         for key in reads[file.name].keys() & plan.streamed:
             users.setdefault(key, []).append(file.name)
     left = reads.keys() - set(done)
     left |= {file.made_with for file in plan.files if file.made_with and file.name in left}
 
-    def is_broken(key: Key) -> bool:
+    def is_broken(key: RecordKey) -> bool:
         to_come = [name for name in users[key] if name in left]
         goes_on = bool(to_come) and to_come == users[key][-len(to_come) :]
         return not (goes_on and reads[to_come[0]][key] == running[key][0]) and not left.issuperset(users[key])
@@ -70,7 +65,7 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[Key, tuple[int, 
     files = [file for file in plan.files if file.name in left]
     if not beforehand:
         return Resumed(plan, files, continued)
-    records = {_key(piece): piece.source.record for file in files for piece in _pieces(file)}
+    records = {piece.record_key: piece.source.record for file in files for piece in _pieces(file)}
     unread = tuple((key[0], records[key]) for key in sorted(beforehand))
     plan = replace(plan, streamed=plan.streamed - beforehand, unread=plan.unread + unread)
     return Resumed(plan, files, continued)

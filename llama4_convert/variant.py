@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from llama4.geometry import Geometry
-from llama4_convert.planning import Plan
+from llama4_convert.planned import Plan
 
 VARIANTS = ("base", "instruct", "guard")
 

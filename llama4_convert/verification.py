@@ -14,7 +14,7 @@ from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.published import Digest, Ids, digests, ids_of_download, read_ids
-from llama4_convert.run import Source
+from llama4_convert.source import Source
 from quant.formats.meta import FORMATS
 
 Progress = Callable[[int], None]

@@ -11,6 +11,7 @@ from typing import Any
 
 from llama4.config import ConfigError, Llama4Config
 from llama4_convert import config
+from llama4_convert.binding import bind_directory, bind_source, check_replicas, check_tensors, shape_of_config
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import PthIndex
@@ -20,21 +21,11 @@ from llama4_convert.conversion import Job, Request, check_recipe, load_adapter, 
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.holdings import Holding, Holdings, of_meta, of_transformers
 from llama4_convert.manifest import Manifest
-from llama4_convert.planning import (
-    Plan,
-    bind_directory,
-    bind_source,
-    check_replicas,
-    check_tensors,
-    files_of,
-    gathered,
-    groups_of,
-    linear_layers,
-    output_tensors,
-    shape_of_config,
-    streamed_records,
-)
+from llama4_convert.planned import Plan, gathered
+from llama4_convert.planning import linear_layers, output_tensors
 from llama4_convert.requantization import TransformersJob, open_directory, promises, small_files
+from llama4_convert.sharding import files_of, groups_of
+from llama4_convert.streaming import streamed_records
 from llama4_convert.version import TOOL
 from mappings import MappingError, load_table
 

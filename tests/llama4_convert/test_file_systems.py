@@ -11,7 +11,7 @@ from typing import Any
 import commands
 import pytest
 
-from llama4_convert import convert, run, writer
+from llama4_convert import convert, memory, writer
 
 needs_o_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="O_DIRECT is Linux's")
 
@@ -56,7 +56,7 @@ def test_writing_with_o_direct_is_refused(
         return is_direct(fd) and seen[fd] > after
 
     refused = commands.Faults(monkeypatch, ("pwrite",), errno.EINVAL, left=1, for_ever=True, when=direct)
-    monkeypatch.setattr(run, "planned_buffers", lambda _: writer.Buffers(3, 64 << 10))
+    monkeypatch.setattr(memory, "planned_buffers", lambda _: writer.Buffers(3, 64 << 10))
     convert(source, tmp_path / "out", shard_size=commands.SHARD)
     assert refused.raised
     assert commands.digests(tmp_path / "out") == straight

@@ -166,11 +166,11 @@ def test_a_killed_run_goes_on(source: Path, straight: dict[str, str], tmp_path: 
 def test_ctrl_c_exits_130_with_a_hint(source: Path, straight: dict[str, str], tmp_path: Path) -> None:
     # Shells start background jobs with SIGINT ignored, and children inherit that: undone here, as on a terminal.
     slow = (
-        "import signal, time; from llama4_convert import cli, run\n"
+        "import signal, time; from llama4_convert import cli, source\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "check = run.Source.check\n"
+        "check = source.Source.check\n"
         "def slowly(*a): print('begun', flush=True); time.sleep(0.2); check(*a)\n"
-        "run.Source.check = slowly; cli.main()"
+        "source.Source.check = slowly; cli.main()"
     )
     arguments = ["convert", str(source), str(tmp_path / "out"), "--shard-size", str(commands.SHARD)]
     process = subprocess.Popen(
