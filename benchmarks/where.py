@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llama4_convert import conversion, convert, matrix_encoding, synth, writer
+from llama4_convert import convert, matrix_encoding, meta_conversion, synth, writer
 from llama4_convert.source import Source
 
 BUSY: Counter[str] = Counter()
@@ -64,7 +64,7 @@ def main() -> None:
         source = Path(folder) / "meta"
         size = synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8)["bytes"]
         os.sync()
-        timed(conversion.Job, "__init__", "planning")
+        timed(meta_conversion.MetaJob, "__init__", "planning")
         timed(Source, "read", "reading threads: read")
         timed(Source, "check", "reading threads: CRC-32")
         timed(matrix_encoding.MatrixEncoder, "_encode", "main thread: encode, or wait for the next matrix")

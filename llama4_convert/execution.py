@@ -16,8 +16,8 @@ from llama4_convert.manifest import NAME, Manifest
 from llama4_convert.writer import PARTIAL_SUFFIX
 
 if TYPE_CHECKING:
-    from llama4_convert.conversion import Job
     from llama4_convert.filling import RunResult
+    from llama4_convert.job import Job
 
 Warn = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -114,9 +114,7 @@ class _Execution:
                     self._write_small(name, data)
         overflows = self._write_weights()
         for name, n in overflows.items():
-            self.warn(
-                f"{name}: {n} numbers were too large for {self.job.request.dtype or 'its dtype'} and became infinite"
-            )
+            self.warn(f"{name}: {n} numbers were too large for {self.job.dtype or 'its dtype'} and became infinite")
         self._warn_of_nonfinite()
         for name, data in self.job.closing(self.manifest).items():
             self._write_small(name, data)
@@ -231,7 +229,7 @@ class _Execution:
         checks = sum(record.size for _, record in plan.unread) + sum(path.stat().st_size for path in promised)
         total = sum(f.work for f in plan.files) + checks
         self.start(total, total - sum(f.work for f in left) - checks)
-        result, allow_nonfinite = RunResult(), self.job.request.allow_nonfinite
+        result, allow_nonfinite = RunResult(), self.job.allow_nonfinite
         buffers = planned_buffers(self.bounds.max_memory)
         try:
             with Source(self.job.source.archives, going_on.running) as source, Workers() as workers:

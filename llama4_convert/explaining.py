@@ -19,14 +19,16 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import ITEM_SIZES, StoredTensor
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
-from llama4_convert.conversion import Job, Request
+from llama4_convert.conversion import job_of
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.exporting import ExportJob, ExportRequest
 from llama4_convert.finding import Found, Names
+from llama4_convert.job import Job
 from llama4_convert.manifest import Manifest
 from llama4_convert.operations import Move, layout_of, row, scheme_words, steps
 from llama4_convert.origin import origin
 from llama4_convert.planned import Piece, PlannedTensor
+from llama4_convert.request import Request
 from mappings import Box, MappingError, load_table
 
 
@@ -90,7 +92,7 @@ def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subj
         if "quantization_config" in source.config:  # nothing is made of it; but it can be told what it was made of
             return _Subject(source, None, None)
     if ranks is None and (request.recipe or is_meta(path)):
-        job, command = Job.of(request), "convert"
+        job, command = job_of(request), "convert"
         command += f" --recipe {request.recipe}" if request.recipe else ""
         return _Subject(job.source, job, command)
     theirs = {"source", "allow_rank_mismatch"}
@@ -100,8 +102,8 @@ def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subj
             f"--{given[0].replace('_', '-')} is for `convert`; of {path}"
             f"{' with --ranks' if ranks else ''} this explains what `export` would write: leave it out"
         )
-    job = ExportJob(ExportRequest(path, ranks, request.allow_rank_mismatch))
-    return _Subject(job.source, job, f"export --ranks {job.ranks}")
+    export = ExportJob(ExportRequest(path, ranks, request.allow_rank_mismatch))
+    return _Subject(export.source, export, f"export --ranks {export.ranks}")
 
 
 class _Subject:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -22,18 +22,20 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint, read_small
 from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
-from llama4_convert.conversion import Job, load_recipe, notices
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.execution import DEFAULT_MEMORY, Bounds, Progress, Start, Warn, execute
 from llama4_convert.expert_codes import is_quantized, planned_codes
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
+from llama4_convert.job import Contents, Job, each_alone, notices
 from llama4_convert.manifest import MOST_RANKS, Manifest
+from llama4_convert.memory import peak_memory
 from llama4_convert.params import contradictions, params_json, without_vision
 from llama4_convert.planned import Plan, PlannedFile, PlannedTensor
 from llama4_convert.planning import planned_tensor
 from llama4_convert.pth_writer import PthArchive, PthTensor
 from llama4_convert.quantization import relative_mse, sqnr_db
 from llama4_convert.requantization import promises
+from llama4_convert.request import load_recipe
 from llama4_convert.streaming import streamed_records, unread_records
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL
@@ -51,9 +53,6 @@ class ExportRequest:
     ranks: int | None = None
     allow_rank_mismatch: bool = False
     recipe: str | None = None  # one of the format meta: a built-in one's name, or the path of a TOML file
-    # What the execution of a conversion asks: an export casts nothing.
-    dtype = None
-    allow_nonfinite = False
 
     def __post_init__(self) -> None:
         if self.ranks is not None and not 1 <= self.ranks <= MOST_RANKS:
@@ -85,7 +84,7 @@ class ExportJob(Job):
     weights = "consolidated.*.pth"
 
     def __init__(self, request: ExportRequest) -> None:
-        self.request = request  # type: ignore[assignment]
+        self.request = request
         self.recipe = load_recipe(request.recipe, to_meta=True) if request.recipe else None
         self.warnings = []
         self.from_manifest = Manifest.read(request.source) if request.source.is_dir() else None
@@ -211,12 +210,8 @@ class ExportJob(Job):
                 files.append(_rank_file(f"fp8_scales_{rank}.pt", scales, frozenset(), name))
         return tuple(files)
 
-    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
-        made = notices(self.request.source)
-        groups: dict[str, Callable[[], dict[str, bytes]]] = {
-            name: lambda name=name: {name: made[name]}  # type: ignore[misc]
-            for name in made
-        }
+    def contents(self) -> Contents:
+        groups = each_alone(notices(self.request.source))
         if self.tokenizer:
             groups["tokenizer.model"] = lambda: {"tokenizer.model": self.tokenizer or b""}
         return groups
@@ -246,8 +241,6 @@ class ExportJob(Job):
         return self.params
 
     def peak_memory(self, max_memory: int) -> int:
-        from llama4_convert.memory import peak_memory
-
         own = self.request.source / "tokenizer.json"
         return peak_memory(
             max_memory, own.stat().st_size if own.is_file() and not is_meta(own.parent) else 0, self.plan
@@ -280,7 +273,7 @@ class ExportJob(Job):
             "ranks": self.ranks,
             "parameters": sum(prod(logical.sizes.values()) for logical in self.binding.logical.values()),
             "output_bytes": self.plan.output_bytes,
-            "dropped": [{"name": name, "why": why} for name, why in self.plan.dropped.items()],
+            "dropped": self._dropped(),
         }
 
 

@@ -17,6 +17,7 @@ from llama4_convert.errors import BadInput
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
 from llama4_convert.matrices import Matrix, matrices
 from llama4_convert.planned import Part, Piece, Plan, PlannedMatrix, PlannedTensor, gathered
+from llama4_convert.request import DEFAULT_SHARD_SIZE
 from llama4_convert.sharding import files_of, groups_of
 from llama4_convert.streaming import streamed_records, unread_records
 from mappings import Binding, Copy, MappingError, Placement, copies
@@ -29,7 +30,7 @@ def make_plan(
     *,
     text_only: bool = False,
     dtype: str | None = None,
-    shard_size: int = 5_000_000_000,
+    shard_size: int = DEFAULT_SHARD_SIZE,
     allow_rank_mismatch: bool = False,
     recipe: Recipe | None = None,
     device: str = "cpu",
@@ -73,7 +74,7 @@ def make_plan(
 def plan_directory(
     source: SafetensorsSource,
     recipe: Recipe | None,
-    shard_size: int = 5_000_000_000,
+    shard_size: int = DEFAULT_SHARD_SIZE,
     device: str = "cpu",
     adapter: Adapter | None = None,
 ) -> Plan:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from typing import Any
 from llama4_convert import config
 from llama4_convert.checkpoints.meta import is_file_name, read_small
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
-from llama4_convert.conversion import SOURCE_NOTICES, Job, Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import UsageError
+from llama4_convert.job import Contents, ConversionJob, each_alone, is_notice
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.model_card import CARD, SOURCE_CARD
 from llama4_convert.planning import plan_directory
 from llama4_convert.published import Digest, promised
+from llama4_convert.quantization import quantization_config
+from llama4_convert.request import Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.version import TOOL
 
 _DECIDING = ("config.json", "tokenizer.json", "tokenizer.model", "original/params.json")
@@ -64,8 +65,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
     """
     made: dict[str, bytes] = {}
     for path in sorted(folder.iterdir()):
-        is_notice = path.name.split(".")[0].upper() in SOURCE_NOTICES
-        wanted = path.name not in {"config.json", INDEX, NAME} and (is_notice or path.suffix in _KEPT)
+        wanted = path.name not in {"config.json", INDEX, NAME} and (is_notice(path.name) or path.suffix in _KEPT)
         if wanted and is_file_name(path.name) and path.is_file():
             made[path.name] = read_small(path)
     if theirs := made.pop(CARD, None):
@@ -79,11 +79,11 @@ def small_files(folder: Path) -> dict[str, bytes]:
     return made
 
 
-class TransformersJob(Job):
+class TransformersJob(ConversionJob):
     """Quantizes what is in Transformers' layout already, experts fused or linearized, and merges an adapter into it."""
 
     def __init__(self, request: Request) -> None:
-        self.request = request
+        super().__init__(request)
         self.source = source = open_directory(request)
         if request.recipe is None and request.adapter is None:
             raise UsageError(
@@ -101,25 +101,18 @@ class TransformersJob(Job):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        from llama4_convert.quantization import quantization_config
-
         body = dict(self.source.config)
         if self.recipe:
             body["quantization_config"] = quantization_config(self.recipe, self.plan)
         return body
 
-    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+    def contents(self) -> Contents:
         """The source's own small files, with config.json telling of the quantization."""
         made = {"config.json": config.to_json(self.config), **small_files(self.request.source)}
         params = self.request.source / "original" / "params.json"
         if params.is_file():
             made["original/params.json"] = read_small(params)
-        return {name: lambda name=name: {name: made[name]} for name in made}  # type: ignore[misc]
-
-    def peak_memory(self, max_memory: int) -> int:
-        from llama4_convert.memory import peak_memory
-
-        return peak_memory(max_memory, 0, self.plan)
+        return each_alone(made)
 
     def manifest(self) -> Manifest:
         options: dict[str, Any] = {"shard_size": self.request.shard_size, **self._recipe_options()}

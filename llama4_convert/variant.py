@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama4.geometry import Geometry
-from llama4_convert.planned import Plan
+
+if TYPE_CHECKING:
+    from llama4_convert.planned import Plan
 
 VARIANTS = ("base", "instruct", "guard")
 

@@ -13,17 +13,19 @@ from llama4.config import ConfigError, Llama4Config
 from llama4_convert import config
 from llama4_convert.binding import bind_directory, bind_source, check_replicas, check_tensors, shape_of_config
 from llama4_convert.checkpoints import is_meta
-from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
 from llama4_convert.config_repair import Repair, other_model, repair_text, wrong_tokens
-from llama4_convert.conversion import Job, Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.holdings import Holding, Holdings, of_meta, of_transformers
+from llama4_convert.job import Contents, ConversionJob, each_alone
 from llama4_convert.manifest import Manifest
+from llama4_convert.meta_conversion import MetaJob
 from llama4_convert.planned import Plan, gathered
 from llama4_convert.planning import linear_layers, output_tensors
-from llama4_convert.requantization import TransformersJob, open_directory, promises, small_files
+from llama4_convert.quantization import quantization_config
+from llama4_convert.requantization import open_directory, promises, small_files
+from llama4_convert.request import Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.sharding import files_of, groups_of
 from llama4_convert.streaming import streamed_records
 from llama4_convert.version import TOOL
@@ -65,8 +67,8 @@ class Base:
 
 
 def _of_meta(path: Path) -> Base:
-    job = Job(Request(path))  # what it would become, for the files around the weights
-    source: MetaCheckpoint = job.source
+    job = MetaJob(Request(path))  # what it would become, for the files around the weights
+    source = job.source
     binding, _ = bind_source(source.geometry, source)
     spelling = {name: key for name, key in binding.claim(source.keys).spelling.items() if name.startswith(_VISION)}
     check_tensors(binding, source)
@@ -109,12 +111,12 @@ class _Files:
         return self.ranks
 
 
-class VisionJob(TransformersJob):
+class VisionJob(ConversionJob):
     """A text-only Transformers directory with the vision tower of another checkpoint."""
 
     def __init__(self, request: Request) -> None:
         assert request.vision_from is not None
-        self.request = request
+        super().__init__(request)
         if is_meta(request.source):
             raise UsageError(f"{request.source} is no Transformers directory: --vision-from is for text-only ones")
         self.text = _text_of(open_directory(request))
@@ -228,8 +230,6 @@ class VisionJob(TransformersJob):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        from llama4_convert.quantization import quantization_config
-
         name = "dtype" if "dtype" in self.base.body else "torch_dtype"
         dtype = config.torch_dtype(self.plan.main_dtype)
         inner = {k: v for k, v in self.text_config.items() if k not in ("architectures", "dtype", "torch_dtype")}
@@ -244,9 +244,9 @@ class VisionJob(TransformersJob):
             body["quantization_config"] = quantization_config(self.recipe, self.plan)
         return body
 
-    def contents(self) -> dict[str, Callable[[], dict[str, bytes]]]:
+    def contents(self) -> Contents:
         made = {"config.json": config.to_json(self.config), **self._files}
-        return {name: lambda name=name: {name: made[name]} for name in made}  # type: ignore[misc]
+        return each_alone(made)
 
     def told_of_fine_tune(self) -> dict[str, Any]:
         return {**super().told_of_fine_tune(), "repaired": [one._asdict() for one in self.repaired]}

@@ -86,10 +86,11 @@ def _short(case: Case) -> str:
 
 
 def _meta_cases(path: Path) -> tuple[dict[str | None, Case], str]:
-    from llama4_convert.conversion import Job, Request
+    from llama4_convert.meta_conversion import MetaJob
     from llama4_convert.report import parameters
+    from llama4_convert.request import Request
 
-    job = Job(Request(path))
+    job = MetaJob(Request(path))
     plan = job.plan
     weights = Weights.of((tensor.name, tensor.nbytes) for tensor in plan.tensors)
     base = Case(plan.geometry, weights, None, find_gpu(DEFAULT_GPU), max_context=job.max_position_embeddings)

@@ -12,9 +12,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from llama4_convert import card, card_file, convert, export, synth, validate, verify
-from llama4_convert.conversion import Job, Request
+from llama4_convert.conversion import job_of
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.manifest import NAME, Manifest
+from llama4_convert.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_the_licence_that_came_with_the_source_is_linked(meta: Path, tmp_path: P
 def test_a_published_model_is_named(geometry: str, variant: str, recipe: str | None, base: str, tmp_path: Path) -> None:
     """From the sizes alone: nothing is converted."""
     synth(tmp_path / "meta", geometry=geometry, sparse=True)
-    job = Job.of(Request(tmp_path / "meta", variant=variant, recipe=recipe))
+    job = job_of(Request(tmp_path / "meta", variant=variant, recipe=recipe))
     text = job.closing(job.manifest())["README.md"].decode()
     told = ModelCard(text).data.to_dict()
     assert told["base_model"] == base

@@ -19,8 +19,10 @@ from typing import Any
 import commands
 import pytest
 
-from llama4_convert import conversion, convert, lock, verify, writer
+from llama4_convert import convert, lock, verify, writer
+from llama4_convert.conversion import job_of
 from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError
+from llama4_convert.request import Request
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANIFEST = "llama4-convert.json"
@@ -196,9 +198,7 @@ def test_leftovers_do_not_count_as_used_space(source: Path, tmp_path: Path, monk
         commands.Faults(patch, ("posix_fallocate",), errno.ENOSPC).left = 1
         with pytest.raises(EnvironmentFailed):
             convert(source, target, shard_size=commands.SHARD)
-    leftover = (
-        next(iter(conversion.Job(conversion.Request(source, shard_size=commands.SHARD)).plan.files)).name + ".partial"
-    )
+    leftover = next(iter(job_of(Request(source, shard_size=commands.SHARD)).plan.files)).name + ".partial"
     (target / leftover).write_bytes(b"x")
     seen = []
     statvfs = os.statvfs
