@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4_convert import lock
-from llama4_convert.checkpoints.meta import is_file_name, read_small
+from llama4_convert.checkpoints.small_files import is_file_name, read_small
 from llama4_convert.checkpoints.transformers import json_object
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.manifest import INDEX, NAME, Manifest

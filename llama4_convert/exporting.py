@@ -19,9 +19,10 @@ from llama4.config import ConfigError, Llama4Config
 from llama4.geometry import Geometry, GeometryError
 from llama4_convert.binding import bind_directory, bind_source, check_replicas, check_tensors
 from llama4_convert.checkpoints import is_meta
-from llama4_convert.checkpoints.meta import MetaCheckpoint, read_small
+from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.checkpoints.small_files import read_small
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.execution import DEFAULT_MEMORY, Bounds, Progress, Start, Warn, execute
 from llama4_convert.expert_codes import is_quantized, planned_codes

@@ -178,7 +178,7 @@ def is_notice(name: str) -> bool:
 
 def notices(source: Path) -> dict[str, bytes]:
     """Licence texts beside the weights: Meta's licence asks that they go with every copy."""
-    from llama4_convert.checkpoints.meta import is_file_name, read_small
+    from llama4_convert.checkpoints.small_files import is_file_name, read_small
 
     return {
         path.name: read_small(path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.meta import is_file_name, read_small
+from llama4_convert.checkpoints.small_files import is_file_name, read_small
 from llama4_convert.errors import BadInput
 from llama4_convert.writer import write_small
 

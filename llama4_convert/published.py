@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama4_convert.checkpoints.meta import is_file_name, read_small
+from llama4_convert.checkpoints.small_files import is_file_name, read_small
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.manifest import NAME, Manifest
 

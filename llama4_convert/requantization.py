@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llama4_convert import config
-from llama4_convert.checkpoints.meta import is_file_name, read_small
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.checkpoints.small_files import is_file_name, read_small
 from llama4_convert.errors import UsageError
 from llama4_convert.job import Contents, ConversionJob, each_alone, is_notice
 from llama4_convert.manifest import INDEX, NAME, Manifest

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.meta import inner_original, is_file_name, rank_files, read_small
+from llama4_convert.checkpoints.meta import inner_original, rank_files
 from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.pth import PthIndex
+from llama4_convert.checkpoints.small_files import is_file_name, read_small
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.manifest import INDEX, NAME, Manifest
 from llama4_convert.published import Digest, Ids, digests, ids_of_download, read_ids

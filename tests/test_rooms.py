@@ -111,9 +111,9 @@ class A:
     assert sorted(at_module_level(ast.parse(source))) == ["json", "os", "torch", "transformers"]
 
 
-def heavy_after(script: str, *arguments: str) -> str:
+def heavy_after(script: str, *arguments: str, heavy: set[str] = HEAVY) -> str:
     """The heavy modules that a fresh interpreter has loaded once it has run `script`."""
-    tail = f"\nimport sys\nprint('loaded:', sorted({HEAVY!r} & set(sys.modules)))"
+    tail = f"\nimport sys\nprint('loaded:', sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script + tail, *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
@@ -135,6 +135,10 @@ def test_importing_every_module_loads_neither() -> None:
     assert "llama4_convert.cli" in names
     script = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)"
     assert heavy_after(script, *(name for name in names if not name.endswith("__main__"))) == "loaded: []"
+
+
+def test_a_conversion_takes_its_lock_before_it_loads_numpy() -> None:
+    assert heavy_after("import llama4_convert.conversion", heavy={"numpy"}) == "loaded: []"
 
 
 def test_a_conversion_loads_neither(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any
 from llama4.geometry import Geometry, GeometryError
 from llama4_convert.checkpoints.meta_quantized import QuantizedRecord, with_scales
 from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
-from llama4_convert.errors import BadInput, UsageError, from_os_error
+from llama4_convert.checkpoints.small_files import read_small
+from llama4_convert.errors import BadInput, UsageError
 
 _RANK_FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
 _MANIFEST = "llama4-convert.json"
-_SMALL_FILE_LIMIT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -137,26 +136,6 @@ def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     if not isinstance(params, dict):
         raise BadInput(f"{file.name} holds no JSON object: download it again")
     return params, {"params.json": data}
-
-
-def is_file_name(name: str) -> bool:
-    """Whether a name is one of a file beside another: no path, no control character, no longer than file systems take."""
-    alone = Path(name).name == name and name not in ("", "..")
-    return alone and not any(unicodedata.category(c) in ("Cc", "Cs") for c in name) and len(name.encode()) <= 255
-
-
-def read_small(file: Path) -> bytes:
-    """The bytes of a file that is read whole (JSON, tokenizer, licence)."""
-    if not file.is_file():
-        raise BadInput(f"{file.name} is no file, or a link to nothing: download it again")
-    try:
-        with open(file, "rb") as handle:
-            data = handle.read(_SMALL_FILE_LIMIT + 1)
-    except OSError as error:
-        raise from_os_error(error, f"reading {file.name}") from error
-    if len(data) > _SMALL_FILE_LIMIT:
-        raise BadInput(f"{file.name} is larger than {_SMALL_FILE_LIMIT >> 20} MiB, which it never is: wrong file?")
-    return data
 
 
 def _check_agreement(first: PthIndex, other: PthIndex) -> None:
