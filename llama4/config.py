@@ -2,28 +2,24 @@
 
 `Llama4Config.from_geometry` says what params.json means, with Meta's defaults for what it leaves out;
 `Llama4Config.from_json` says what a reader makes of a config.json, with Transformers' defaults for what it leaves out. The model
-runs from either; `differences` names the fields in which two of them disagree.
+runs from either; `config_differences` names the fields in which two of them disagree.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from llama4.config_fields import DEFAULT_CONTEXT, ConfigFields
+from llama4.config_fields import ConfigError as ConfigError
 from llama4.geometry import Geometry, RopeScaling, VisionGeometry
 
 # The model's code has these as constants; a config.json can say otherwise.
 _VISION_NORM_EPS = 1e-5
-_VISION_ROPE_THETA = 10000.0
+_ROPE_THETA, _VISION_ROPE_THETA = 500000.0, 10000.0
 _HIDDEN_ACT, _VISION_HIDDEN_ACT = "silu", "gelu"
-_DEFAULT_CONTEXT = 131072
 _MOST = 1024  # layers, experts: far beyond any Llama 4; a damaged number must not make lists of its length
-
-
-class ConfigError(ValueError):
-    """A config.json that no Llama 4 can be built from; the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class Llama4TextConfig:
     @staticmethod
     def from_json(body: Mapping[str, Any], tied: bool = False) -> Llama4TextConfig:
         """From the `text_config` of a config.json (or the whole, of a text model). Raises ConfigError."""
-        c = _Json(body, "")
+        c = ConfigFields(body, "")
         n_layers, n_heads = c.whole("num_hidden_layers", 48, most=_MOST), c.whole("num_attention_heads", 40)
         hidden = c.whole("hidden_size", 5120)
         interval = c.whole("no_rope_layer_interval", 0)
@@ -122,7 +118,7 @@ class Llama4TextConfig:
         if not interval:
             interval = next((layer + 1 for layer, r in enumerate(rotates) if not r), 0)
         chunk = c.whole("attention_chunk_size", 8192) if body.get("attention_chunk_size", 0) is not None else 0
-        if chunk >= c.whole("max_position_embeddings", _DEFAULT_CONTEXT) and "chunked_attention" not in types:
+        if chunk >= c.whole("max_position_embeddings", DEFAULT_CONTEXT) and "chunked_attention" not in types:
             chunk = 0  # a number for readers that look at nothing else: it never cuts
         return Llama4TextConfig(
             vocab_size=c.whole("vocab_size", 202048),
@@ -138,8 +134,8 @@ class Llama4TextConfig:
             interleave_moe_layer_step=step if step <= n_layers else 0,
             moe_layers=moe_layers,
             rms_norm_eps=c.number("rms_norm_eps", 1e-5),
-            rope_theta=_rope_theta(c),
-            rope_scaling=_rope_scaling(c),
+            rope_theta=c.rope_theta(_ROPE_THETA),
+            rope_scaling=c.rope_scaling(),
             no_rope_layer_interval=interval if 0 < interval <= n_layers else None,
             no_rope_layers=rotates,
             layer_types=types,
@@ -200,7 +196,7 @@ class Llama4VisionConfig:
     @staticmethod
     def from_json(body: Mapping[str, Any]) -> Llama4VisionConfig:
         """From the `vision_config` of a config.json. Raises ConfigError."""
-        c = _Json(body, "vision_config.")
+        c = ConfigFields(body, "vision_config.")
         output = c.whole("vision_output_dim", 7680)
         for name in ("projector_input_dim", "projector_output_dim"):
             if c.whole(name, 4096) != output:
@@ -214,9 +210,9 @@ class Llama4VisionConfig:
             image_size=c.side("image_size", 448),
             patch_size=c.side("patch_size", 14),
             vision_output_dim=output,
-            pixel_shuffle_ratio=_ratio(c),
+            pixel_shuffle_ratio=c.ratio("pixel_shuffle_ratio", 0.5),
             norm_eps=c.number("norm_eps", _VISION_NORM_EPS),
-            rope_theta=_rope_theta(c, _VISION_ROPE_THETA),
+            rope_theta=c.rope_theta(_VISION_ROPE_THETA),
             hidden_act=str(body.get("hidden_act") or _VISION_HIDDEN_ACT),
         )
 
@@ -282,7 +278,7 @@ class Llama4Config:
             return Llama4Config(Llama4TextConfig.from_json(body))
         if not isinstance(text, Mapping) or not isinstance(vision, Mapping | None):
             raise ConfigError("text_config and vision_config must be objects")
-        c = _Json(body, "")
+        c = ConfigFields(body, "")
         return Llama4Config(
             Llama4TextConfig.from_json(text, tied=c.boolean("tie_word_embeddings", False)),
             None if vision is None else Llama4VisionConfig.from_json(vision),
@@ -327,162 +323,3 @@ def check_runnable(config: Llama4Config) -> None:
         raise ConfigError(f"vision_config.hidden_act is {v.hidden_act!r:.40}: Llama 4 has gelu")
     if v.patches_a_side * v.pixel_shuffle_ratio % 1 > 1e-6:
         raise ConfigError(f"vision_config.pixel_shuffle_ratio does not divide {v.patches_a_side} patches a side")
-
-
-class Difference(NamedTuple):
-    """One field in which two configurations disagree, by its name in config.json; vision's are prefixed."""
-
-    field: str
-    expected: Any
-    found: Any
-
-
-def differences(expected: Llama4Config, found: Llama4Config) -> Iterator[Difference]:
-    """The fields of `found` that contradict `expected`. What cannot matter is left out: experts where no layer is MoE."""
-    text_a, text_b = expected.text_config, found.text_config
-    idle = set()
-    if not text_a.moe_layers and not text_b.moe_layers:
-        idle = {"intermediate_size", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step"}
-    for difference in _compare(text_a, text_b, ""):
-        if difference.field not in idle:
-            yield difference
-    vision_a, vision_b = expected.vision_config, found.vision_config
-    if vision_a is None or vision_b is None:
-        if vision_a is not vision_b:
-            yield Difference("vision_config", *("present" if v else None for v in (vision_a, vision_b)))
-        return
-    yield from _compare(vision_a, vision_b, "vision_config.")
-    for name in ("image_token_index", "boi_token_index", "eoi_token_index"):
-        a, b = getattr(expected, name), getattr(found, name)
-        if a is not None and a != b:
-            yield Difference(name, a, b)
-
-
-def _compare(a: Any, b: Any, prefix: str) -> Iterator[Difference]:
-    for field in fields(a):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if x == y or (isinstance(x, float) and isinstance(y, float) and math.isclose(x, y, rel_tol=1e-12)):
-            continue
-        if is_dataclass(x) and is_dataclass(y):
-            for inner in _compare(x, y, f"{prefix}{field.name}."):
-                yield inner._replace(field=_ROPE_FIELDS.get(inner.field, inner.field))
-        else:
-            yield Difference(prefix + field.name, _plain(x), _plain(y))
-
-
-# What `RopeScaling` calls by Meta's meaning, config.json calls by its own name.
-_ROPE_FIELDS = {"rope_scaling.original_context": "rope_scaling.original_max_position_embeddings"}
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        names = {field.name: _ROPE_FIELDS.get(f"rope_scaling.{field.name}", field.name) for field in fields(value)}
-        return {name.removeprefix("rope_scaling."): getattr(value, own) for own, name in names.items()}
-    if isinstance(value, tuple):
-        return [int(x) if isinstance(x, bool) else x for x in value]
-    return value
-
-
-def _ratio(c: _Json) -> float:
-    ratio = c.number("pixel_shuffle_ratio", 0.5)
-    if not 0 < ratio <= 1:
-        raise ConfigError(f"{c.prefix}pixel_shuffle_ratio must be above 0 and at most 1, not {ratio:g}")
-    return ratio
-
-
-def _rope(c: _Json) -> _Json | None:
-    """Where RoPE's numbers are: Transformers 4 writes `rope_scaling`, which wins where both are there, 5 `rope_parameters`."""
-    both = [c.nested(name) for name in ("rope_scaling", "rope_parameters")]
-    return next((inner for inner in both if inner and inner.values), None)
-
-
-def _rope_theta(c: _Json, default: float = 500000.0) -> float:
-    inner, outer = _rope(c), c.number("rope_theta", default)
-    return inner.number("rope_theta", outer) if inner else outer
-
-
-def _rope_scaling(c: _Json) -> RopeScaling | None:
-    inner = _rope(c)
-    if inner is None:
-        return None
-    kind = inner.values.get("rope_type") or inner.values.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ConfigError(f"{inner.prefix}rope_type is {kind!r:.40}: Llama 4 has llama3 or default")
-    return RopeScaling(
-        factor=inner.number("factor", 0),
-        high_freq_factor=inner.number("high_freq_factor", 0),
-        low_freq_factor=inner.number("low_freq_factor", 0),
-        original_context=inner.whole(
-            "original_max_position_embeddings", c.whole("max_position_embeddings", _DEFAULT_CONTEXT)
-        ),
-    )
-
-
-class _Json:
-    """Typed access to an object of a config.json; absent and null mean the default."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str) -> None:
-        self.values, self.prefix = values, prefix
-
-    def number(self, name: str, default: float) -> float:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-            raise ConfigError(f"{self.prefix}{name} must be a number, not {value!r:.40}")
-        return float(value)
-
-    def whole(self, name: str, default: int, least: int = 1, most: int = 1 << 40) -> int:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ConfigError(f"{self.prefix}{name} must be a whole number from {least} to {most:,}, not {value!r:.40}")
-        return value
-
-    def token(self, name: str, default: int) -> int | None:
-        """A token id; negative ones stand for a token that the vocabulary lacks."""
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self.prefix}{name} must be a token id, not {value!r:.40}")
-        return value if 0 <= value < 1 << 40 else None
-
-    def side(self, name: str, default: int) -> int:
-        """A side in pixels: a number, or a list of two equal ones."""
-        value = self.values.get(name)
-        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-            return _Json({name: value[0]}, self.prefix).whole(name, default)
-        return self.whole(name, default)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, (bool, int)):  # published configs of the 4.x era have numbers here
-            raise ConfigError(f"{self.prefix}{name} must be true or false, not {value!r:.40}")
-        return bool(value)
-
-    def integers(self, name: str) -> tuple[int, ...] | None:
-        return self._list(name, int)
-
-    def strings(self, name: str) -> tuple[str, ...] | None:
-        return self._list(name, str)
-
-    def _list(self, name: str, kind: type) -> tuple[Any, ...] | None:
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
-            raise ConfigError(f"{self.prefix}{name} must be a list with one entry a layer, not {value!r:.40}")
-        return tuple(value)
-
-    def nested(self, name: str) -> _Json | None:
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{self.prefix}{name} must be an object, not {value!r:.40}")
-        return _Json(value, f"{self.prefix}{name}.")

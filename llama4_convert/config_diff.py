@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llama4.config import Difference, differences
+from llama4.config_differences import Difference, differences
 from llama4_convert.errors import one_line
 from llama4_convert.parity import config_check
 from llama4_convert.reference import Checkpoint

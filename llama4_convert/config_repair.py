@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from llama4.config import Llama4Config, Llama4TextConfig, differences
+from llama4.config import Llama4Config, Llama4TextConfig
+from llama4.config_differences import differences
 from llama4_convert.checkpoints.pth import StoredTensor
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

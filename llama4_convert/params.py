@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llama4.config import Difference, Llama4Config, differences
+from llama4.config import Llama4Config
+from llama4.config_differences import Difference, differences
 from llama4.geometry import Geometry, GeometryError, swiglu_width
 from llama4_convert.errors import BadInput
 

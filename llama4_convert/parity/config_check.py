@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llama4.config import Difference, Llama4Config, Llama4TextConfig, differences
+from llama4.config import Llama4Config, Llama4TextConfig
+from llama4.config_differences import Difference, differences
 from llama4_convert.checkpoints.small_files import read_small
 from llama4_convert.errors import BadInput, ConvertError, one_line
 from llama4_convert.reference import Checkpoint

@@ -19,7 +19,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama4.config import Difference, Llama4Config
+from llama4.config import Llama4Config
+from llama4.config_differences import Difference
 from llama4.weights import BindingError, parameter_shapes
 from llama4_convert.checkpoints.transformers import ITEM_SIZES
 from llama4_convert.errors import BadInput, UsageError, one_line, raise_if_out_of_memory

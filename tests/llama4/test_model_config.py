@@ -13,15 +13,8 @@ import meta_model
 import pytest
 import transformers
 
-from llama4.config import (
-    ConfigError,
-    Difference,
-    Llama4Config,
-    Llama4TextConfig,
-    Llama4VisionConfig,
-    check_runnable,
-    differences,
-)
+from llama4.config import ConfigError, Llama4Config, Llama4TextConfig, Llama4VisionConfig, check_runnable
+from llama4.config_differences import Difference, differences
 from llama4_convert.reference import Checkpoint
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama4.config import Llama4Config, differences
+from llama4.config import Llama4Config
+from llama4.config_differences import differences
 from llama4_convert import convert, plan, synth, validate
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.parity.transformers_runner import load_transformers
