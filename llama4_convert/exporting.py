@@ -33,10 +33,11 @@ from llama4_convert.memory import peak_memory
 from llama4_convert.params import contradictions, params_json, without_vision
 from llama4_convert.planned import Plan, PlannedFile, PlannedTensor
 from llama4_convert.planning import planned_tensor
-from llama4_convert.pth_writer import PthArchive, PthTensor
+from llama4_convert.pth_writer import PthArchive
 from llama4_convert.quantization import relative_mse, sqnr_db
 from llama4_convert.requantization import promises
 from llama4_convert.request import load_recipe
+from llama4_convert.state_dict_pickle import PthTensor
 from llama4_convert.streaming import streamed_records, unread_records
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from llama4.geometry import Geometry, VisionGeometry
 from llama4_convert.errors import EnvironmentFailed, UsageError, from_os_error
-from llama4_convert.pth_writer import PthBytes, PthTensor, PthWriter
+from llama4_convert.pth_writer import PthWriter
+from llama4_convert.state_dict_pickle import PthBytes, PthTensor
 
 # As in `conversion`: (bytes in all, bytes already done) once, then (bytes just written); tensor data only.
 Start: TypeAlias = Callable[[int, int], None]

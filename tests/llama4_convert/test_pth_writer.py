@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama4_convert import pth_writer
-from llama4_convert.pth_writer import ALIGNMENT, PthBytes, PthTensor, PthWriter, state_dict_pickle
+from llama4_convert.pth_writer import ALIGNMENT, PthWriter
+from llama4_convert.state_dict_pickle import PthBytes, PthTensor, state_dict_pickle
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
