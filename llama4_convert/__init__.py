@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llama4_convert.parity.validation import validate as validate
     from llama4_convert.pushing import push as push
     from llama4_convert.reference import load_reference as load_reference
-    from llama4_convert.synthesis import synth as synth
+    from llama4_convert.synthesis.synth import synth as synth
     from llama4_convert.verification import verify as verify
 
 __version__ = VERSION
@@ -42,7 +42,7 @@ _HOME = {
     "generate": "generation",
     "inspect": "inspection",
     "load_reference": "reference",
-    "synth": "synthesis",
+    "synth": "synthesis.synth",
     "validate": "parity.validation",
     "verify": "verification",
 }

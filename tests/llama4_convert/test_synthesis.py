@@ -24,10 +24,14 @@ import torch
 from llama4.geometry import Geometry
 from llama4_convert import plan
 from llama4_convert.errors import EnvironmentFailed, UsageError
-from llama4_convert.synthesis import MARKER, SPECIAL_TOKENS, synth, synth_params, tokenizer_model
+from llama4_convert.synthesis.numbers import DTYPES
+from llama4_convert.synthesis.params import SPECIAL_TOKENS, synth_params
+from llama4_convert.synthesis.synth import MARKER, synth
+from llama4_convert.synthesis.tensors import tensors_of
+from llama4_convert.synthesis.tokenizer import encode, tokenizer_model
 
 # The package's attribute of that name is the function.
-module = importlib.import_module("llama4_convert.synthesis")
+module = importlib.import_module("llama4_convert.synthesis.synth")
 
 FAMILIES = ("scout", "maverick", "guard")
 # What each rank holds whole, by the ends of the names; everything else is split.
@@ -114,11 +118,11 @@ def test_base_models_carry_statistics_that_nobody_loads(tmp_path: Path) -> None:
 def test_full_size_models_have_the_published_number_of_parameters(family: str, parameters: int) -> None:
     geometry = Geometry.from_params(synth_params(family))
     for ranks in (1, 8):
-        assert sum(t.parameters(ranks) for t in module._plan(geometry, ranks, base=True)) == parameters
+        assert sum(t.parameters(ranks) for t in tensors_of(geometry, ranks, base=True)) == parameters
 
 
 def test_a_rank_of_scout_holds_the_published_shapes() -> None:
-    plan = {t.key: t.shape for t in module._plan(Geometry.from_params(synth_params("scout")), 8, base=False)}
+    plan = {t.key: t.shape for t in tensors_of(Geometry.from_params(synth_params("scout")), 8, base=False)}
     assert len(plan) == len(set(plan))
     expected = {
         "tok_embeddings.weight": (25256, 5120),
@@ -147,7 +151,7 @@ def test_a_rank_of_scout_holds_the_published_shapes() -> None:
 
 
 def test_maverick_s_even_layers_are_dense() -> None:
-    plan = {t.key: t.shape for t in module._plan(Geometry.from_params(synth_params("maverick")), 8, base=False)}
+    plan = {t.key: t.shape for t in tensors_of(Geometry.from_params(synth_params("maverick")), 8, base=False)}
     assert plan["layers.0.feed_forward.mlp.layer_norm_weight"] == (5120,)
     assert plan["layers.0.feed_forward.mlp.fc1_weight"] == (2 * 2048, 5120)
     assert plan["layers.0.feed_forward.mlp.fc2_weight"] == (5120, 2048)
@@ -217,7 +221,7 @@ def test_a_tensor_s_content_does_not_depend_on_the_rest(scout: Path, tmp_path: P
 
 def test_the_dtypes_hold_the_same_numbers_rounded(tmp_path: Path) -> None:
     states = {}
-    for dtype in module.DTYPES:
+    for dtype in DTYPES:
         synth(tmp_path / dtype, tiny=True, ranks=1, layers=1, dtype=dtype)
         (states[dtype],) = load(tmp_path / dtype)
     for key, value in states["float32"].items():
@@ -264,7 +268,7 @@ def test_every_token_is_one_merge_of_two_earlier_ones(seed: int) -> None:
     assert list(ranks)[:256] == [bytes([value]) for value in range(256)]
     earlier = {bytes([value]): value for value in range(256)}
     for token, rank in list(ranks.items())[256:]:
-        assert len(module._encode(earlier, token)) == 2
+        assert len(encode(earlier, token)) == 2
         earlier[token] = rank
     assert tokenizer_model(1000, seed) == tokenizer_model(1000, seed)
     assert tokenizer_model(1000, seed) != tokenizer_model(1000, seed + 1)
@@ -379,7 +383,7 @@ def test_full_width_takes_the_memory_of_a_chunk_and_no_torch(tmp_path: Path) -> 
         "import sys, resource, numpy\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "idle = peak()\n"
-        "from llama4_convert.synthesis import synth\n"
+        "from llama4_convert.synthesis.synth import synth\n"
         "summary = synth(sys.argv[1], geometry='guard', layers=1, vocab=8, vision_layers=1)\n"
         "assert not {'torch', 'mappings'} & set(sys.modules)\n"
         "print(peak() - idle, *summary['files'])"
