@@ -8,9 +8,8 @@ from llama4.config import Llama4Config
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
+from llama4_convert.dtypes import TORCH_NAMES
 from mappings import Binding, MappingError, ModelShape, load_table
-
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 def bind_directory(source: SafetensorsSource) -> tuple[Llama4Config, Binding]:
@@ -18,7 +17,7 @@ def bind_directory(source: SafetensorsSource) -> tuple[Llama4Config, Binding]:
     config = Llama4Config.from_json(source.config)
     for index in source.ranks:
         for key, stored in index.tensors.items():
-            if stored.dtype not in FLOAT_DTYPES:
+            if stored.dtype not in TORCH_NAMES:
                 raise MappingError(f"{key} is {stored.dtype}: take a directory in bf16, fp16 or fp32")
     return config, load_table().bind(shape_of_config(config))
 
@@ -81,7 +80,7 @@ def check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
             expected = binding.meta_shape(key, ranks)
             if tensor.shape != expected:
                 raise MappingError(_shape_message(binding, key, tensor.shape, expected, source, rank))
-            if tensor.dtype not in FLOAT_DTYPES:
+            if tensor.dtype not in TORCH_NAMES:
                 raise MappingError(
                     f"{key} is {tensor.dtype}: only bf16, fp16 and fp32 checkpoints can be converted"
                     " (Meta's quantized originals need their scales)"

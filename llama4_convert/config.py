@@ -10,19 +10,13 @@ import json
 from typing import Any
 
 from llama4.geometry import Geometry, VisionGeometry
+from llama4_convert.dtypes import TORCH_NAMES
 from llama4_convert.errors import BadInput
 from llama4_convert.tokenizer import TokenIds
-
-_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 # Meta's code has these as constants (LayerNorm's default, `get_rope_freqs` in vision/encoder.py).
 _VISION_NORM_EPS = 1e-5
 _VISION_ROPE_THETA = 10000.0
-
-
-def torch_dtype(dtype: str) -> str:
-    """What config.json calls a dtype of safetensors."""
-    return _TORCH_DTYPES[dtype]
 
 
 def model_config(
@@ -38,7 +32,7 @@ def model_config(
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
         "model_type": "llama4",
-        "torch_dtype": _TORCH_DTYPES[dtype],
+        "torch_dtype": TORCH_NAMES[dtype],
         "boi_token_index": ids.boi if ids else -1,
         "eoi_token_index": ids.eoi if ids else -1,
         "image_token_index": ids.patch if ids else -1,
@@ -63,7 +57,7 @@ def text_config(
         )
     return {
         "model_type": "llama4_text",
-        "torch_dtype": _TORCH_DTYPES[dtype],
+        "torch_dtype": TORCH_NAMES[dtype],
         "vocab_size": g.vocab_size,
         "hidden_size": g.dim,
         "num_hidden_layers": g.n_layers,
@@ -122,7 +116,7 @@ def vision_config(v: VisionGeometry, dtype: str) -> dict[str, Any]:
         )
     return {
         "model_type": "llama4_vision_model",
-        "torch_dtype": _TORCH_DTYPES[dtype],
+        "torch_dtype": TORCH_NAMES[dtype],
         "image_size": v.image_size,
         "patch_size": v.patch_size,
         "num_channels": 3,

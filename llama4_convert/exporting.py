@@ -23,6 +23,7 @@ from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.checkpoints.small_files import read_small
+from llama4_convert.dtypes import TORCH_NAMES
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.execution import DEFAULT_MEMORY, Bounds, Progress, Start, Warn, execute
 from llama4_convert.expert_codes import is_quantized, planned_codes
@@ -43,7 +44,7 @@ from llama4_convert.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.version import TOOL
 from mappings import Binding, MappingError
 
-_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn"}
+_TORCH = {**TORCH_NAMES, CODES: "float8_e4m3fn"}
 _DEFAULT_RANKS = 8  # Scout's and Maverick's
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.pth import StoredTensor
@@ -57,18 +58,9 @@ def of_transformers(binding: Binding, source: SafetensorsSource) -> Holdings:
             for placement in placements:
                 found[placement.tensor].append(Holding(file, key, stored, placement))
     for name, logical in binding.logical.items():
-        held = sum(_numel(h.placement) for h in found[name])
-        total = 1
-        for size in logical.sizes.values():
-            total *= size
+        held = sum(prod(holding.placement.box.size) for holding in found[name])
+        total = prod(logical.sizes.values())
         if held != total:
             keys = [key for key, stored in binding.transformers.items() if name in stored.tensors.values()]
             raise MappingError(f"{'missing' if held < total else 'two keys hold'} {keys[0]}, or a part of it")
     return found
-
-
-def _numel(placement: Placement) -> int:
-    n = 1
-    for size in placement.box.size:
-        n *= size
-    return n

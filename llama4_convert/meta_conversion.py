@@ -7,13 +7,14 @@ from typing import Any
 
 from llama4_convert import config, variant
 from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.dtypes import SAFETENSORS_NAMES
 from llama4_convert.errors import BadInput
 from llama4_convert.job import Contents, ConversionJob, each_alone, notices
 from llama4_convert.manifest import Manifest
 from llama4_convert.memory import peak_memory
 from llama4_convert.planning import make_plan
 from llama4_convert.quantization import quantization_config
-from llama4_convert.request import DTYPES, Request, check_recipe, load_adapter, load_recipe
+from llama4_convert.request import Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.tokenizer import TokenIds, tokenizer_files
 from llama4_convert.version import TOOL
 
@@ -31,7 +32,7 @@ class MetaJob(ConversionJob):
             recipe=self.recipe,
             device=request.device,
             text_only=request.text_only,
-            dtype=DTYPES[request.dtype] if request.dtype else None,
+            dtype=SAFETENSORS_NAMES[request.dtype] if request.dtype else None,
             shard_size=request.shard_size,
             allow_rank_mismatch=request.allow_rank_mismatch,
             adapter=self.adapter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llama4_convert.binding import FLOAT_DTYPES
+from llama4_convert.dtypes import TORCH_NAMES
 from llama4_convert.manifest import Manifest
 from llama4_convert.matrices import Matrix, matrices
 from llama4_convert.operations import Move, layout_of, row, steps
@@ -17,7 +17,7 @@ def origin(name: str, dtype: str, manifest: Manifest, binding: Binding) -> dict[
 
     Raises MappingError where manifest and model do not fit together.
     """
-    found = _targets(name, dtype not in FLOAT_DTYPES, binding)
+    found = _targets(name, dtype not in TORCH_NAMES, binding)
     if found is None:
         return None
     key, targets, matrix = found

@@ -16,6 +16,7 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint, json_object
+from llama4_convert.dtypes import TORCH_NAMES
 from llama4_convert.errors import BadInput
 from llama4_convert.tokenizer import TokenIds
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from llama4.model import Llama4ForCausalLM
 
-_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _KEEP = 4 << 30  # of weights in memory, unless the caller says otherwise
 _AHEAD = 256 << 20  # of weights read before they are needed: three of Scout's matrices
 
@@ -201,9 +201,9 @@ def _wording(checkpoint: TransformersCheckpoint, text: Mapping[str, Any]) -> dic
     vision = body.get("vision_config")
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        if tensor.dtype in _TORCH_DTYPES:
+        if tensor.dtype in TORCH_NAMES:
             sizes[tensor.dtype] += tensor.nbytes
-    dtype = _TORCH_DTYPES[sizes.most_common(1)[0][0]] if sizes else None
+    dtype = TORCH_NAMES[sizes.most_common(1)[0][0]] if sizes else None
     name = "torch_dtype" if "torch_dtype" in body else "dtype"
     expected: dict[str, Any] = {
         "model_type": "llama4" if whole else "llama4_text",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama4_convert import variant
+from llama4_convert.dtypes import SAFETENSORS_NAMES
 from llama4_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from quant.recipe import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # bytes
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Request:
     vision_from: Path | None = None  # the model that the source, a text-only fine-tune, was made from
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.dtype not in SAFETENSORS_NAMES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(SAFETENSORS_NAMES)}")
         if self.variant is not None and self.variant not in variant.VARIANTS:
             raise UsageError(f"variant {self.variant!r} is not one of {', '.join(variant.VARIANTS)}")
         if self.shard_size < 1:

@@ -16,6 +16,7 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
 from llama4_convert.config_repair import Repair, other_model, repair_text, wrong_tokens
+from llama4_convert.dtypes import TORCH_NAMES
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.holdings import Holding, Holdings, of_meta, of_transformers
 from llama4_convert.job import Contents, ConversionJob, each_alone
@@ -231,7 +232,7 @@ class VisionJob(ConversionJob):
     @cached_property
     def config(self) -> dict[str, Any]:
         name = "dtype" if "dtype" in self.base.body else "torch_dtype"
-        dtype = config.torch_dtype(self.plan.main_dtype)
+        dtype = TORCH_NAMES[self.plan.main_dtype]
         inner = {k: v for k, v in self.text_config.items() if k not in ("architectures", "dtype", "torch_dtype")}
         body = {
             **self.base.body,
