@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama4_convert import lock
 from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error
-from llama4_convert.manifest import NAME, Manifest
+from llama4_convert.manifest import Manifest
+from llama4_convert.output_directory import NeedsOverwrite, check_no_obstacle, clear, make_folder, refuse_other_kind
 from llama4_convert.writer import PARTIAL_SUFFIX
 
 if TYPE_CHECKING:
@@ -27,13 +28,6 @@ DEFAULT_MEMORY = 1 << 30
 # Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
 LEAST_MEMORY = 64 << 20
 _SHOWN = 3  # tensors that a warning names
-# Of either layout: what makes a directory a model, and what readers may take for its weights.
-_MARKERS = ("model.safetensors.index.json", "params.json")
-_WEIGHTS = ("model*.safetensors*", "consolidated.*.pth")
-
-
-class NeedsOverwrite(UsageError):
-    """The output directory holds something else. `--overwrite` replaces it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ def execute(
         for ours, theirs in ((target, source), (target / "original", source), (target, source / "original")):
             if ours.exists() and theirs.exists() and os.path.samefile(ours, theirs):
                 raise UsageError(f"the output would overwrite the source in {theirs}: choose another directory")
-    made_folder = _make_folder(target)
+    made_folder = make_folder(target)
     try:
         with lock.owned(target):
             return _Execution(make_job(), target, bounds, warn, start, progress).run()
@@ -100,7 +94,7 @@ class _Execution:
         contents = self.job.contents()
         if (needed := self.job.peak_memory(LEAST_MEMORY)) > max(self.bounds.max_memory, 2 * LEAST_MEMORY):
             raise UsageError(f"max-memory must be at least {(needed >> 20) + 1} MiB: " + self._what_takes_memory())
-        self._check_target()
+        check_no_obstacle(self.target)
         resumed = self._look_at_target()
         if self._is_finished():
             return self._result("already complete", resumed)
@@ -128,21 +122,12 @@ class _Execution:
             return "an adapter's matrix is multiplied whole"
         return "a matrix is quantized whole" if self.job.recipe else "the source's tokenizer takes that"
 
-    def _check_target(self) -> None:
-        """Refuse an output where something stands in the way that is not to be removed, or written through."""
-        if (self.target / "original").is_symlink():
-            raise UsageError(f"{self.target / 'original'} is a link: remove it, or choose another directory")
-        for path in self.target.iterdir():
-            is_ours = any(path.match(pattern) for pattern in (*_WEIGHTS, *_MARKERS, NAME, f"*{PARTIAL_SUFFIX}"))
-            if is_ours and path.is_dir() and not path.is_symlink():
-                raise UsageError(f"{path} is a directory, where a file will be: remove it, or choose another directory")
-
     def _look_at_target(self) -> int:
         """Take over what an earlier run of the same conversion finished; refuse or clear anything else."""
         old = None
         if self.bounds.overwrite and not self._is_interrupted():
-            _refuse_other_kind(self.target, self.job)
-            _clear(self.target, self.job)
+            refuse_other_kind(self.target, self.job)
+            clear(self.target, self.job)
         else:
             old = Manifest.read(self.target)
             foreign = [p.name for p in self.target.iterdir() if p.name != lock.NAME and not p.name.endswith(".partial")]
@@ -320,54 +305,3 @@ class _Execution:
             return {}
         errors = {module: (pair[0], pair[1]) for module, pair in self.manifest.errors.items()}
         return {"quantization": self.job.quantization(errors)}
-
-
-def _make_folder(target: Path) -> bool:
-    """Make `target` if need be; says whether it did."""
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file: give a directory to write to")
-    if target.is_symlink() and not target.exists():
-        raise UsageError(f"{target} is a link to nothing: remove it, or choose another directory")
-    try:
-        target.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise from_os_error(error, f"making {target}") from error
-    return True
-
-
-def _refuse_other_kind(target: Path, job: Job) -> None:
-    """Weights in the other layout that we did not make are nobody's to remove, and left there would be read."""
-    ours = _listed(target)
-    for pattern in _WEIGHTS:
-        for path in sorted(target.glob(pattern)) if pattern != job.weights else ():
-            if path.name not in ours:
-                raise UsageError(
-                    f"{target} holds a checkpoint in the other layout ({path.name}), which --overwrite does not remove:"
-                    " choose another directory"
-                )
-
-
-def _listed(target: Path) -> set[str]:
-    """What the manifest of `target` lists, if it has one that can be read."""
-    try:
-        old = Manifest.read(target)
-    except BadInput:
-        return set()
-    return set(old.files) if old else set()
-
-
-def _clear(target: Path, job: Job) -> None:
-    """Remove a model from `target`: first what makes it one, so that it never points at files of another conversion."""
-    listed = _listed(target)
-    for marker in _MARKERS:
-        if marker == job.marker or marker in listed:
-            (target / marker).unlink(missing_ok=True)
-    for name in listed:
-        if (target / name).parent.resolve() in (target.resolve(), (target / "original").resolve()):
-            (target / name).unlink(missing_ok=True)
-    (target / NAME).unlink(missing_ok=True)
-    # Readers prefer a bare model.safetensors to an index, and take every rank file that they find.
-    for path in target.glob(job.weights):
-        path.unlink()

@@ -174,7 +174,7 @@ def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 @contextlib.contextmanager
 def _with_overwrite() -> Iterator[None]:
     """Tells the command that replaces what is in the way."""
-    from llama4_convert.execution import NeedsOverwrite
+    from llama4_convert.output_directory import NeedsOverwrite
 
     try:
         yield
