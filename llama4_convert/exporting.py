@@ -132,8 +132,7 @@ class ExportJob(Job):
         self.promised, self.warnings = promises(source)
         if "quantization_config" in source.config:
             raise UsageError(f"{request.source} is quantized: export what it was made from")
-        recorded = self.from_manifest.source.get("ranks") if self.from_manifest else None
-        self.ranks = request.ranks or recorded or _DEFAULT_RANKS
+        self.ranks = request.ranks or self.recorded_ranks or _DEFAULT_RANKS
         try:
             config, self.binding = bind_directory(source)
             holdings = of_transformers(self.binding, source)
@@ -156,7 +155,12 @@ class ExportJob(Job):
         self.params = self._params(config)
 
     @property
-    def variant(self) -> str | None:
+    def recorded_ranks(self) -> int | None:
+        """How many the source was made from, where its manifest tells."""
+        return self.from_manifest.source.get("ranks") if self.from_manifest else None
+
+    @property
+    def known_variant(self) -> str | None:
         """What kind of model it is, where that is known: no tensor of an export tells it."""
         if self.plan.base_evidence:
             return "base"
@@ -177,12 +181,8 @@ class ExportJob(Job):
         """The same where Meta's loader takes them on so many ranks: of `wqkv` it wants rows a head that are even."""
         width = self.binding.shape.sizes["Q"] // self.binding.shape.units["Q"]
         joined = [key for key in keys if key.endswith(".attention.wqkv.weight")]
-        recorded = self.from_manifest.source.get("ranks") if self.from_manifest else None
-        as_it_was = self.ranks in (
-            recorded,
-            len(self.source.ranks) if isinstance(self.source, MetaCheckpoint) else None,
-        )
-        if width % self.ranks == 0 or not joined or as_it_was:
+        own = len(self.source.ranks) if isinstance(self.source, MetaCheckpoint) else None
+        if width % self.ranks == 0 or not joined or self.ranks in (own, self.recorded_ranks):
             return keys
         self.warnings.append(
             f"attention.wqkv.weight is written as wq, wk and wv: Meta's loader cannot split it on {self.ranks} ranks"
@@ -286,8 +286,10 @@ class ExportJob(Job):
         source: dict[str, Any] = {"layout": "transformers", "sha256": self.source.fingerprint()}
         if isinstance(self.source, MetaCheckpoint):
             source |= {"layout": "meta", "ranks": len(self.source.ranks)}
-        if self.variant:
-            source["variant"] = self.variant
+        elif self.recorded_ranks:
+            source["ranks"] = self.recorded_ranks
+        if self.known_variant:
+            source["variant"] = self.known_variant
         options = {"layout": "meta", "ranks": self.ranks, **self._recipe_options()}
         return Manifest(
             TOOL, json.loads(json.dumps(source)), options, list(self.plan.meta_keys), dict(self.plan.dropped)

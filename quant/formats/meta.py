@@ -110,7 +110,7 @@ class MetaWords:
             Output("weight_shape", "I64", (2,), weight_shape(n, k).tobytes()),
         )
 
-    def encode(self, bits: NDArray[np.uint8], in_out: bool, threads: int) -> Encoded:
+    def encode(self, bits: NDArray[Any], in_out: bool, threads: int) -> Encoded:
         """`bits`: codes as Meta's files have them, [k / 2, n]."""
         assert in_out
         # Neighbours share a byte in either format, the first in the low half; -8 .. 7 is stored as it is there, and plus 8 here.

@@ -347,6 +347,12 @@ def test_where_ranks_part_a_head_metas_loader_takes_q_k_and_v_apart(tmp_path: Pa
     convert(source, tmp_path / "hf")
     export(tmp_path / "hf", tmp_path / "of-hf", ranks=4)
     assert_equal(tmp_path / "of-hf", tmp_path / "four")
+    published = meta_model.write_checkpoint(model, params, tmp_path / "published", ranks=4, extra=False)
+    convert(published, tmp_path / "hf4")
+    export(tmp_path / "hf4", tmp_path / "one", ranks=1)
+    for start in ("hf4", "one"):  # what came so goes back so
+        export(tmp_path / start, tmp_path / f"{start}-back", ranks=4)
+        assert_equal(tmp_path / f"{start}-back", published)
 
 
 def test_an_export_is_converted_to_the_same_directory(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
