@@ -260,7 +260,7 @@ class _Subject:
         base = 0 if part else output.offset
         start = base + copy.target_offset * write
         return {
-            "file": self.source.ranks[piece.rank].path.name,
+            "file": self.source.archives[piece.rank].path.name,
             "tensor": piece.key,
             "bytes": [first, first + _span(copy.shape, copy.source_strides, read)],
             "dtype": piece.source.dtype,

@@ -488,6 +488,8 @@ def test_int4_groups_keep_their_bits(quantized: Callable[..., Path], tmp_path: P
     assert verify(tmp_path / "out")["ok"]
     told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_packed", recipe=recipe)
     assert told["op"][-1] == "keep the codes of [128, 512] as they are, in the order of weight_packed"
+    told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_scale", recipe=recipe)
+    assert [piece["file"] for piece in told["made_of"]] == [f"int4_scales_{rank}.pt" for rank in range(ranks)]
 
 
 def planned_sizes(source: Path, recipe: str) -> tuple[Any, Any]:
