@@ -242,6 +242,8 @@ class _Subject:
         if planned.scheme is None:
             return [*said, f"write as a linear layer of its own, [{n}, {k}]"]
         ending = tensor.name.removeprefix(f"{planned.matrix.module}.")
+        if planned.keeps_bits:
+            return [*said, f"keep the codes of [{n}, {k}] as they are, in the order of {ending}"]
         return [*said, f"quantize [{n}, {k}] as {scheme_words(planned.scheme)}, of which this is {ending}"]
 
     def _box(self, tensor: str, box: Box) -> dict[str, Any]:
@@ -260,7 +262,7 @@ class _Subject:
         base = 0 if part else output.offset
         start = base + copy.target_offset * write
         return {
-            "file": self.source.ranks[piece.rank].path.name,
+            "file": self.source.archives[piece.rank].path.name,
             "tensor": piece.key,
             "bytes": [first, first + _span(copy.shape, copy.source_strides, read)],
             "dtype": piece.source.dtype,

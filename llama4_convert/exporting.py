@@ -41,6 +41,7 @@ from llama4_convert.request import load_recipe
 from llama4_convert.state_dict_pickle import PthTensor
 from llama4_convert.streaming import streamed_records, unread_records
 from llama4_convert.tokenizer import TokenIds, tokenizer_model
+from llama4_convert.variant import recorded_variant
 from llama4_convert.version import TOOL
 from mappings import Binding, MappingError
 
@@ -108,8 +109,8 @@ class ExportJob(Job):
             claims = self.binding.claim(source.keys)
             check_tensors(self.binding, source)
             warnings, compare = check_replicas(self.binding, source, request.allow_rank_mismatch)
-            keys = [key for key in source.ranks[0].tensors if key in self.binding.meta]  # in the source's order
-            files = self._files(of_meta(self.binding, source, claims.spelling), keys)
+            keys = self._spelling([key for key in source.ranks[0].tensors if key in self.binding.meta])
+            files = self._files(of_meta(self.binding, source, claims.spelling), self._loadable(keys))
         except MappingError as error:
             raise BadInput(f"{source.path.name}: {error}") from error
         self.warnings += warnings
@@ -120,7 +121,7 @@ class ExportJob(Job):
             files=files,
             meta_keys=tuple(sorted(keys)),
             dropped={key: rule.why for key, rule in claims.dropped.items()} | source.unused_scales,
-            base_evidence=(),
+            base_evidence=tuple(key for key, rule in claims.dropped.items() if rule.only_in == "base"),
             streamed=streamed,
             unread=unread_records(source, streamed, set()),
             compare=tuple(compare),
@@ -133,13 +134,12 @@ class ExportJob(Job):
         self.promised, self.warnings = promises(source)
         if "quantization_config" in source.config:
             raise UsageError(f"{request.source} is quantized: export what it was made from")
-        recorded = self.from_manifest.source.get("ranks") if self.from_manifest else None
-        self.ranks = request.ranks or recorded or _DEFAULT_RANKS
+        self.ranks = request.ranks or self.recorded_ranks or _DEFAULT_RANKS
         try:
             config, self.binding = bind_directory(source)
             holdings = of_transformers(self.binding, source)
-            keys = self._spelling(self.from_manifest.meta_keys if self.from_manifest else ())
-            files = self._files(holdings, keys)
+            keys = self._spelling()
+            files = self._files(holdings, self._loadable(keys))
         except (MappingError, ConfigError) as error:
             raise BadInput(f"{source.path}: {error}") from error
         self.plan = Plan(
@@ -156,15 +156,44 @@ class ExportJob(Job):
         )
         self.params = self._params(config)
 
-    def _spelling(self, recorded: Any) -> list[str]:
-        """The keys to write: those that the source's manifest recorded, else the published ones."""
+    @property
+    def recorded_ranks(self) -> int | None:
+        """How many the source was made from, where its manifest tells."""
+        return self.from_manifest.source.get("ranks") if self.from_manifest else None
+
+    @property
+    def known_variant(self) -> str | None:
+        """What kind of model it is, where that is known: no tensor of an export tells it."""
+        if self.plan.base_evidence:
+            return "base"
+        return recorded_variant(self.from_manifest) if self.from_manifest else None
+
+    def _spelling(self, own: Sequence[str] = ()) -> list[str]:
+        """The keys to write: those that the source's manifest recorded, else the source's `own`, else the published ones."""
+        recorded = self.from_manifest.meta_keys if self.from_manifest else ()
         known = [key for key in recorded if key in self.binding.meta]
         held = [tensor for key in known for tensor in self.binding.meta[key].tensors.values()]
         if len(set(held)) == len(held) == len(self.binding.logical):
             chosen = set(known)
         else:
-            chosen = {self.binding.spellings(tensor)[0] for tensor in self.binding.logical}
-        return [key for key in self.binding.meta if key in chosen]
+            chosen = set(own) or {self.binding.spellings(tensor)[0] for tensor in self.binding.logical}
+        return [key for key in (own if chosen == set(own) else self.binding.meta) if key in chosen]
+
+    def _loadable(self, keys: list[str]) -> list[str]:
+        """The same where Meta's loader takes them on so many ranks: of `wqkv` it wants rows a head that are even."""
+        width = self.binding.shape.sizes["Q"] // self.binding.shape.units["Q"]
+        joined = [key for key in keys if key.endswith(".attention.wqkv.weight")]
+        own = len(self.source.ranks) if isinstance(self.source, MetaCheckpoint) else None
+        if width % self.ranks == 0 or not joined or self.ranks in (own, self.recorded_ranks):
+            return keys
+        self.warnings.append(
+            f"attention.wqkv.weight is written as wq, wk and wv: Meta's loader cannot split it on {self.ranks} ranks"
+            f" where a head is {width} wide"
+        )
+        apart = {
+            key: [self.binding.spellings(t)[-1] for t in self.binding.meta[key].tensors.values()] for key in joined
+        }
+        return [one for key in keys for one in apart.get(key, [key])]
 
     def _params(self, config: Llama4Config) -> bytes:
         """The original's where it still says what config.json says, else made of that."""
@@ -253,6 +282,10 @@ class ExportJob(Job):
         source: dict[str, Any] = {"layout": "transformers", "sha256": self.source.fingerprint()}
         if isinstance(self.source, MetaCheckpoint):
             source |= {"layout": "meta", "ranks": len(self.source.ranks)}
+        elif self.recorded_ranks:
+            source["ranks"] = self.recorded_ranks
+        if self.known_variant:
+            source["variant"] = self.known_variant
         options = {"layout": "meta", "ranks": self.ranks, **self._recipe_options()}
         return Manifest(
             TOOL, json.loads(json.dumps(source)), options, list(self.plan.meta_keys), dict(self.plan.dropped)

@@ -73,7 +73,10 @@ class MatrixEncoder:
         tensor, matrix = planned.gathered, planned.matrix
         bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
         if planned.scheme is None or planned.keeps_bits:
-            self.result.count(tensor.name, nonfinite.count(gathered, tensor.dtype))
+            if (
+                planned.scheme is None or planned.scheme.kind != "int4"
+            ):  # whose codes are all finite, whatever they are called
+                self.result.count(tensor.name, nonfinite.count(gathered, tensor.dtype))
             return planned.encoder.encode(bits, matrix.in_out, self.threads)
         try:
             return planned.encoder.encode(bits, matrix.in_out, self.threads)

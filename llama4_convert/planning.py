@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from types import MappingProxyType
 
 from llama4.config import ConfigError
@@ -11,7 +12,7 @@ from llama4_convert.adapters import Adapter
 from llama4_convert.binding import bind_directory, bind_source, check_replicas, check_tensors
 from llama4_convert.changes import ChangePiece, Changes
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
+from llama4_convert.checkpoints.meta_quantized import CODES, QuantizedRecord
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.errors import BadInput
 from llama4_convert.holdings import Holdings, of_meta, of_transformers
@@ -21,7 +22,8 @@ from llama4_convert.request import DEFAULT_SHARD_SIZE
 from llama4_convert.sharding import files_of, groups_of
 from llama4_convert.streaming import streamed_records, unread_records
 from mappings import Binding, Copy, MappingError, Placement, copies
-from quant.encoding import Linear
+from quant.encoding import Encoder, Linear
+from quant.formats.meta import MetaInt4, MetaWords
 from quant.recipe import Recipe, Scheme
 
 
@@ -161,8 +163,10 @@ def output_tensors(
             # Schemes quantize bf16, which is what checkpoints are published in.
             to = "BF16" if scheme else dtype
             gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, to, changes)
-            kept = scheme is not None and not gathered.changes and _keeps_bits(matrix, scheme, gathered)
-            tensors += _with_bits_kept(matrix, scheme, gathered) if kept else _encoded(matrix, scheme, device, gathered)
+            if scheme and not gathered.changes and _keeps_bits(matrix, scheme, gathered):
+                tensors += _with_bits_kept(matrix, scheme, gathered)
+            else:
+                tensors += _encoded(matrix, scheme, _encoder(scheme, device, gathered.dtype), gathered)
         if not to_encode:
             shape = binding.transformers_shape(name)
             targets = binding.transformers_placements(name)
@@ -183,12 +187,19 @@ def _to_encode(
             yield matrix, scheme
 
 
-def _encoded(matrix: Matrix, scheme: Scheme | None, device: str, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
-    """The tensors that a matrix becomes. Raises MappingError if its size does not fit the scheme."""
+def _encoder(scheme: Scheme | None, device: str, dtype: str) -> Encoder:
+    if scheme is None:
+        return Linear(dtype)
     from quant.encoders import encoder_for
 
-    encoder = encoder_for(scheme, device) if scheme else Linear(gathered.dtype)
-    planned = PlannedMatrix(matrix, scheme, encoder, gathered)
+    return encoder_for(scheme, device)
+
+
+def _encoded(
+    matrix: Matrix, scheme: Scheme | None, encoder: Encoder, gathered: PlannedTensor, keeps_bits: bool = False
+) -> Iterator[PlannedTensor]:
+    """The tensors that a matrix becomes. Raises MappingError if its size does not fit the scheme."""
+    planned = PlannedMatrix(matrix, scheme, encoder, gathered, keeps_bits)
     try:
         outputs = encoder.outputs(matrix.n, matrix.k)
     except ValueError as error:
@@ -205,33 +216,43 @@ def _encoded(matrix: Matrix, scheme: Scheme | None, device: str, gathered: Plann
 
 
 def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool:
-    """Whether the source holds codes that the scheme can keep: FP8 with one scale for all inputs of an output.
+    """Whether the source holds codes that the scheme can keep: Meta's int4, or FP8 with one scale for all inputs of an output.
 
-    The down projections of several ranks have a scale for each rank's share of the inputs.
+    The down projections of several ranks have an FP8 scale for each rank's share of the inputs; groups of int4 lie inside of one.
     """
-    is_fp8 = scheme.kind == "fp8" and scheme.granularity == "channel"
     records = [piece.source.record for piece in gathered.pieces]
-    return is_fp8 and all(
-        isinstance(record, QuantizedRecord) and record.kind == "fp8" and record.k == matrix.k for record in records
+    if scheme.kind == "fp8" and scheme.granularity == "channel":
+        return all(isinstance(r, QuantizedRecord) and r.kind == "fp8" and r.k == matrix.k for r in records)
+    return (
+        scheme.kind == "int4"
+        and scheme.group_size == MetaInt4.group_size
+        and all(isinstance(r, QuantizedRecord) and r.kind == "int4" for r in records)
     )
 
 
-def _with_bits_kept(matrix: Matrix, scheme: Scheme | None, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
+def _with_bits_kept(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
     """Codes and scales as the source has them: the scales in float32, which holds Meta's and is what runtimes widen to."""
     codes, scales = [], []
     for piece in gathered.pieces:
         record = piece.source.record
         assert isinstance(record, QuantizedRecord)
         assert matrix.expert is not None
-        codes.append(replace(piece, source=record.codes))
-        at, column = record.scales.offset + matrix.expert * record.n, piece.copy.target_offset
-        copy = Copy((record.n,), at, (1,), column, (1,))
+        k, n, of_scales = record.k, record.n, record.format.scales_shape(record.k, record.n)
+        first, column = divmod(piece.copy.target_offset, matrix.n)
+        step, group = record.format.inputs_a_row, k * n // prod(of_scales)
+        at, to = matrix.expert * (k // step) * n, first // step * matrix.n + column
+        copy = Copy((k // step, n), record.codes.offset + at, (n, 1), to, (matrix.n, 1))
+        codes.append(replace(piece, source=record.codes, copy=copy))
+        at, groups = record.scales.offset + matrix.expert * prod(of_scales), matrix.k // group
+        if groups == 1:
+            copy = Copy((n,), at, (1,), column, (1,))
+        else:
+            copy = Copy((n, k // group), at, (1, n), column * groups + first // group, (groups, 1))
         scales.append(Piece(record.scales_archive, record.key, record.scales, copy, piece.held, piece.target))
-    dtype = codes[0].source.dtype
-    linear = PlannedMatrix(matrix, scheme, Linear(dtype), replace(gathered, dtype=dtype, pieces=tuple(codes)), True)
-    name = f"{matrix.module}.weight"
-    yield PlannedTensor(name, dtype, (matrix.n, matrix.k), 0, linear.gathered.pieces, Part(linear, 0))
-    yield PlannedTensor(f"{name}_scale", "F32", (matrix.n, 1), 0, tuple(scales))
+    stored = replace(gathered, dtype=CODES, shape=(matrix.k // step, matrix.n), pieces=tuple(codes))
+    encoder = Linear(CODES) if scheme.kind == "fp8" else MetaWords()
+    yield from _encoded(matrix, scheme, encoder, stored, keeps_bits=True)
+    yield PlannedTensor(f"{matrix.key}_scale", "F32", (matrix.n, groups), 0, tuple(scales))
 
 
 def _check_conserved(tensor: PlannedTensor) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama4.geometry import Geometry
+from llama4_convert.manifest import NAME, Manifest
 
 if TYPE_CHECKING:
     from llama4_convert.planned import Plan
@@ -14,10 +15,19 @@ if TYPE_CHECKING:
 VARIANTS = ("base", "instruct", "guard")
 
 
+def recorded_variant(manifest: Manifest) -> str | None:
+    """What a directory of ours was converted as, or exported from; None if that was not known."""
+    found = manifest.options.get("variant") or manifest.source.get("variant")
+    return found if found in VARIANTS else None
+
+
 def conclude(plan: Plan, source: Path) -> tuple[str, str]:
     """(variant, what it was concluded from). Keys weigh more than shapes, shapes more than the directory's name."""
     if plan.base_evidence:
         return "base", f"it carries {plan.base_evidence[0]}, which only base models do"
+    manifest = Manifest.read(source)
+    if manifest and (recorded := recorded_variant(manifest)):
+        return recorded, f"its {NAME} says so: it was exported from such a model"
     if plan.geometry.is_dense:
         return "guard", "it has no experts"
     resolved = source.resolve()

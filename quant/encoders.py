@@ -64,9 +64,11 @@ class PackQuantized:
         return Encoded((made.packed, made.scale), made.squared_error, made.squared_sum)
 
     def decode(self, parts: Mapping[str, NDArray[Any]], n: int, k: int, threads: int = 1) -> Bits:
-        """bf16 bits [n, k], or the rows of which `parts` holds the words and scales."""
-        packed = parts["weight_packed"].view(np.int32)
-        result: Bits = self.scheme.dequantize(packed, parts["weight_scale"], threads=threads)
+        """bf16 bits [n, k], or the rows of which `parts` holds the words and scales, which may be float32."""
+        packed, scale = parts["weight_packed"].view(np.int32), parts["weight_scale"]
+        if scale.itemsize == 4:
+            scale = scale.view(np.float32)
+        result: Bits = self.scheme.dequantize(packed, scale, threads=threads)
         return result
 
 

@@ -60,13 +60,13 @@ class Linear:
         return (Output("weight", self.dtype, (n, k)),)
 
     def encode(self, bits: NDArray[Any], in_out: bool, threads: int) -> Encoded:
-        return Encoded((_transposed(bits) if in_out else bits.copy(),), 0.0, 0.0)
+        return Encoded((transposed(bits) if in_out else bits.copy(),), 0.0, 0.0)
 
 
 _TILE = 64
 
 
-def _transposed(bits: NDArray[Any]) -> NDArray[Any]:
+def transposed(bits: NDArray[Any]) -> NDArray[Any]:
     """In tiles that stay in the cache: copying a transposed view touches a cache line a number."""
     k, n = bits.shape
     out = np.empty((n, k), bits.dtype)

@@ -192,8 +192,9 @@ _TENSOR_V3 = ("torch._utils", "_rebuild_tensor_v3")
 _PARAMETER = ("torch._utils", "_rebuild_parameter")
 _ORDERED = ("collections", "OrderedDict")
 _ENCODE = ("_codecs", "encode")
+_NO_BYTES = (("__builtin__", "bytes"), ("builtins", "bytes"))
 _BYTES_IO = (("io", "BytesIO"), ("_io", "BytesIO"))
-_ALLOWED = {_TENSOR, _TENSOR_V3, _PARAMETER, _ORDERED, _ENCODE, *_BYTES_IO}
+_ALLOWED = {_TENSOR, _TENSOR_V3, _PARAMETER, _ORDERED, _ENCODE, *_NO_BYTES, *_BYTES_IO}
 _ALLOWED |= {("torch", name) for name in STORAGE_DTYPES} | {("torch", name) for name in TORCH_DTYPES}
 _ALLOWED |= {("torch.storage", "UntypedStorage")}
 
@@ -231,6 +232,10 @@ def _construct(called: Any, args: tuple[Any, ...]) -> Any:
         if encoding != "latin1":
             raise RefusedPickle("bytes in an encoding that torch.save never uses")
         _a(str, text)
+        return Opaque("bytes")
+    if target in _NO_BYTES:  # how protocol 2 spells none: the buffer of an `_extra_state` without content
+        if args:
+            raise RefusedPickle("bytes made of something, which torch.save never writes")
         return Opaque("bytes")
     if target in _BYTES_IO:
         return Opaque("io.BytesIO")

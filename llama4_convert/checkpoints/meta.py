@@ -108,6 +108,8 @@ def rank_files(path: Path) -> list[Path]:
             raise BadInput(
                 f"{path} is an unfinished output of this tool: run its command again, it goes on where it stopped"
             )
+        if any(path.glob("*.safetensors")) and not (path / "config.json").exists():
+            raise BadInput(f"{path} has no config.json beside its .safetensors: take the one of the same model")
         raise BadInput(f"{path} has no consolidated.NN.pth: is it the directory of an original Meta checkpoint?")
     gap = next((rank for rank in range(max(found) + 1) if rank not in found), None)
     if gap is not None:

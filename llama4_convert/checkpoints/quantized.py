@@ -107,8 +107,8 @@ class QuantizedReader(DirectoryReader):
         scheme = Int4(k // scales[1])
         if scheme.shapes(n, k) != ((n, words), scales):
             raise ValueError(f"{_PACKED[1:]} {[n, words]} and {_SCALE[1:]} {list(scales)}")
-        if super().dtype(module + _PACKED) != "I32" or super().dtype(module + _SCALE) != "BF16":
-            raise ValueError("the codes must be I32 and the scales BF16")
+        if super().dtype(module + _PACKED) != "I32" or super().dtype(module + _SCALE) not in ("BF16", "F32"):
+            raise ValueError("the codes must be I32 and the scales BF16 or F32")
         shape = super().read(module + _SHAPE).tolist()
         if shape != [n, k]:
             raise ValueError(f"{_SHAPE[1:]} says {shape}, and the codes are {[n, k]}")

@@ -90,7 +90,7 @@ def convert(
     directory, and with --vision-from it is a text-only one, which becomes whole again.
 
     Meta's quantized originals (fp8_scales_N.pt or int4_scales_N.pt beside the rank files) are dequantized to bf16, or keep
-    their bits with --recipe fp8 where it has the same rows.
+    their bits where a recipe has the same rows (fp8) or groups (int4).
 
     An interrupted conversion goes on with the same command. Until its index file is there, DST does not load as a model.
 

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.encoding import Bits
+from quant.encoding import Bits, Encoded, Output, transposed
+from quant.formats.compressed_tensors import CODES_PER_WORD, weight_shape
 from quant.schemes import Indivisible, NotFinite
 
 # The last part of an experts' key, in the published spelling or in that of Meta's modules -> what its scales are called.
@@ -98,6 +99,22 @@ class MetaRows:
         result = np.empty(codes.shape, np.uint16)
         dequantize_rows(codes, scales.reshape(-1), VALUES, result)
         return result
+
+
+class MetaWords:
+    """Meta's int4 codes in compressed-tensors; their scales, in float32, are copied beside them: no number is changed."""
+
+    def outputs(self, n: int, k: int) -> tuple[Output, ...]:
+        return (
+            Output("weight_packed", "I32", (n, k // CODES_PER_WORD)),
+            Output("weight_shape", "I64", (2,), weight_shape(n, k).tobytes()),
+        )
+
+    def encode(self, bits: NDArray[Any], in_out: bool, threads: int) -> Encoded:
+        """`bits`: codes as Meta's files have them, [k / 2, n]."""
+        assert in_out
+        # Neighbours share a byte in either format, the first in the low half; -8 .. 7 is stored as it is there, and plus 8 here.
+        return Encoded(((transposed(bits) ^ np.uint8(0x88)).view("<i4"),), 0.0, 0.0)
 
 
 class Quantized(NamedTuple):

@@ -457,12 +457,12 @@ def quantize_band(
 
 @compiled
 def dequantize_f32(packed, scales, group, result):
-    """scale * code, exact, for all rows."""
+    """scale * code in float32, for all rows; scales float32."""
     per_group = _U(group) // CODES_PER_WORD
     values = np.empty(16, np.float32)
     for n in range(packed.shape[0]):
         for g in range(_U(scales.shape[1])):
-            scale = _widened(scales[n, g])
+            scale = scales[n, g]
             for code in range(16):
                 values[code] = scale * np.float32(code - 8)
             for w in range(g * per_group, (g + _U(1)) * per_group):
@@ -473,12 +473,12 @@ def dequantize_f32(packed, scales, group, result):
 
 @compiled
 def dequantize_bf16(packed, scales, group, result):
-    """scale * code rounded to bf16, for all rows."""
+    """The same rounded to bf16."""
     per_group = _U(group) // CODES_PER_WORD
     values = np.empty(16, np.uint16)
     for n in range(packed.shape[0]):
         for g in range(_U(scales.shape[1])):
-            scale = _widened(scales[n, g])
+            scale = scales[n, g]
             for code in range(16):
                 values[code] = _to_bf16(scale * np.float32(code - 8))
             for w in range(g * per_group, (g + _U(1)) * per_group):

@@ -126,19 +126,22 @@ class Int4:
     def dequantize(
         self,
         packed: NDArray[np.int32],
-        scale: NDArray[np.uint16],
+        scale: NDArray[np.uint16] | NDArray[np.float32],
         *,
         dtype: Literal["BF16", "F32"] = "BF16",
         threads: int = 1,
         pool: Executor | None = None,
     ) -> NDArray[Any]:
-        """What runtimes compute with: scale * code as bf16 bits (uint16) or exact as float32, [N, K].
+        """What runtimes compute with: scale * code as bf16 bits (uint16) or as float32, exact of bf16 scales, [N, K].
 
-        `packed` and `scale` as `quantize` returns them, or rows of these.
+        `packed` and `scale` as `quantize` returns them, or rows of these; the scales may be float32.
         """
         outputs, words = packed.shape
         inputs = words * CODES_PER_WORD
-        packed, scale = results((packed, scale), *zip(self.shapes(outputs, inputs), DTYPES, strict=True))
+        of_scale = np.float32 if scale.dtype == np.float32 else np.uint16
+        packed, scale = results((packed, scale), *zip(self.shapes(outputs, inputs), (np.int32, of_scale), strict=True))
+        if scale.dtype != np.float32:
+            scale = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
         packed, scale = packed.view(), scale.view()
         packed.flags.writeable = scale.flags.writeable = False  # one type for the kernel, whatever was given
         result = np.empty((outputs, inputs), np.uint16 if dtype == "BF16" else np.float32)

@@ -67,6 +67,8 @@ def test_no_shard_at_all(source: Path, refusal: Callable[..., str]) -> None:
     for file in source.glob("*.pth"):
         file.unlink()
     assert "has no consolidated.NN.pth" in refusal()
+    (source / "model.safetensors").touch()
+    assert "has no config.json beside its .safetensors" in refusal()
 
 
 @pytest.mark.parametrize("kept", [0, 1, 21, 1000, -1, -22, -5000])

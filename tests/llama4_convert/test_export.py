@@ -329,6 +329,46 @@ def test_every_rank_file_has_its_crcs(converted: Callable[[str], Path], tmp_path
     assert not verify(target)["ok"]
 
 
+def test_where_ranks_part_a_head_metas_loader_takes_q_k_and_v_apart(tmp_path: Path) -> None:
+    """It splits `wqkv` by rows a head, which must be whole; the spelling is recorded, and comes back with the ranks."""
+    params = meta_model.GEOMETRIES["text_only"] | {"dim": 72, "n_heads": 12, "n_kv_heads": 4, "head_dim": 6}
+    model = meta_model.build(params, seed=0)
+    source = meta_model.write_checkpoint(model, params, tmp_path / "src", ranks=2, extra=False)
+    told = export(source, tmp_path / "four", ranks=4)
+    assert [w.partition(":")[0] for w in told["warnings"]] == ["attention.wqkv.weight is written as wq, wk and wv"]
+    truth = tensors(meta_model.write_checkpoint(model, params, tmp_path / "truth", ranks=4, spelling="module"))
+    for rank, state in enumerate(tensors(tmp_path / "four")):
+        assert "layers.0.attention.wqkv.weight" not in state
+        for name in "qkv":
+            key = f"layers.0.attention.w{name}.weight"
+            assert torch.equal(state[key], truth[rank][key])
+    export(tmp_path / "four", tmp_path / "back", ranks=2)
+    assert_equal(tmp_path / "back", source)
+    convert(source, tmp_path / "hf")
+    export(tmp_path / "hf", tmp_path / "of-hf", ranks=4)
+    assert_equal(tmp_path / "of-hf", tmp_path / "four")
+    published = meta_model.write_checkpoint(model, params, tmp_path / "published", ranks=4, extra=False)
+    convert(published, tmp_path / "hf4")
+    export(tmp_path / "hf4", tmp_path / "one", ranks=1)
+    for start in ("hf4", "one"):  # what came so goes back so
+        export(tmp_path / start, tmp_path / f"{start}-back", ranks=4)
+        assert_equal(tmp_path / f"{start}-back", published)
+
+
+def test_an_export_is_converted_to_the_same_directory(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    """What tells a base model is not exported, but that it is one is recorded."""
+    source = meta_checkpoint("scout", 2).src
+    assert convert(source, tmp_path / "hf")["variant"] == "base"
+    expected = commands.digests(tmp_path / "hf")
+    for number, start in enumerate((source, tmp_path / "hf", tmp_path / "meta-0")):
+        export(start, tmp_path / f"meta-{number}", ranks=4)
+        told = convert(tmp_path / f"meta-{number}", tmp_path / f"hf-{number}")
+        assert told["variant_reason"] == "its llama4-convert.json says so: it was exported from such a model"
+        found = commands.digests(tmp_path / f"hf-{number}")
+        assert {name for name in expected if found.pop(name) != expected[name]} <= {"README.md", "llama4-convert.json"}
+        assert not found
+
+
 def test_an_interrupted_export_goes_on(converted: Callable[[str], Path], tmp_path: Path) -> None:
     source = converted("scout")
     export(source, tmp_path / "straight", ranks=4)

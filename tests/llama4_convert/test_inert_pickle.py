@@ -88,10 +88,11 @@ def test_parameters_ordered_dicts_metadata_buffers_and_none_are_legitimate(proto
     assert hasattr(state, "_metadata")
     assert list(read_state_dict(data_pkl(state, protocol))) == ["weight", "bias"]
     mixed = OrderedDict(weight=module.weight, scalar=torch.tensor(1.0), state=io.BytesIO(b"opaque"), nothing=None)
+    mixed["empty"] = io.BytesIO()  # whose content protocol 2 spells as a call
     read = read_state_dict(data_pkl(mixed, protocol))
     assert read["weight"].shape == (2, 2)
     assert read["scalar"].shape == ()
-    assert read["state"] == Opaque("io.BytesIO")
+    assert read["state"] == read["empty"] == Opaque("io.BytesIO")
     assert read["nothing"] is None
 
 
@@ -208,6 +209,7 @@ def test_a_name_on_the_list_cannot_be_called_for_anything_but_its_purpose() -> N
         b"ctorch\nfloat32\n)R.",
         b"ccollections\nOrderedDict\n]Va\naK\x01a\x85R.",  # constructor arguments
         b"c_codecs\nencode\n(Va\nVrot13\ntR.",
+        b"c__builtin__\nbytes\n(K\x7ftR.",  # which would be that many
         b"}}R.",  # calling a dict
         b"Vname\n)R.",
         b"c_io\nBytesIO\n]R.",  # arguments that are no tuple

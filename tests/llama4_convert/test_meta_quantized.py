@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama4_convert import convert, export, inspect, load_reference, plan, validate, verify
+from llama4_convert import convert, explain, export, inspect, load_reference, plan, validate, verify
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.parity.transformers_runner import load_transformers
@@ -125,12 +125,12 @@ def test_a_cast_begins_at_bf16(quantized: Callable[..., Path], tmp_path: Path) -
     assert_equal(oracle.read_safetensors_dir(tmp_path / "wide"), expected)
 
 
-@pytest.mark.parametrize("mode", [FP8, INT4])
-def test_a_recipe_quantizes_the_numbers(quantized: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "recipe"), [(FP8, "int4"), (INT4, "nf4")])
+def test_a_recipe_quantizes_the_numbers(quantized: Callable[..., Path], tmp_path: Path, mode: str, recipe: str) -> None:
     """The bytes that the same recipe makes of the bf16 conversion."""
     source = quantized("wide", mode, 2)
-    assert convert(source, tmp_path / "out", recipe="int4")["quantization"]["kept_bits"] == 0
-    convert(by_hand(source, tmp_path / "hand"), tmp_path / "expected", recipe="int4")
+    assert convert(source, tmp_path / "out", recipe=recipe)["quantization"]["kept_bits"] == 0
+    convert(by_hand(source, tmp_path / "hand"), tmp_path / "expected", recipe=recipe)
     names = sorted(path.name for path in (tmp_path / "expected").glob("*.safetensors"))
     assert names
     for name in names:
@@ -254,7 +254,7 @@ def test_an_interrupted_conversion_goes_on(
 
 
 @pytest.mark.parametrize("mode", [FP8, INT4])
-@pytest.mark.parametrize("recipe", [None, "fp8"])
+@pytest.mark.parametrize("recipe", [None, "fp8", "int4"])
 def test_a_flipped_bit_is_found_wherever_it_is(
     quantized: Callable[..., Path], tmp_path: Path, mode: str, recipe: str | None
 ) -> None:
@@ -445,6 +445,76 @@ def test_transformers_computes_with_the_kept_scales(quantized: Callable[..., Pat
         model(torch.zeros(1, 4, dtype=torch.long))  # which decompresses it
         weight = model.get_parameter("language_model.model.layers.2.feed_forward.experts.1.up_proj.weight")
         assert torch.equal(weight, (numbers * scale[:, None]).to(dtype))
+
+
+# -- int4 to int4
+
+
+def int4_experts(source: Path, layer: int, name: str) -> tuple[Tensor, Tensor]:
+    """A layer's codes -8 .. 7, int8 [E, N, K], and scales [E, N, K / 128], the ranks joined: of "w2" along K, else along N."""
+    key = {"w1": "moe_w_in_eD_F", "w3": "moe_w_swiglu_eD_F", "w2": "moe_w_out_eF_D"}[name]
+    codes, scales = [], []
+    for rank in range(len(list(source.glob("consolidated.*.pth")))):
+        scale = torch.load(source / f"int4_scales_{rank}.pt")[f"layers.{layer}.feed_forward.experts.{name}"]
+        state = torch.load(source / f"consolidated.{rank:02d}.pth", weights_only=False)
+        packed = state[f"layers.{layer}.feed_forward.experts.{key}"].detach().view(torch.int8)
+        packed = packed.view(len(scale), -1, packed.shape[-1])
+        codes.append(torch.stack([(packed << 4) >> 4, packed >> 4], 2).flatten(1, 2).mT)
+        scales.append(scale.mT)
+    along = 2 if name == "w2" else 1
+    return torch.cat(codes, along), torch.cat(scales, along)
+
+
+@pytest.mark.parametrize(("ranks", "recipe"), [(1, "int4"), (2, "int4-experts"), (4, "int4-signed")])
+def test_int4_groups_keep_their_bits(quantized: Callable[..., Path], tmp_path: Path, ranks: int, recipe: str) -> None:
+    """Groups lie inside of a rank's inputs, so down projections of any rank count are kept, too."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    source = quantized("wide", INT4, ranks)
+    told = convert(source, tmp_path / "out", recipe=recipe)["quantization"]
+    assert told["kept_bits"] == 2 * 4 * 3
+    assert planned_sizes(source, recipe) == (told["bytes_before"], told["bytes_after"])
+    found = oracle.read_safetensors_dir(tmp_path / "out")
+    for layer in (1, 2):
+        for name, projection in {"w1": "gate", "w3": "up", "w2": "down"}.items():
+            for e, (codes, scales) in enumerate(zip(*int4_experts(source, layer, name), strict=True)):
+                at = f"model.layers.{layer}.feed_forward.experts.{e}.{projection}_proj.weight"
+                assert torch.equal(found[f"{at}_packed"], pack_to_int32(codes.contiguous(), 4))
+                assert found[f"{at}_scale"].dtype == torch.float32
+                assert torch.equal(found[f"{at}_scale"], scales)
+                assert found[f"{at}_shape"].tolist() == list(codes.shape)
+    checked = validate(tmp_path / "out", reference=source, tokens=16)
+    assert checked["passed"], checked
+    assert verify(tmp_path / "out")["ok"]
+    told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_packed", recipe=recipe)
+    assert told["op"][-1] == "keep the codes of [128, 512] as they are, in the order of weight_packed"
+    told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_scale", recipe=recipe)
+    assert [piece["file"] for piece in told["made_of"]] == [f"int4_scales_{rank}.pt" for rank in range(ranks)]
+
+
+def planned_sizes(source: Path, recipe: str) -> tuple[Any, Any]:
+    told = plan(source, recipe=recipe)["quantization"]
+    return told["bytes_before"], told["bytes_after"]
+
+
+def test_transformers_computes_with_the_kept_groups(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    """Exactly: what Meta's script divides by 8 is a bf16 number, so no scale is rounded, in float32 and in bf16."""
+    source = quantized("wide", INT4, 2)
+    convert(source, tmp_path / "out", recipe="int4-experts")
+    codes, scales = int4_experts(source, 2, "w2")
+    numbers = codes[1].float() * scales[1].repeat_interleave(128, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_transformers(tmp_path / "out", dtype)
+        model(torch.zeros(1, 4, dtype=torch.long))  # which decompresses it
+        weight = model.get_parameter("model.layers.2.feed_forward.experts.1.down_proj.weight")
+        assert torch.equal(weight, numbers.to(dtype))
+
+
+def test_groups_of_another_size_are_requantized(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(
+        'format = "compressed-tensors"\n[[rule]]\nfamilies = ["routed_experts"]\nscheme = "int4"\ngroup_size = 64\n'
+    )
+    assert plan(quantized("wide", INT4, 2), recipe=str(tmp_path / "own.toml"))["quantization"]["kept_bits"] == 0
 
 
 def test_a_recipe_may_keep_some_and_quantize_others(quantized: Callable[..., Path], tmp_path: Path) -> None:

@@ -350,6 +350,10 @@ def test_dequantizing_is_scale_by_code_of_any_words_and_scales(group: int, threa
     exact = np.repeat(floats(scale), group, axis=1) * unpack_int4(packed)
     np.testing.assert_array_equal(Int4(group).dequantize(packed, scale, dtype="F32", threads=threads), exact)
     np.testing.assert_array_equal(Int4(group).dequantize(packed, scale, threads=threads), bf16(exact))
+    wide = random.random(scale.shape, np.float32)  # which no bf16 holds
+    product = np.repeat(wide, group, axis=1) * unpack_int4(packed)
+    np.testing.assert_array_equal(Int4(group).dequantize(packed, wide, dtype="F32", threads=threads), product)
+    np.testing.assert_array_equal(Int4(group).dequantize(packed, wide, threads=threads), bf16(product))
 
 
 def test_dequantizing_asks_for_scales_that_fit() -> None:
