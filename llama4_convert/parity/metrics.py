@@ -140,7 +140,7 @@ class LogitComparison:
         """Pairs of logits [reference, candidate] at positions and tokens drawn with a fixed seed; finite ones."""
         pairs = np.concatenate(self._pairs) if self._pairs else np.empty((0, 2))
         drawn: list[list[float]] = pairs[np.isfinite(pairs).all(-1)].tolist()
-        return [[float(f"{x:.6g}") for x in pair] for pair in drawn]
+        return [[float(f"{x:.9g}") for x in pair] for pair in drawn]  # all of a float32: the difference of two is drawn
 
 
 def exp_of_mean(nll: _Sums) -> tuple[float, float]:
