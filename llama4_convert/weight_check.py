@@ -376,7 +376,8 @@ def _compare(
             largest = largest if difference <= largest else difference  # NaN stays
     if not differing:
         return None, None
-    return f"{differing:,} of {elements:,} elements differ, by up to {largest:.3g}", largest
+    size = "" if np.isnan(largest) else f", by up to {largest:.3g}"  # what a NaN is there, the cause says
+    return f"{differing:,} of {elements:,} elements differ{size}", largest
 
 
 def _digest(tensor: LogicalTensor, shape: tuple[int, ...]) -> str | None:
