@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,6 +51,14 @@ def gigabytes(n: int) -> str:
 def parameters(n: int) -> str:
     """A number of parameters for people."""
     return f"{n / 1e9:.2f} B parameters" if n >= 1e8 else f"{n / 1e6:.1f} M parameters"
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0.0123, 1.23e-9, 12,300."""
+    if 999.5 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def say(text: str) -> None:
@@ -220,23 +230,85 @@ def synth_summary(target: Path, result: dict[str, Any]) -> str:
 
 
 def validate_summary(result: dict[str, Any]) -> str:
-    different, said = result["tensors_different"], result["config_differences"]
+    different, said = grouped_faults(result["tensors_different"]), result["config_differences"]
     lines = [
-        f"config   {len(said)} field(s) differ" if said else "config   every field says what the reference says",
+        f"{'PASSED' if result['passed'] else 'FAILED'}   {validate_headline(result)}",
+        f"config   {counted(len(said), 'field')} differ{'' if len(said) > 1 else 's'}"
+        if said
+        else "config   every field says what the reference says",
         *(
             f"         {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}{_matters(d)}"
-            for d in said
+            for d in said[:_SHOWN]
         ),
-        f"weights  {len(different)} tensor(s) differ" if different else f"weights  {_equal(result)}",
+        *_more(said),
+        f"weights  {count_of_faults(result['tensors_different']) if different else _equal(result)}",
         *(f"         {d['tensor']} ({d['module']}): {d['cause']}" for d in different[:_SHOWN]),
-        *([f"         and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []),
+        *_more(different),
     ]
     if result["tensors_unexpected"]:
         names = result["tensors_unexpected"]
-        lines.append(f"         {len(names)} tensor(s) that no Llama 4 has, first {names[0]}")
+        lines.append(f"         {counted(len(names), 'tensor')} that no Llama 4 has, first {names[0]}")
     if result["candidate_failure"]:
         return "\n".join([*lines, f"logits   it does not run: {result['candidate_failure']}"])
     return "\n".join([*lines, *_layer_lines(result), *_logit_lines(result)])
+
+
+def wrapped(text: str, width: int) -> str:
+    """A summary on a terminal: what is longer than a line goes on below where it began."""
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width,
+            subsequent_indent=" " * (11 if line.startswith(" ") else 9),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
+
+
+def counted(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def _more(items: list[Any]) -> list[str]:
+    return [f"         and {len(items) - _SHOWN:,} more"] if len(items) > _SHOWN else []
+
+
+def count_of_faults(different: Sequence[Mapping[str, Any]]) -> str:
+    """How many tensors are wrong or missing, and, where a tensor holds several matrices, how many of those."""
+    tensors = len({str(fault.get("tensor")) for fault in different})
+    matrices = f", in {len(different):,} matrices" if len(different) > tensors else ""
+    return f"{counted(tensors, 'tensor')} {'is' if tensors == 1 else 'are'} wrong{matrices}"
+
+
+def grouped_faults(different: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The matrices of one tensor that are wrong in one way as one fault: the cause of the first, `module` in words."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for fault in different:
+        groups.setdefault((str(fault.get("tensor")), str(fault.get("kind"))), []).append(fault)
+    return [
+        {**group[0], "module": _modules([str(fault.get("module")) for fault in group])} for group in groups.values()
+    ]
+
+
+def _modules(names: list[str]) -> str:
+    """ "feed_forward.experts 0-3, 7 (gate, up)" of many."""
+    if len(names) == 1:
+        return names[0]
+    experts = [re.fullmatch(r"(.*\.experts)\.(\d{1,6})\.(\w+)", name) for name in names]
+    known = [match for match in experts if match]
+    if len(known) < len(names) or len({match[1] for match in known}) > 1:
+        return f"{names[0]} and {len(names) - 1:,} more"
+    runs: list[list[int]] = []
+    for n in sorted({int(match[2]) for match in known}):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    shown = ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs[:_SHOWN])
+    more = " ..." if len(runs) > _SHOWN else ""
+    return f"{known[0][1]} {shown}{more} ({', '.join(dict.fromkeys(match[3] for match in known))})"
 
 
 def _matters(difference: dict[str, Any]) -> str:
@@ -262,34 +334,36 @@ def _layer_lines(result: dict[str, Any]) -> list[str]:
     forced = result["forced_routing"]
     if agreements and min(agreements) < 1 and forced and forced["kl_mean"] is not None:
         lines.append(
-            f"         {min(agreements):.2%} of the tokens at least go to the same experts; with routing forced KL"
-            f" {forced['kl_mean']:.3g} on the mean"
+            f"         {min(agreements):.2%} of the tokens at least go to the same experts; with routing forced mean KL"
+            f" {forced['kl_mean']:.3g}"
         )
     first = result["first_divergence"]
     if first and first["tensor"] is None:
-        where = first["module"] if first["layer"] is None else f"layer {first['layer']}, {first['module']}"
-        lines.append(f"         it strays first at {where}: {first['cause']}")
+        lines.append(f"         it strays first at {place_of(first)}: {first['cause']}")
     return lines
 
 
 def _logit_lines(result: dict[str, Any]) -> list[str]:
     perplexity = " and ".join(
-        "none" if result[f"perplexity_{side}"] is None else f"{result[f'perplexity_{side}']:.5g}"
+        "none" if result[f"perplexity_{side}"] is None else number(result[f"perplexity_{side}"])
         for side in ("reference", "candidate")
     )
     ratio, error = result["perplexity_ratio"], result["perplexity_ratio_error"]
-    change = f" ({ratio:.6g} ± {error:.2g} times)" if ratio is not None and error is not None else ""
+    change = f", {ratio:.6g} ± {error:.2g} times" if ratio is not None and error is not None else ""
     runners = result["runner"]
     if result["reference_runner"] != "llama4":
         runners = f"{result['reference_runner']} and {runners}"
-    ties = f", {result['near_ties']} near-ties set aside" if result["near_ties"] else ""
-    lines = [f"logits   {result['tokens']} tokens{ties}, {runners}, {result['dtype']}; perplexity {perplexity}{change}"]
+    ties = f", {counted(result['near_ties'], 'near-tie')} set aside" if result["near_ties"] else ""
+    lines = [
+        f"logits   {counted(result['tokens'], 'token')}{ties}; {runners}, {result['dtype']}",
+        f"         perplexity {perplexity}{change}",
+    ]
     for name, limit in result["gates"].items():
         value = result[name]
         least = name in ("top1_agreement", "cosine")
         verdict = "FAILED" if name in result["gates_failed"] else "ok"
         shown = "not a number" if value is None else f"{value:.3g}"
-        lines.append(f"         {name:15} {shown:>10}  ({'at least' if least else 'at most'} {limit:g})  {verdict}")
+        lines.append(f"         {name:15} {shown:>12}  {'at least' if least else 'at most':8} {limit:<6g}  {verdict}")
     return lines
 
 
@@ -301,27 +375,51 @@ def _equal(result: dict[str, Any]) -> str:
     if not n:
         return f"{result['tensors_compared']} tensors are equal bit by bit"
     kinds = "; ".join(
-        f"{told['matrices']} in {kind}, relative squared error {told['relative_mse_mean']:.4g} on the mean and"
+        f"{told['matrices']} in {kind}, relative squared error {told['relative_mse_mean']:.4g} on average,"
         f" {told['relative_mse_largest']:.4g} at most"
         for kind, told in quantized.items()
     )
     return f"{result['tensors_compared'] - n} tensors are equal bit by bit; {kinds}"
 
 
-_SHOWN = 10
+_SHOWN = 5
 
 
-def validate_verdict(result: dict[str, Any]) -> str:
+def validate_headline(result: Mapping[str, Any]) -> str:
+    """The verdict in a sentence, the same on the terminal and on the page."""
+    path = str(result["path"] or "the candidate")
+    name = path if len(path) <= _PATH else Path(path).name or path
+    if not result["passed"]:
+        return f"{name}: {validate_verdict(result)}"
+    if result["weights_not_compared"]:
+        return f"{name} has the config and the logits of its reference; the weights were not compared"
+    if result["kind"] in (None, "exact"):
+        return f"{name} has the config, the weights and the logits of its reference"
+    return f"{name} differs from its reference by no more than {result['kind']} may"
+
+
+_PATH = 40  # characters of a path that a headline has room for
+
+
+def validate_verdict(result: Mapping[str, Any]) -> str:
     """The reason of a failed validation, the most telling first."""
     if result["tensors_different"]:
         first = result["tensors_different"][0]
-        return f"{first['tensor']}: {first['cause']}"
+        tensor, cause = str(first["tensor"]), str(first["cause"]).partition(";")[0]  # behind it are details
+        return cause if tensor in cause else f"{tensor}: {cause}"
     if result["config_differences"]:
         d = result["config_differences"][0]
         return f"config.json: {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}"
     if result["candidate_failure"]:
         return str(result["candidate_failure"])
-    return f"logits differ: {', '.join(result['gates_failed'])}"
+    first = result["first_divergence"]
+    where = f", first at {place_of(first)}: {first['cause']}" if first else f": {', '.join(result['gates_failed'])}"
+    return f"logits differ{where}"
+
+
+def place_of(divergence: Mapping[str, Any]) -> str:
+    where = str(divergence["module"])
+    return where if divergence["layer"] is None else f"layer {divergence['layer']}, {where}"
 
 
 def _short(value: Any) -> str:

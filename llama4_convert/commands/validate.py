@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -118,7 +119,7 @@ def validate(
             at=bar.at,
             **options,
         )
-    show(result, as_json, report.validate_summary)
+    show(result, as_json, _summary)
     if html is not None:
         from llama4_convert.html.report import write_report
 
@@ -126,6 +127,16 @@ def validate(
         report.say(f"{html} has the pictures")
     if not result["passed"]:
         raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """The result in words, on a terminal within its width and with a verdict that is seen from afar."""
+    text = report.validate_summary(result)
+    if not sys.stdout.isatty():
+        return text
+    verdict, color = ("PASSED", "green") if result["passed"] else ("FAILED", "red")
+    text = report.wrapped(text, shutil.get_terminal_size().columns)
+    return click.style(verdict, fg=color, bold=True) + text.removeprefix(verdict)
 
 
 def _check_place(html: Path) -> None:

@@ -9,6 +9,7 @@ from html import escape
 from itertools import pairwise
 
 from llama4_convert.html.untrusted import printable
+from llama4_convert.report import number
 
 WIDTH = 520
 LEFT, RIGHT, TOP, BOTTOM = 64, WIDTH - 14, 34, 46  # of the plot; the last is what lies below it
@@ -104,14 +105,6 @@ def readable(labels: Sequence[str], at: Sequence[float], size: Sequence[float]) 
         if i not in chosen and fits(i, chosen):
             chosen.append(i)
     return sorted(chosen)
-
-
-def number(value: float) -> str:
-    """Three significant digits: 0.0123, 1.23e-9, 12,300."""
-    if 999.5 <= abs(value) < 1e7:
-        return f"{value:,.0f}"
-    mantissa, _, exponent = f"{value:.3g}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def decade(exponent: int) -> str:

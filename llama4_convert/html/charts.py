@@ -20,7 +20,6 @@ from llama4_convert.html.chart_axes import (
     Axis,
     decade,
     label,
-    number,
     readable,
     short,
     svg,
@@ -31,6 +30,9 @@ from llama4_convert.html.chart_axes import (
     y_axis,
 )
 from llama4_convert.html.color_ramp import LEVELS
+from llama4_convert.report import number
+
+NAMES = 252  # room on the left for names of modules
 
 Values = Sequence[float | None]
 
@@ -74,12 +76,16 @@ def error_chart(
         parts.append(label(x + (-5 if is_right else 5), TOP + 9, mark[1], "marked end" if is_right else "marked"))
     for one in series:
         parts += _line(one, at, lambda value: y.at(value) if value > 0 else foot)
-        for text, x, value in zip(labels, at, one.values, strict=True):
+        for x, value in zip(at, one.values, strict=True):
             if value is None:
                 cross = f"M{short(x - 3)} {TOP + 1}l6 6m0 -6l-6 6"
-                parts.append(f'<path class="nan {one.style}" d="{cross}">{tooltip(f"{text}: not a number")}</path>')
+                parts.append(f'<path class="nan {one.style}" d="{cross}"/>')
             else:
-                parts.append(_dot(one, x, y.at(value) if value > 0 else foot, f"{text}: {one.name} {number(value)}"))
+                parts.append(_dot(one, x, y.at(value) if value > 0 else foot))
+    for i, text in enumerate(labels):
+        values = [(one.name, one.values[i]) for one in series]
+        told = ", ".join(f"{name} {'not a number' if value is None else number(value)}" for name, value in values)
+        parts.append(_band(at, i, foot, f"{x_label} {text}: {told}"))
     return svg(title, foot + BOTTOM, parts)
 
 
@@ -93,7 +99,8 @@ def share_chart(title: str, labels: Sequence[str], shares: Values, *, x_label: s
     at = _spread(len(labels))
     parts = [*y_axis(y, y_label), *x_labels(labels, at, foot), x_name(foot, x_label)]
     parts += _line(one, [at[i] for i in there], y.at)
-    parts += [_dot(one, at[i], y.at(v), f"{labels[i]}: {v:.2f} %") for i, v in zip(there, values, strict=True)]
+    parts += [_dot(one, at[i], y.at(v)) for i, v in zip(there, values, strict=True)]
+    parts += [_band(at, i, foot, f"{x_label} {labels[i]}: {v:.2f} %") for i, v in zip(there, values, strict=True)]
     return svg(title, foot + BOTTOM, parts)
 
 
@@ -122,7 +129,7 @@ def histogram(
     def bar(x0: float, x1: float, count: int, told: str) -> str:
         h = max(foot - y.at(count), 1.5)  # one position of thousands must still show
         box = f'x="{short(x0)}" y="{short(foot - h)}" width="{short(x1 - x0)}" height="{short(h)}"'
-        return f'<rect class="bar" {box}>{tooltip(f"{told}: {count:,}")}</rect>'
+        return f'<rect class="bar" {box}/>{_hit(x0, x1, top, foot, f"{told}: {count:,}")}'
 
     if below:
         exponent = math.log10(edges[0])
@@ -162,9 +169,21 @@ def scatter(
 
 
 def heat_map(
-    title: str, rows: Sequence[str], cells: Sequence[Values], *, x_label: str, y_label: str, unit: str, empty: str
+    title: str,
+    rows: Sequence[str],
+    cells: Sequence[Values],
+    *,
+    x_label: str,
+    y_label: str,
+    unit: str,
+    empty: str,
+    left: int = LEFT,
+    palest: int = 0,
 ) -> str:
     """A row of cells a label, coloured by value (0 or more); None leaves a cell empty, which the scale explains as `empty`.
+
+    Names need more room than numbers: `left` of the cells, and each its own line. `palest` is the colour of the smallest value:
+    not 0 where it has to stand out against empty cells.
 
     Colours go by the logarithm where the largest value is more than 30 times the smallest. No cell has an element of its own,
     there being thousands: those of one colour in a row are one path.
@@ -174,33 +193,37 @@ def heat_map(
     low, high = min(known), max(known)
     measure: Callable[[float], float] = math.log if low > 0 and high / 30 > low else float
     span = measure(high) - measure(low)
-    tall, wide = min(max(260 / len(rows), 4), 22), (RIGHT - LEFT) / columns
+    tall, wide = min(max(260 / len(rows), 4 if left == LEFT else 18), 22), (RIGHT - left) / columns
     top, foot = 68, 68 + tall * len(rows)
     has_empty = len(known) < len(rows) * columns
-    parts = [*_scale(number(low), number(high), unit, empty if has_empty else ""), label(0, 58, y_label, "name")]
-    parts.append(f'<g class="cells" transform="translate({LEFT} {top}) scale({wide:.5g} {tall:.5g})">')
+    parts = [
+        *_scale(number(low), number(high), unit, empty if has_empty else "", palest),
+        label(0, 58, y_label, "name"),
+    ]
+    parts.append(f'<g class="cells" transform="translate({left} {top}) scale({wide:.5g} {tall:.5g})">')
     for r, (name, row) in enumerate(zip(rows, cells, strict=True)):
         numbers = [(value, column) for column, value in enumerate(row) if value is not None]
         if not numbers:
             continue
         levels: dict[int, str] = {}
         for value, column in numbers:
-            level = round((measure(value) - measure(low)) / span * (LEVELS - 1)) if span else LEVELS // 2
+            part = (measure(value) - measure(low)) / span if span else 0.5
+            level = palest + round(part * (LEVELS - 1 - palest))
             levels[level] = levels.get(level, "") + f"M{column} {r}h1v1h-1z"
         mean, (most, at) = sum(value for value, _ in numbers) / len(numbers), max(numbers)
         told = f"{y_label} {name}: mean {number(mean)}, most {number(most)} ({x_label} {at})"
         paths = (f'<path class="q{level}" d="{d}"/>' for level, d in sorted(levels.items()))
         parts.append(f"<g>{tooltip(told)}{''.join(paths)}</g>")
-    parts.append(f'</g><path class="frame" d="M{LEFT} {top}H{RIGHT}V{short(foot)}H{LEFT}z"/>')
+    parts.append(f'</g><path class="frame" d="M{left} {top}H{RIGHT}V{short(foot)}H{left}z"/>')
     middle = [top + (i + 0.5) * tall for i in range(len(rows))]
-    parts += [label(LEFT - 8, middle[i] + 4, rows[i], "end") for i in readable(rows, middle, [17] * len(rows))]
-    parts += x_labels([str(c) for c in range(columns)], [LEFT + (c + 0.5) * wide for c in range(columns)], foot)
+    parts += [label(left - 8, middle[i] + 4, cut(rows[i]), "end") for i in readable(rows, middle, [17] * len(rows))]
+    parts += x_labels([str(c) for c in range(columns)], [left + (c + 0.5) * wide for c in range(columns)], foot)
     return svg(title, foot + BOTTOM, [*parts, x_name(foot, x_label)])
 
 
 def bars(title: str, names: Sequence[str], values: Values, *, x_label: str) -> str:
     """Horizontal bars on a log axis, from above; 0 has none, and None is said in words."""
-    left, right, row, top = 252, WIDTH - 96, 23, 12
+    left, right, row, top = NAMES, WIDTH - 96, 23, 12
     foot = top + row * len(names)
     known = [value for value in values if value is not None and value > 0] or [1.0]
     x = Axis.log([*known, min(known) / 2], left, right)  # half: else the least, at a power of 10, would have no bar
@@ -208,13 +231,18 @@ def bars(title: str, names: Sequence[str], values: Values, *, x_label: str) -> s
     parts += x_axis(x, foot, 4, x_label)
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         middle, end = top + row * (i + 0.5), left + 0.0
-        parts.append(label(left - 8, middle + 5, name if len(name) <= 24 else f"...{name[-21:]}", "end"))
+        parts.append(label(left - 8, middle + 5, cut(name), "end"))
         if value is not None and value > 0:
             end = x.at(value)
             box = f'x="{left}" y="{short(middle - 6)}" width="{short(end - left)}" height="12"'
             parts.append(f'<rect class="bar" {box}>{tooltip(f"{name}: {number(value)}")}</rect>')
         parts.append(label(end + 6, middle + 5, "not a number" if value is None else number(value), "value"))
     return svg(title, foot + BOTTOM, parts)
+
+
+def cut(name: str) -> str:
+    """What has room left of `NAMES`."""
+    return name if len(name) <= 24 else f"...{name[-21:]}"
 
 
 def _spread(n: int) -> list[float]:
@@ -233,8 +261,20 @@ def _line(one: Series, at: Sequence[float], place: Callable[[float], float]) -> 
     return [f'<path class="line {one.style}" d="{steps}"/>']
 
 
-def _dot(one: Series, x: float, y: float, told: str) -> str:
-    return f'<circle class="dot {one.style}" cx="{short(x)}" cy="{short(y)}" r="2.4">{tooltip(told)}</circle>'
+def _dot(one: Series, x: float, y: float) -> str:
+    return f'<circle class="dot {one.style}" cx="{short(x)}" cy="{short(y)}" r="2.4"/>'
+
+
+def _band(at: Sequence[float], i: int, foot: float, told: str) -> str:
+    """Tells the values at `at[i]` halfway to its neighbours: a dot is too small to be hit."""
+    left = (at[i - 1] + at[i]) / 2 if i else at[i] - 8
+    right = (at[i] + at[i + 1]) / 2 if i + 1 < len(at) else at[i] + 8
+    return _hit(left, right, TOP, foot, told)
+
+
+def _hit(left: float, right: float, top: float, foot: float, told: str) -> str:
+    box = f'x="{short(left)}" y="{short(top)}" width="{short(right - left)}" height="{short(foot - top)}"'
+    return f'<rect class="hit" {box}>{tooltip(told)}</rect>'
 
 
 def _legend(series: Sequence[Series]) -> list[str]:
@@ -249,15 +289,19 @@ def _legend(series: Sequence[Series]) -> list[str]:
     return parts
 
 
-def _scale(low: str, high: str, unit: str, empty: str) -> list[str]:
+def _scale(low: str, high: str, unit: str, empty: str, palest: int) -> list[str]:
     """The colours of a heat map with the values at their ends, and what an empty cell means."""
-    wide, left = 7, CHARACTER * len(low) + 6
-    right = left + LEVELS * wide + 6
+    levels = range(palest, LEVELS) if low != high else [palest + round(0.5 * (LEVELS - 1 - palest))]
+    low = low if low != high else ""
+    wide, left = 7 if low else 16, CHARACTER * len(low) + 6
+    right = left + len(levels) * wide + 6
     boxes = [
-        f'<rect class="q{i}" x="{short(left + wide * i)}" y="25" width="{wide}" height="12"/>' for i in range(LEVELS)
+        f'<rect class="q{level}" x="{short(left + wide * i)}" y="25" width="{wide}" height="12"/>'
+        for i, level in enumerate(levels)
     ]
     parts = [label(0, 16, unit, "name"), '<g class="cells">', *boxes, "</g>"]
-    parts += [label(left - 6, 36, low, "end"), label(right, 36, high, "value")]
+    parts += [label(left - 6, 36, low, "end")] if low else []
+    parts.append(label(right, 36, high, "value"))
     if empty:
         x = right + CHARACTER * len(high) + 16
         parts.append(f'<path class="frame" d="M{short(x)} 25.5h16v11h-16z"/>{label(x + 22, 36, empty, "value")}')

@@ -6,13 +6,13 @@ What a result lacks has no picture, and what is the same everywhere is said in w
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from llama4_convert.html import charts
-from llama4_convert.html.chart_axes import number
 from llama4_convert.html.charts import Limit, Series
 from llama4_convert.html.untrusted import (
     as_count,
@@ -25,6 +25,7 @@ from llama4_convert.html.untrusted import (
     as_size,
     printable,
 )
+from llama4_convert.report import number
 
 _POINTS, _BINS, _STAGES, _BARS, _ROWS, _COLUMNS = 2000, 200, 400, 24, 128, 256  # drawn at most
 
@@ -54,6 +55,43 @@ def sections(result: Mapping[str, Any]) -> list[tuple[str, list[Figure]]]:
     }
     told = {name: [figure for figure in figures if figure is not None] for name, figures in found.items()}
     return [(name, figures) for name, figures in told.items() if figures]
+
+
+def fault_map(result: Mapping[str, Any]) -> Figure | None:
+    """Which modules of which layers hold tensors that differ: the pattern tells a lost rank from a lost file."""
+    found: dict[str, dict[int, int]] = {}
+    for fault in as_dicts(result.get("tensors_different")):
+        layer = as_count(fault.get("layer"))
+        if layer is not None and layer < _STAGES:
+            module = re.sub(r"(feed_forward\.)?experts\.\d+\b", "experts", printable(fault.get("module"), 60))
+            counts = found.setdefault(module, {})
+            counts[layer] = counts.get(layer, 0) + 1
+    if not found:
+        return None
+    title, names = "Where tensors are wrong", sorted(found, key=_order)[:_BARS]
+    layers = max(len(as_dicts(result.get("layers"))[:_STAGES]), *(max(found[name]) + 1 for name in names))
+    cells = [[found[name].get(layer) for layer in range(layers)] for name in names]
+    picture = charts.heat_map(
+        title,
+        names,
+        cells,
+        x_label="layer",
+        y_label="module",
+        unit="wrong matrices",
+        empty="none",
+        left=charts.NAMES,
+        palest=6,
+    )
+    return Figure(
+        title,
+        picture,
+        "A single cell is one bad tensor, a column one layer's file, a row a mistake made with all tensors of a kind.",
+    )
+
+
+def _order(module: str) -> tuple[bool, bool, bool]:
+    """As the model computes: the vision tower first, attention before experts."""
+    return (not module.startswith("vision"), "attention" not in module, "experts" in module)
 
 
 def _divergence(result: Mapping[str, Any], data: Mapping[str, Any]) -> Figure | None:
@@ -162,7 +200,7 @@ def _errors(
     if not series:
         return None
     if all(error == 0 for one in series for error in one.values):
-        return Figure(title, "", f"Nothing differs, to the last bit, after any of the {len(stages):,}.")
+        return Figure(title, "", f"Nothing differs, to the last bit, after any of the {len(stages):,} stages.")
     mark = None
     if strayed is not None:
         stage = f"{x_label} {labels[strayed]}" if labels[strayed].isdecimal() else labels[strayed]
@@ -226,6 +264,7 @@ def _routing_load(data: Mapping[str, Any]) -> Figure | None:
         "tokens",
         "no token",
         "A cell that stands out is a favourite expert; an empty one got no token, so its output was not tested by these prompts.",
+        palest=2,
     )
 
 
@@ -250,13 +289,25 @@ def _heat_map(
     unit: str,
     empty: str,
     caption: str,
+    palest: int = 0,
 ) -> Figure | None:
     layers = [printable(layer, 20) for layer in as_list(data.get("layers"))[: len(rows)]]
     drawn = [[cell(value) for value in as_list(row)[:_COLUMNS]] for row in rows[: len(layers)][:_ROWS]]
     if not any(value is not None for row in drawn for value in row):
         return None
-    picture = charts.heat_map(title, layers[:_ROWS], drawn, x_label="expert", y_label="layer", unit=unit, empty=empty)
+    picture = charts.heat_map(
+        title, layers[:_ROWS], drawn, x_label="expert", y_label="layer", unit=unit, empty=empty, palest=palest
+    )
     most = max(len(as_list(row)) for row in rows)
-    is_cut = len(layers) > _ROWS or most > _COLUMNS
-    remark = f"Only {_ROWS} of {len(layers):,} layers and {_COLUMNS} of {most:,} experts are drawn." if is_cut else ""
-    return Figure(title, picture, caption, remark)
+    largest, layer, expert = max(
+        (value, layer, expert)
+        for layer, row in zip(layers, drawn, strict=False)
+        for expert, value in enumerate(row)
+        if value is not None
+    )
+    remarks = [f"Largest: {number(largest)}, layer {layer}, expert {expert}."]
+    if missing := sum(value is None for row in drawn for value in row):
+        remarks.append(f"{empty.capitalize()}: {missing:,} of {sum(map(len, drawn)):,}.")
+    if len(layers) > _ROWS or most > _COLUMNS:
+        remarks.append(f"Only {_ROWS} of {len(layers):,} layers and {_COLUMNS} of {most:,} experts are drawn.")
+    return Figure(title, picture, caption, " ".join(remarks))

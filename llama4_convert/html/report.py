@@ -10,21 +10,24 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from llama4_convert.errors import from_os_error
-from llama4_convert.html.chart_axes import number
 from llama4_convert.html.color_ramp import ramp
-from llama4_convert.html.figures import sections
+from llama4_convert.html.figures import fault_map, sections
 from llama4_convert.html.untrusted import as_count, as_dict, as_dicts, as_list, as_number, as_share, printable
-from llama4_convert.report import validate_verdict
+from llama4_convert.report import count_of_faults, counted, grouped_faults, number, validate_headline
 from llama4_convert.writer import write_small
 
 _OPEN, _LISTED = 10, 50  # faults of a kind: shown at once, and shown at all
+_NAMED, _SCHEMES = 3, 4  # in a summary
+_LEAST = 0.01  # per cent that a summary mentions
+_NOISE = 1e4  # perplexity, of no text that a model has learned to read
 _METRICS = {
     "top1_agreement": "positions where both find the same token likeliest",
     "kl_mean": "mean KL divergence from the reference, nats",
@@ -67,6 +70,7 @@ def render(result: Mapping[str, Any]) -> str:
         answers=_answers(told),
         faults=_faults(told),
         metrics=_metrics(told),
+        is_of_noise=_is_of_noise(told),
         has_forced=bool(as_dict(told["forced_routing"])),
         sections=sections(told),
         layers=_layers(told),
@@ -87,25 +91,25 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["shown"] = printable
+    environment.filters["dotted"] = _dotted
     environment.filters["svg"] = Markup  # charts escape their own texts
     return environment.get_template("report.html.jinja")
 
 
+def _dotted(text: object) -> Markup:
+    """A long name that may go on in the next line behind each dot."""
+    return Markup(str(escape(printable(text))).replace(".", ".<wbr>"))
+
+
 def _verdict(told: _Result) -> str:
-    name = (Path(str(told["path"])).name or str(told["path"])) if told["path"] else "the candidate"
-    if told["passed"] is True:
-        if told["weights_not_compared"]:
-            return f"{name} says and computes what its reference does; the weights were not compared"
-        if told["kind"] in (None, "exact"):
-            return f"{name} says, holds and computes what its reference does"
-        return f"{name} computes what its reference does, within what {told['kind']} may lose"
     lists = {
         key: [_Result(item) for item in as_dicts(told[key])] for key in ("tensors_different", "config_differences")
     }
     failed = [str(gate) for gate in as_list(told["gates_failed"])]
-    if any(lists.values()) or failed or told["candidate_failure"]:
-        return f"{name}: {validate_verdict(_Result({**told, **lists, 'gates_failed': failed}))}"
-    return f"{name}: the validation did not come to its end"
+    if told["passed"] is True or any(lists.values()) or failed or told["candidate_failure"]:
+        first = _Result(as_dict(told["first_divergence"]))
+        return validate_headline(_Result({**told, **lists, "gates_failed": failed, "first_divergence": first}))
+    return f"{printable(told['path'] or 'the candidate', 60)}: the validation did not come to its end"
 
 
 def _facts(told: _Result) -> list[tuple[str, str]]:
@@ -119,49 +123,99 @@ def _facts(told: _Result) -> list[tuple[str, str]]:
         "run by": runner if reference_runner in (None, runner) else f"{runner}; the reference by {reference_runner}",
         "computed in": told["dtype"],
         "positions": f"{positions:,}" if positions else None,
-        "near ties": f"{near_ties:,} positions" if positions and near_ties is not None else None,
+        "near ties": counted(near_ties, "position") if positions and near_ties is not None else None,
         "llama4-convert": told["version"],
     }
     return [(name, str(value)) for name, value in found.items() if value]
 
 
-def _answers(told: _Result) -> list[tuple[str, bool | None, str]]:
-    """The three questions: whether the answer is yes (None where nobody knows), and in words."""
-    found: list[tuple[str, bool | None, str]] = []
-    if told["config_differences"] is not None:
-        n = len(as_list(told["config_differences"]))
-        found.append(("Says", not n, f"{n:,} field(s) of config.json differ" if n else "every field means the same"))
+@dataclass(frozen=True)
+class Answer:
+    """One of the three questions: whether all is well (None where nobody knows), in a few words and in more."""
+
+    name: str
+    passed: bool | None
+    words: str
+    more: str
+
+
+def _answers(told: _Result) -> list[Answer]:
+    return [one for one in (_config(told), _weights(told), _computed(told)) if one is not None]
+
+
+def _config(told: _Result) -> Answer | None:
+    if told["config_differences"] is None:
+        return None
+    fields = [str(field.get("field")) for field in as_dicts(told["config_differences"])]
+    if not fields:
+        return Answer("Config", True, "every field agrees", "config.json means what the reference's does")
+    words = f"{counted(len(fields), 'field')} differ{'s' if len(fields) == 1 else ''}"
+    return Answer("Config", False, words, _names(fields))
+
+
+def _weights(told: _Result) -> Answer | None:
     if told["weights_not_compared"]:
-        found.append(("Holds", None, f"the weights were not compared: {told['weights_not_compared']}"))
-    elif told["tensors_different"] is not None:
-        n = len(as_list(told["tensors_different"]))
-        found.append(("Holds", not n, f"{n:,} tensor(s) differ" if n else _equal(told)))
-    failed = [str(gate) for gate in as_list(told["gates_failed"])]
+        return Answer("Weights", None, "not compared", str(told["weights_not_compared"]))
+    if told["tensors_different"] is None:
+        return None
+    different, unexpected = as_dicts(told["tensors_different"]), as_list(told["tensors_unexpected"])
+    compared = as_count(told["tensors_compared"]) or 0
+    if different or unexpected:
+        told_apart = f"of {compared:,} compared" if different else "and every tensor it should have is right"
+        words = count_of_faults(different) if different else f"{counted(len(unexpected), 'tensor')} too many"
+        return Answer("Weights", False if different else None, words, told_apart)
+    lossy = {kind: as_dict(entry) for kind, entry in as_dict(told["tensors_quantized"]).items()}
+    matrices = {kind: as_count(entry.get("matrices")) or 0 for kind, entry in lossy.items()}
+    equal = max(compared - sum(matrices.values()), 0)
+    if not lossy:
+        return Answer("Weights", True, f"{counted(equal, 'tensor')} equal", "bit by bit")
+    words = ", ".join(f"{n:,} matrices in {kind}" for kind, n in list(matrices.items())[:_SCHEMES])
+    errors = ", ".join(_number(entry.get("relative_mse_mean")) for entry in list(lossy.values())[:_SCHEMES])
+    more = f"relative squared error {errors}; {counted(equal, 'other tensor')} equal bit by bit"
+    return Answer("Weights", True, words, more)
+
+
+def _computed(told: _Result) -> Answer | None:
     if told["candidate_failure"]:
-        found.append(("Computes", False, f"it does not run: {told['candidate_failure']}"))
-    elif as_dict(told["gates"]):
-        words = f"beyond the limit: {', '.join(failed)}" if failed else "every metric is within its limit"
-        found.append(("Computes", not failed, words))
-    return found
+        return Answer("Logits", False, "it does not run", str(told["candidate_failure"]))
+    gates = as_dict(told["gates"])
+    if not gates:
+        return None
+    share, failed = as_share(told["top1_agreement"]), [str(gate) for gate in as_list(told["gates_failed"])]
+    words = "not a number" if share is None else f"{_per_cent(share)} agree"
+    kl = f"KL {_value('kl_mean', told['kl_mean'])} nats a token"
+    if failed:
+        return Answer("Logits", False, words, f"on the likeliest token; {kl}; beyond the limit: {', '.join(failed)}")
+    ratio = as_number(told["perplexity_ratio"])
+    percent = 0.0 if ratio is None or _is_of_noise(told) else 100 * (ratio - 1)
+    change = f"; perplexity {percent:+.2g} %" if abs(percent) >= _LEAST else ""
+    return Answer("Logits", True, words, f"on the likeliest token; {kl}{change}".replace("-", "\N{MINUS SIGN}"))
 
 
-def _equal(told: _Result) -> str:
-    quantized = sum(
-        as_count(as_dict(entry).get("matrices")) or 0 for entry in as_dict(told["tensors_quantized"]).values()
-    )
-    equal = max((as_count(told["tensors_compared"]) or 0) - quantized, 0)
-    lossy = f", {quantized:,} matrices lose what their scheme may" if quantized else ""
-    return f"{equal:,} tensors are equal bit by bit{lossy}"
+def _is_of_noise(told: _Result) -> bool:
+    """Whether the perplexity is that of tokens that mean nothing, so that its change does not either."""
+    return (as_number(told["perplexity_reference"]) or 0) > _NOISE
+
+
+def _per_cent(share: float) -> str:
+    """Never 100 % where one position differs."""
+    shown = f"{100 * share:.3g}"
+    return f"{shown} %" if share == 1 or shown != "100" else "above 99.9 %"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")
 
 
 def _faults(told: _Result) -> dict[str, Any]:
     """Everything wrong that has a name: each list as what to show at once, what more, and how many are left out."""
-    tensors = as_dicts(told["tensors_different"])
+    tensors = grouped_faults(as_dicts(told["tensors_different"]))
     first = as_dict(told["first_divergence"]) if not tensors else {}  # else it is the first of them
     return {
         "first": _fault(first) if first else None,
         "fields": _bounded(as_dicts(told["config_differences"]), _field),
         "tensors": _bounded(tensors, _fault),
+        "map": fault_map(told) if len(tensors) > _OPEN else None,
         "unexpected": _bounded(as_list(told["tensors_unexpected"]), str),
     }
 
@@ -172,7 +226,7 @@ def _bounded(items: list[Any], row: Callable[[Any], Any]) -> tuple[list[Any], li
 
 
 def _fault(fault: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: fault.get(key) for key in ("layer", "module", "tensor", "cause", "kind")}
+    return {key: fault.get(key) for key in ("layer", "module", "tensor", "cause")}
 
 
 def _field(field: Mapping[str, Any]) -> dict[str, str]:
@@ -194,7 +248,7 @@ def _matters(field: Mapping[str, Any]) -> str:
     length = as_count(field.get("matters_from"))
     if length is not None:
         return f"from {length:,} tokens on" if length > 1 else "always"
-    return "never" if field.get("matters") is False else "yes" if field.get("matters") is True else "unknown"
+    return "never" if field.get("matters_from", "") is None else "unknown"
 
 
 def _metrics(told: _Result) -> list[dict[str, Any]]:
@@ -223,7 +277,8 @@ def _value(name: str, value: Any, error: Any = None) -> str:
     if known is None:
         return "not a number"
     if name.startswith("perplexity"):
-        return f"{known:.5g}" + (f" \N{PLUS-MINUS SIGN} {number(float(f'{spread:.2g}'))}" if spread is not None else "")
+        shown = f"{known:.5g}" if abs(known) < 1e5 else number(float(f"{known:.3g}"))
+        return shown + (f" \N{PLUS-MINUS SIGN} {number(float(f'{spread:.2g}'))}" if spread is not None else "")
     if name not in _AT_LEAST:
         return number(known)
     shown = f"{known:.6f}".rstrip("0").rstrip(".")

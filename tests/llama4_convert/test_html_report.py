@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 
 from llama4_convert.errors import EnvironmentFailed
 from llama4_convert.html import charts
-from llama4_convert.html.chart_axes import WIDTH, Axis, number, readable
+from llama4_convert.html.chart_axes import WIDTH, Axis, readable
 from llama4_convert.html.charts import Limit, Series
 from llama4_convert.html.color_ramp import ramp
 from llama4_convert.html.report import render, write_report
 from llama4_convert.html.untrusted import printable
+from llama4_convert.report import number, validate_summary, wrapped
 
 COMMAND = "llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --tokens 256"
 GATES = {"top1_agreement": 0.9, "kl_mean": 5e-3, "kl_p999": 0.5, "nmse": 1e-2}
@@ -180,7 +181,7 @@ def failing() -> dict[str, Any]:
         "config_differences": [
             {"field": "rope_scaling.factor", "expected": 16.0, "found": 8.0, "matters_from": 8193, "matters": False},
             {"field": "rms_norm_eps", "expected": 1e-5, "found": 1e-6, "matters_from": 1, "matters": True},
-            {"field": "pad_token_id", "expected": 200018, "found": None, "matters_from": None, "matters": False},
+            {"field": "pad_token_id", "expected": 200018, "found": None, "matters_from": None, "matters": None},
         ],
         "tensors_different": faults,
         "tensors_unexpected": [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(48)],
@@ -234,7 +235,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "nothing": dict,
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -294,10 +295,10 @@ def test_the_verdict_is_the_first_line_and_the_command_the_last(case: Callable[[
 
 def test_the_verdict_says_what_is_wrong() -> None:
     assert Page(render(failing())).visible[0] == (
-        f"Failed: scout-hf: {TENSOR.format(17)}: gate and up have changed places"
+        f"Failed: /data/models/scout-hf: {TENSOR.format(17)}: gate and up have changed places"
     )
     assert Page(render(maverick_int4())).visible[0] == (
-        "Passed: maverick-int4 computes what its reference does, within what int4 may lose"
+        "Passed: /data/models/maverick-int4 differs from its reference by no more than int4 may"
     )
     beyond = {"passed": False, "path": "x", "gates": GATES, "gates_failed": ["nmse"]}
     assert Page(render(beyond)).visible[0] == "Failed: x: logits differ: nmse"
@@ -400,7 +401,7 @@ def test_limits_divide_the_histogram_where_they_should() -> None:
     svg = ElementTree.fromstring(
         charts.histogram("t", edges, [1] * 9, 0, x_label="x", y_label="y", limits=[Limit(1e-4, "a"), Limit(1e-2, "b")])
     )
-    bars = sorted(float(bar.get("x") or "") for bar in svg.iter("rect"))
+    bars = sorted(float(bar.get("x") or "") for bar in svg.findall("rect[@class='bar']"))
     lines = sorted(
         float(re.findall(r"M([\d.]+)", line.get("d") or "")[0]) for line in svg.findall("path[@class='limit']")
     )
@@ -411,9 +412,11 @@ def test_a_log_axis_has_places_for_zero_and_for_what_is_no_number() -> None:
     values = [1e-9, 0.0, None, 1e-7]
     svg = charts.error_chart("t", list("abcd"), [Series("local", "a", values)], x_label="x", y_label="y")
     drawn = ElementTree.fromstring(svg)
-    heights = [float(dot.get("cy") or "") for dot in drawn.iter("circle") if dot.find("title") is not None]
+    heights = [float(dot.get("cy") or "") for dot in drawn.iter("circle") if dot.get("class") == "dot a"]
     assert heights[1] > heights[0] > heights[2]
-    assert [cross.findtext("title") for cross in drawn.findall("path[@class='nan a']")] == ["c: not a number"]
+    assert len(drawn.findall("path[@class='nan a']")) == 1
+    told = [band.findtext("title") for band in drawn.findall("rect[@class='hit']")]
+    assert told == ["x a: local 1e-9", "x b: local 0", "x c: local not a number", "x d: local 1e-7"]
     (line,) = (
         path.get("d") or "" for path in drawn.findall("path[@class='line a']") if "h24" not in (path.get("d") or "")
     )
@@ -430,7 +433,7 @@ def test_what_is_the_same_everywhere_is_said_in_words() -> None:
     assert set(drawings(page)) == {"Candidate against reference", "Tokens sent to each expert"}
     text = " ".join(Page(page).visible)
     assert "All 256 positions diverge by less than 1e-12 nats." in text
-    assert "Nothing differs, to the last bit, after any of the 5." in text
+    assert "Nothing differs, to the last bit, after any of the 5 stages." in text
     assert "The routers of all 5 MoE layers choose the same experts for every token." in text
 
 
@@ -441,6 +444,65 @@ def test_sections_with_nothing_to_show_are_absent() -> None:
     text_only = render(CASES["text only"]())
     assert "vision" not in " ".join(Page(text_only).visible)
     assert "Quantized matrices" not in text_only
+
+
+def test_the_three_answers_stand_under_the_verdict_in_a_few_words() -> None:
+    def answers(result: dict[str, Any]) -> list[str]:
+        lines = Page(render(result)).visible
+        return lines[1 : next(i for i, line in enumerate(lines) if line.startswith("candidate"))]
+
+    assert answers(failing())[:5] == [
+        "Config failed",
+        "3 fields differ",
+        "rope_scaling.factor, rms_norm_eps, pad_token_id",
+        "Weights failed",
+        "4 tensors are wrong, in 61 matrices",
+    ]
+    passed = answers(maverick_int4())
+    assert passed[4] == "9,216 matrices in int4"
+    assert passed[7] == "93.4 % agree"
+    assert passed[8].startswith("on the likeliest token; KL 0.00874 nats a token; perplexity +1")
+    assert answers(plausible() | {"top1_agreement": 0.99999})[7] == "above 99.9 % agree"
+    assert answers(plausible() | {"perplexity_reference": 2.5e6})[8].endswith("nats a token")  # of random tokens
+    assert "it does not run" in answers(not_running())
+    assert "not compared" in answers(plausible() | {"weights_not_compared": "merged on the fly"})
+
+
+def test_matrices_of_a_tensor_that_are_wrong_in_one_way_are_one_line() -> None:
+    lines = Page(render(failing())).visible
+    assert f"17 {TENSOR.format(17)}feed_forward.experts 0-2 (gate) gate and up have changed places" in lines
+    assert sum(TENSOR.format(17) in line for line in lines) == 3  # the verdict, and a line for each of two causes
+
+
+def test_many_wrong_tensors_have_a_map_of_layers_and_modules() -> None:
+    result = plausible(layers=8)
+    result["tensors_different"] = [
+        {"layer": layer, "module": module, "tensor": f"{layer}.{module}", "cause": "c"}
+        for module in ("feed_forward.experts.3.up", "feed_forward.experts.4.up", "attention.q", "vision.wq")
+        for layer in range(0, 8, 2)
+    ]
+    svg = drawings(render(result))["Where tensors are wrong"]
+    rows = svg.findall("g[@class='cells']/g/title")
+    assert [row.text for row in rows] == [
+        "module vision.wq: mean 1, most 1 (layer 6)",
+        "module attention.q: mean 1, most 1 (layer 6)",
+        "module experts.up: mean 2, most 2 (layer 6)",
+    ]
+    assert ElementTree.tostring(svg).count(b"h1v1h-1z") == 3 * 4
+    assert "Where tensors are wrong" not in drawings(render(failing()))  # a table of five lines says it
+
+
+def test_the_summary_begins_with_the_verdict_and_fits_a_screen() -> None:
+    result = failing() | {"vision": [], "forced_routing": None}
+    result["config_differences"] *= 30
+    result["tensors_different"] += [{**fault, "tensor": f"{i}"} for i, fault in enumerate(result["tensors_different"])]
+    lines = wrapped(validate_summary(result), 80).split("\n")
+    assert lines[:2] == ["FAILED   /data/models/scout-hf:", f"         {TENSOR.format(17)}: gate"]
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 40
+    assert validate_summary(maverick_int4()).startswith(
+        "PASSED   /data/models/maverick-int4 differs from its reference by no more than int4 may\n"
+    )
 
 
 def test_metrics_stand_beside_their_limits() -> None:
@@ -522,7 +584,7 @@ def test_lists_are_bounded_and_say_what_they_leave_out() -> None:
     assert "4,976 more err less." in page
     assert "experts.4999" in page
     assert "Only 128 of 2,000 layers and 256 of 600 experts are drawn." in page
-    assert "20,000 tensor(s) differ" in page
+    assert "20,000 tensors are wrong" in page
 
 
 @pytest.mark.parametrize("key", sorted(plausible()))
