@@ -51,6 +51,16 @@ def parameters(n: int) -> str:
     return f"{n / 1e9:.2f} B parameters" if n >= 1e8 else f"{n / 1e6:.1f} M parameters"
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def differ(n: int, what: str) -> str:
+    """ "1 field differs", "2 fields differ"."""
+    return f"{counted(n, what)} differ" + ("s" if n == 1 else "")
+
+
 def say(text: str) -> None:
     click.echo(text, err=True)
 
@@ -106,9 +116,10 @@ class ProgressBar:
 
 def plan_summary(plan: dict[str, Any]) -> str:
     lines = [
-        f"{plan['source']}: {plan['ranks']} rank(s), {parameters(plan['parameters'])}, {plan['dtype']}",
+        f"{plan['source']}: {counted(plan['ranks'], 'rank')}, {parameters(plan['parameters'])}, {plan['dtype']}",
         f"variant  {plan['variant']} ({plan['variant_reason']}), context {plan['max_position_embeddings']:,} tokens",
-        f"output   {len(plan['tensors'])} tensors in {len(plan['files'])} file(s), {gigabytes(plan['output_bytes'])}",
+        f"output   {counted(len(plan['tensors']), 'tensor')} in {counted(len(plan['files']), 'file')},"
+        f" {gigabytes(plan['output_bytes'])}",
         f"memory   {plan['peak_memory_bytes'] / (1 << 20):.0f} MiB of its own",
     ]
     lines += dropped_lines(plan["dropped"])
@@ -140,7 +151,7 @@ def convert_summary(result: dict[str, Any]) -> str:
     dropped = dropped_lines(result["dropped"])
     line = (
         f"{result['output']}: {parameters(result['parameters'])}, {gigabytes(result['output_bytes'])} in"
-        f" {len(weights)} file(s){resumed}, variant {result['variant']} ({result['variant_reason']})"
+        f" {counted(len(weights), 'file')}{resumed}, variant {result['variant']} ({result['variant_reason']})"
     )
     told = quantization_summary(result["quantization"]) if "quantization" in result else []
     return "\n".join([line, *dropped, *fine_tune_lines(result), *told])
@@ -165,7 +176,7 @@ def export_summary(result: dict[str, Any]) -> str:
     kept = result["files_kept_from_earlier_run"]
     resumed = f" ({kept} kept from the run before)" if kept else ""
     size = f"{parameters(result['parameters'])}, {gigabytes(result['output_bytes'])}"
-    line = f"{result['output']}: {size} in {result['ranks']} rank file(s){resumed}"
+    line = f"{result['output']}: {size} in {counted(result['ranks'], 'rank file')}{resumed}"
     lines = [line, *dropped_lines(result["dropped"])]
     if told := result.get("quantization"):
         kept = f", {told['kept_bits']} with the source's own codes and scales" if told["kept_bits"] else ""
@@ -189,7 +200,7 @@ def quantization_summary(told: dict[str, Any]) -> list[str]:
             f"{family.replace('_', ' ')} {summed['relative_mse']:.4g}" for family, summed in told["families"].items()
         )
         lines.append(f"error    relative squared error {families}; of single matrices the largest:")
-        lines += [f"         {w['relative_mse']:.4g}  {w['module']}" for w in told["worst"]]
+        lines += [f"         {w['relative_mse']:<8.4g}  {w['module']}" for w in told["worst"]]
     return lines
 
 
@@ -201,7 +212,7 @@ def verify_summary(result: dict[str, Any]) -> str:
             status = "UNKNOWN"
         lines.append(f"{status:7}  {file['file']}" + (f"  ({file['note']})" if file["note"] else ""))
     held = Counter(" and ".join(_PROMISES[what] for what in file["against"]) for file in result["files"] if file["ok"])
-    lines += [f"{n} file(s) as {what or 'nothing tells: they were only read'}" for what, n in held.items()]
+    lines += [f"{counted(n, 'file')} as {what or 'nothing tells: they were only read'}" for what, n in held.items()]
     return "\n".join(lines)
 
 
@@ -214,26 +225,26 @@ _PROMISES = {
 
 
 def synth_summary(target: Path, result: dict[str, Any]) -> str:
-    kind = "zeros" if result["sparse"] else "random parameters"
-    size = f"{result['parameters'] / 1e9:.3f} B {kind}, {gigabytes(result['bytes'])}"
+    kind = "all zeros" if result["sparse"] else "random"
+    size = f"{parameters(result['parameters'])}, {kind}, {gigabytes(result['bytes'])}"
     return f"{target}: {size} in {len(result['files'])} files"
 
 
 def validate_summary(result: dict[str, Any]) -> str:
     different, said = result["tensors_different"], result["config_differences"]
     lines = [
-        f"config   {len(said)} field(s) differ" if said else "config   every field says what the reference says",
+        f"config   {differ(len(said), 'field')}" if said else "config   every field says what the reference says",
         *(
             f"         {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}{_matters(d)}"
             for d in said
         ),
-        f"weights  {len(different)} tensor(s) differ" if different else f"weights  {_equal(result)}",
+        f"weights  {differ(len(different), 'tensor')}" if different else f"weights  {_equal(result)}",
         *(f"         {d['tensor']} ({d['module']}): {d['cause']}" for d in different[:_SHOWN]),
         *([f"         and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []),
     ]
     if result["tensors_unexpected"]:
         names = result["tensors_unexpected"]
-        lines.append(f"         {len(names)} tensor(s) that no Llama 4 has, first {names[0]}")
+        lines.append(f"         {counted(len(names), 'tensor')} that no Llama 4 has, first {names[0]}")
     if result["candidate_failure"]:
         return "\n".join([*lines, f"logits   it does not run: {result['candidate_failure']}"])
     return "\n".join([*lines, *_layer_lines(result), *_logit_lines(result)])

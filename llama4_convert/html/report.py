@@ -21,7 +21,7 @@ from llama4_convert.html.chart_axes import number
 from llama4_convert.html.color_ramp import ramp
 from llama4_convert.html.figures import sections
 from llama4_convert.html.untrusted import as_count, as_dict, as_dicts, as_list, as_number, as_share, printable
-from llama4_convert.report import validate_verdict
+from llama4_convert.report import differ, validate_verdict
 from llama4_convert.writer import write_small
 
 _OPEN, _LISTED = 10, 50  # faults of a kind: shown at once, and shown at all
@@ -130,12 +130,12 @@ def _answers(told: _Result) -> list[tuple[str, bool | None, str]]:
     found: list[tuple[str, bool | None, str]] = []
     if told["config_differences"] is not None:
         n = len(as_list(told["config_differences"]))
-        found.append(("Says", not n, f"{n:,} field(s) of config.json differ" if n else "every field means the same"))
+        found.append(("Says", not n, f"{differ(n, 'field')} in config.json" if n else "every field means the same"))
     if told["weights_not_compared"]:
         found.append(("Holds", None, f"the weights were not compared: {told['weights_not_compared']}"))
     elif told["tensors_different"] is not None:
         n = len(as_list(told["tensors_different"]))
-        found.append(("Holds", not n, f"{n:,} tensor(s) differ" if n else _equal(told)))
+        found.append(("Holds", not n, differ(n, "tensor") if n else _equal(told)))
     failed = [str(gate) for gate in as_list(told["gates_failed"])]
     if told["candidate_failure"]:
         found.append(("Computes", False, f"it does not run: {told['candidate_failure']}"))
