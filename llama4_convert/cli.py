@@ -27,7 +27,19 @@ Exit codes: 0 done, 1 a bug of ours, 2 usage, 3 bad input, 4 environment
 """
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """Lists each command with the whole of its first sentence: click cuts them off in the middle."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, self.commands[name].get_short_help_str(200)) for name in self.list_commands(ctx)]
+            )
+
+
+@click.group(
+    cls=_Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(VERSION, prog_name="llama4-convert")
 def cli() -> None:
     """Meta's original Llama 4 checkpoints to Transformers directories: planned, streamed in bounded memory, checked."""
@@ -63,6 +75,9 @@ def main() -> None:
         _interrupted()
     except KeyboardInterrupt:
         _interrupted()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         more = f" ({context.command_path} --help says more)" if context else ""

@@ -58,6 +58,7 @@ _ADVICE = {
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
     errno.EROFS: "the file system is read-only: choose another directory",
+    errno.ENOTDIR: "a part of that path is a file: choose another directory",
     errno.EIO: "the disk reports an error: check it, then run the same command again",
 }
 

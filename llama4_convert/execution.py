@@ -38,6 +38,10 @@ class Bounds:
     max_error: float | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_memory < LEAST_MEMORY:
+            raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
+
 
 def execute(
     make_job: Callable[[], Job],
@@ -53,8 +57,6 @@ def execute(
     `sources` are directories that are only read. `make_job` is called once the lock is held, so that who comes second is told
     at once. Raises a ConvertError; the target then holds nothing that loads as a model.
     """
-    if bounds.max_memory < LEAST_MEMORY:
-        raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
     # `original` is where a Transformers directory keeps params.json.
     for source in sources:
         for ours, theirs in ((target, source), (target / "original", source), (target, source / "original")):

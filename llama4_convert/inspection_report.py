@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llama4_convert.composition import words
-from llama4_convert.report import gigabytes, parameters
+from llama4_convert.report import counted, gigabytes, parameters
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LAYOUTS = {"meta": "Meta's layout", "transformers": "Transformers' layout"}
@@ -16,7 +16,7 @@ def inspect_summary(result: dict[str, Any], tensors: bool) -> str:
     """Lines for people. `tensors`: list every tensor, too."""
     is_meta = "ranks" in result
     layout = f"{_LAYOUTS[result['layout']]}, " + (
-        f"{result['ranks']} rank(s)" if is_meta else f"{result['files']} file(s) of weights"
+        counted(result["ranks"], "rank") if is_meta else counted(result["files"], "file") + " of weights"
     )
     active = result["active_parameters"]
     met = (
@@ -108,7 +108,7 @@ def described(group: dict[str, Any]) -> str:
 
 def _manifest(told: dict[str, Any]) -> list[tuple[str, str]]:
     layout, options = _LAYOUTS.get(str(told["source"].get("layout")), "another layout"), told["options"]
-    ranks = f" of {told['source']['ranks']} rank(s)" if "ranks" in told["source"] else ""
+    ranks = f" of {counted(told['source']['ranks'], 'rank')}" if "ranks" in told["source"] else ""
     variant = f", variant {options['variant']}" if options.get("variant") else ""
     state = f"{told['files']} files listed" if told["complete"] else "UNFINISHED"
     rows = [("made by", f"{told['tool']} from {layout}{ranks}{variant}; {state}")]

@@ -61,6 +61,16 @@ def number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def differ(n: int, what: str) -> str:
+    """ "1 field differs", "2 fields differ"."""
+    return f"{counted(n, what)} differ" + ("s" if n == 1 else "")
+
+
 def say(text: str) -> None:
     click.echo(text, err=True)
 
@@ -116,9 +126,10 @@ class ProgressBar:
 
 def plan_summary(plan: dict[str, Any]) -> str:
     lines = [
-        f"{plan['source']}: {plan['ranks']} rank(s), {parameters(plan['parameters'])}, {plan['dtype']}",
+        f"{plan['source']}: {counted(plan['ranks'], 'rank')}, {parameters(plan['parameters'])}, {plan['dtype']}",
         f"variant  {plan['variant']} ({plan['variant_reason']}), context {plan['max_position_embeddings']:,} tokens",
-        f"output   {len(plan['tensors'])} tensors in {len(plan['files'])} file(s), {gigabytes(plan['output_bytes'])}",
+        f"output   {counted(len(plan['tensors']), 'tensor')} in {counted(len(plan['files']), 'file')},"
+        f" {gigabytes(plan['output_bytes'])}",
         f"memory   {plan['peak_memory_bytes'] / (1 << 20):.0f} MiB of its own",
     ]
     lines += dropped_lines(plan["dropped"])
@@ -150,7 +161,7 @@ def convert_summary(result: dict[str, Any]) -> str:
     dropped = dropped_lines(result["dropped"])
     line = (
         f"{result['output']}: {parameters(result['parameters'])}, {gigabytes(result['output_bytes'])} in"
-        f" {len(weights)} file(s){resumed}, variant {result['variant']} ({result['variant_reason']})"
+        f" {counted(len(weights), 'file')}{resumed}, variant {result['variant']} ({result['variant_reason']})"
     )
     told = quantization_summary(result["quantization"]) if "quantization" in result else []
     return "\n".join([line, *dropped, *fine_tune_lines(result), *told])
@@ -175,7 +186,7 @@ def export_summary(result: dict[str, Any]) -> str:
     kept = result["files_kept_from_earlier_run"]
     resumed = f" ({kept} kept from the run before)" if kept else ""
     size = f"{parameters(result['parameters'])}, {gigabytes(result['output_bytes'])}"
-    line = f"{result['output']}: {size} in {result['ranks']} rank file(s){resumed}"
+    line = f"{result['output']}: {size} in {counted(result['ranks'], 'rank file')}{resumed}"
     lines = [line, *dropped_lines(result["dropped"])]
     if told := result.get("quantization"):
         kept = f", {told['kept_bits']} with the source's own codes and scales" if told["kept_bits"] else ""
@@ -199,7 +210,7 @@ def quantization_summary(told: dict[str, Any]) -> list[str]:
             f"{family.replace('_', ' ')} {summed['relative_mse']:.4g}" for family, summed in told["families"].items()
         )
         lines.append(f"error    relative squared error {families}; of single matrices the largest:")
-        lines += [f"         {w['relative_mse']:.4g}  {w['module']}" for w in told["worst"]]
+        lines += [f"         {w['relative_mse']:<8.4g}  {w['module']}" for w in told["worst"]]
     return lines
 
 
@@ -211,7 +222,7 @@ def verify_summary(result: dict[str, Any]) -> str:
             status = "UNKNOWN"
         lines.append(f"{status:7}  {file['file']}" + (f"  ({file['note']})" if file["note"] else ""))
     held = Counter(" and ".join(_PROMISES[what] for what in file["against"]) for file in result["files"] if file["ok"])
-    lines += [f"{n} file(s) as {what or 'nothing tells: they were only read'}" for what, n in held.items()]
+    lines += [f"{counted(n, 'file')} as {what or 'nothing tells: they were only read'}" for what, n in held.items()]
     return "\n".join(lines)
 
 
@@ -224,8 +235,8 @@ _PROMISES = {
 
 
 def synth_summary(target: Path, result: dict[str, Any]) -> str:
-    kind = "zeros" if result["sparse"] else "random parameters"
-    size = f"{result['parameters'] / 1e9:.3f} B {kind}, {gigabytes(result['bytes'])}"
+    kind = "all zeros" if result["sparse"] else "random"
+    size = f"{parameters(result['parameters'])}, {kind}, {gigabytes(result['bytes'])}"
     return f"{target}: {size} in {len(result['files'])} files"
 
 
@@ -233,9 +244,7 @@ def validate_summary(result: dict[str, Any]) -> str:
     different, said = grouped_faults(result["tensors_different"]), result["config_differences"]
     lines = [
         f"{'PASSED' if result['passed'] else 'FAILED'}   {validate_headline(result)}",
-        f"config   {counted(len(said), 'field')} differ{'' if len(said) > 1 else 's'}"
-        if said
-        else "config   every field says what the reference says",
+        f"config   {differ(len(said), 'field')}" if said else "config   every field says what the reference says",
         *(
             f"         {d['field']} is {_short(d['found'])}, should be {_short(d['expected'])}{_matters(d)}"
             for d in said[:_SHOWN]
@@ -265,10 +274,6 @@ def wrapped(text: str, width: int) -> str:
         )
         for line in text.split("\n")
     )
-
-
-def counted(n: int, thing: str) -> str:
-    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def _more(items: list[Any]) -> list[str]:

@@ -89,8 +89,8 @@ class Recipe:
 def built_in() -> dict[str, Recipe]:
     """The recipes that come with us, by name."""
     folder = resources.files("quant") / "recipes"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): parse(f.read_text("utf-8"), f.name.removesuffix(".toml")) for f in files}
+    files = {f.name.removesuffix(".toml"): f for f in folder.iterdir() if f.name.endswith(".toml")}
+    return {name: parse(files[name].read_text("utf-8"), name) for name in sorted(files)}
 
 
 def load(name_or_path: str) -> Recipe:

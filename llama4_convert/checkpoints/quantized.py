@@ -62,7 +62,10 @@ class QuantizedReader(DirectoryReader):
             f"{key.removesuffix('.weight')}{_SHAPE}" for key, matrix in self.quantized.items() if matrix.kind == "int4"
         }
         hidden |= {key for key in checkpoint.tensors if f"{key.partition('.weight')[0]}.weight" in self.damaged}
-        self._keys = (checkpoint.tensors.keys() - hidden) | self.quantized.keys() | self.damaged.keys()
+        shown = (checkpoint.tensors.keys() - hidden) | self.quantized.keys() | self.damaged.keys()
+        # Layer 10 behind layer 9.
+        ordered = sorted(shown, key=lambda key: [(part.isdigit(), part.zfill(9)) for part in key.split(".")])
+        self._keys = dict.fromkeys(ordered).keys()
 
     def keys(self) -> Collection[str]:
         return self._keys

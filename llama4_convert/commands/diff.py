@@ -52,7 +52,7 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
     said, different = r["config_differences"], r["different"]
     yield f"A        {r['a']}"
     yield f"B        {r['b']}"
-    yield f"config   {f'{len(said)} field(s) differ' if said else 'no field differs'}"
+    yield f"config   {report.differ(len(said), 'field') if said else 'no field differs'}"
     width = max((len(d["field"]) for d in said[:_SHOWN]), default=0)
     yield from _bounded(f"{d['field']:{width}}  {_short(d['a'])} in A, {_short(d['b'])} in B" for d in said)
     seen = f", {'B' if r['reference'] == 'a' else 'A'} as seen from {r['reference'].upper()}" if different else ""
@@ -69,11 +69,11 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
     for side in "ab":
         names = [name for name in r[f"only_in_{side}"] if name not in reasons]
         if names:
-            yield f"only in {side.upper()}: {len(names)} tensor(s)"
+            yield f"only in {side.upper()}: {report.counted(len(names), 'tensor')}"
             yield from _bounded(names)
         whys = Counter(reasons[name] for name in r[f"only_in_{side}"] if name in reasons)
         for why, n in whys.items():
-            yield f"dropped  {n} key(s) only in {side.upper()} decide nothing: {why}"
+            yield f"dropped  {report.counted(n, 'key')} only in {side.upper()}, no difference: {why}"
     yield "equal" if r["equal"] else "different"
 
 

@@ -87,12 +87,16 @@ def _lines(r: dict[str, Any], most: int) -> Iterator[str]:
         yield from _row(r["row"])
     if r["role"] == "output":
         yield f"op       {'; '.join(r['op'])}"
-        yield f"made of  {len(r['made_of'])} piece(s)" if r["made_of"] else "made of  nothing of the source"
+        yield (
+            f"made of  {report.counted(len(r['made_of']), 'piece')}"
+            if r["made_of"]
+            else "made of  nothing of the source"
+        )
         yield from _bounded(map(_piece, r["made_of"]), most, 2)
     elif r["goes_to"]:
         if r["replicated"]:
             yield "read     from the first rank: all have the same, which is checked"
-        yield f"goes to  {len(r['goes_to'])} tensor(s)"
+        yield f"goes to  {report.counted(len(r['goes_to']), 'tensor')}"
         yield from _bounded(map(_destination, r["goes_to"]), most, 2)
     if r.get("came_from"):
         yield from _origin(r["came_from"])
@@ -147,7 +151,7 @@ def _destination(to: dict[str, Any]) -> str:
     # Of each logical tensor once, however many ranks it comes from.
     boxes = dict.fromkeys(_box(piece["source_box"]) for piece in to["pieces"])
     first, *others = boxes
-    more = f" (and {len(others)} more parts)" if others else ""
+    more = f" (and {report.counted(len(others), 'more part')})" if others else ""
     return f"  {to['tensor']}  {_place(to)}\n    {first}{more}; {'; '.join(to['op'])}"
 
 

@@ -7,14 +7,19 @@ from typing import Any
 
 import click
 
-from llama4_convert.commands.options import as_json, show
+from llama4_convert.commands.options import as_json, gpu_names, show
 from llama4_convert.errors import CheckFailed
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--gpu", metavar="NAME|all", default="h100-80gb", show_default=True, help="The GPU; `all`: every one known."
+    "--gpu",
+    metavar="NAME|all",
+    default="h100-80gb",
+    show_default=True,
+    shell_complete=gpu_names,
+    help="The GPU; `all`: every one known.",
 )
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
 @click.option(

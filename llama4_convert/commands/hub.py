@@ -98,7 +98,7 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
-                f"{repository} is asked for on a terminal only: --yes goes on without, --dry-run says what"
+                f"nothing was pushed to {repository}: there is no terminal to ask on. Add --yes to push, --dry-run to see what"
             )
         report.say(_would_push(told))
         if not click.confirm("Upload?", err=True):

@@ -41,7 +41,8 @@ def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 def gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from llama4_convert.fitting.gpus import gpus
 
-    known = {"list": "all names", **{key: gpu.name for key, gpu in gpus().items()}}
+    every = {"all": "every one known"} if ctx.info_name == "fit" else {"list": "all names"}
+    known = {**every, **{key: gpu.name for key, gpu in gpus().items()}}
     return [CompletionItem(name, help=what) for name, what in known.items() if name.startswith(incomplete.lower())]
 
 

@@ -68,4 +68,6 @@ def verify(path: Path, as_json: bool, ids: Path | None) -> None:
     show(result, as_json, report.verify_summary)
     if not result["ok"]:
         bad = [f["file"] for f in result["files"] if not f["ok"]]
-        raise CheckFailed(f"{path}: {len(bad)} file(s) are not what they should be, first {bad[0]}: {result['advice']}")
+        raise CheckFailed(
+            f"{path}: {report.differ(len(bad), 'file')} from what was promised, first {bad[0]}: {result['advice']}"
+        )

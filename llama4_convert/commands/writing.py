@@ -102,9 +102,11 @@ def convert(
       llama4-convert convert my-text-tune scout-tuned --vision-from scout-hf
     """
     from llama4_convert.conversion import convert as run
+    from llama4_convert.execution import Bounds
 
     if dry_run:
-        click.get_current_context().invoke(plan, source=source, as_json=as_json, **request)
+        Bounds(max_memory)  # refused as the run would
+        click.get_current_context().invoke(plan, source=source, as_json=as_json, device=device, **request)
         return
     with report.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
         result = run(

@@ -59,5 +59,7 @@ def find_gpu(name: str) -> Gpu:
             return known[key]
     models = [key for key in known if key.split("-")[0] == wanted.split("-")[0]]
     near = models or difflib.get_close_matches(wanted, known, n=1)
+    if wanted == "list":
+        raise UsageError(f"name one of {', '.join(known)}")
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
     raise UsageError(f"no GPU {name!r:.40} is known: {hint}")

@@ -21,7 +21,7 @@ from llama4_convert.errors import from_os_error
 from llama4_convert.html.color_ramp import ramp
 from llama4_convert.html.figures import fault_map, sections
 from llama4_convert.html.untrusted import as_count, as_dict, as_dicts, as_list, as_number, as_share, printable
-from llama4_convert.report import count_of_faults, counted, grouped_faults, number, validate_headline
+from llama4_convert.report import count_of_faults, counted, differ, grouped_faults, number, validate_headline
 from llama4_convert.writer import write_small
 
 _OPEN, _LISTED = 10, 50  # faults of a kind: shown at once, and shown at all
@@ -149,8 +149,7 @@ def _config(told: _Result) -> Answer | None:
     fields = [str(field.get("field")) for field in as_dicts(told["config_differences"])]
     if not fields:
         return Answer("Config", True, "every field agrees", "config.json means what the reference's does")
-    words = f"{counted(len(fields), 'field')} differ{'s' if len(fields) == 1 else ''}"
-    return Answer("Config", False, words, _names(fields))
+    return Answer("Config", False, differ(len(fields), "field"), _names(fields))
 
 
 def _weights(told: _Result) -> Answer | None:

@@ -278,14 +278,14 @@ def test_verify_says_what_it_held_files_against(made: Path, tmp_path: Path, run:
     ids.write_text(f"{commands.digests(out)['config.json']}  config.json\n")
     told = run("verify", out, "--ids", ids)
     assert told.code == 0
-    assert "1 file(s) as the SHA-256 in llama4-convert.json says and the published ids say" in told.out
+    assert "1 file as the SHA-256 in llama4-convert.json says and the published ids say" in told.out
     (out / "original" / "params.json").write_text("{}")
     damaged = run("verify", out, "--ids", ids)
     assert damaged.code == 5
     assert "DAMAGED  original/params.json" in damaged.out
     (out / "original" / "params.json").unlink()
     assert "MISSING  original/params.json" in run("verify", out).out
-    assert "2 file(s) as the MD5 in checklist.chk says and the CRCs inside say" in run("verify", made / "meta").out
+    assert "2 files as the MD5 in checklist.chk says and the CRCs inside say" in run("verify", made / "meta").out
 
 
 def test_what_is_dropped_is_said(made: Path, tmp_path: Path, run: Run) -> None:

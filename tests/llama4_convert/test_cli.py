@@ -61,6 +61,12 @@ def test_a_dry_run_is_the_plan_and_writes_nothing(run: Run, source: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(run: Run, source: Path, tmp_path: Path) -> None:
+    for option in (("--max-memory", "1MB"), ("--recipe", "int4", "--device", "gpu")):
+        outcome = run("convert", source, tmp_path / "out", "--dry-run", *option)
+        assert (outcome.code, outcome.out) == (2, "")
+
+
 def test_convert_verify_inspect_print_one_object(run: Run, source: Path, tmp_path: Path) -> None:
     converted = run("convert", source, tmp_path / "out", "--json")
     assert converted.err == ""
@@ -209,6 +215,17 @@ def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert outcome.code == 0
     assert re.search(rf"Examples?:\n    llama4-convert {command}", outcome.out)
+
+
+def test_without_a_command_there_is_help(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == 2
+    assert outcome.err.startswith("Usage: ")
+    assert "\n  convert " in outcome.err
+
+
+def test_the_list_of_commands_tells_whole_sentences(run: Run) -> None:
+    assert "..." not in run("--help").out.partition("Commands:")[2]
 
 
 # -------------------- sizes

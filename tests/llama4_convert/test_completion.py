@@ -37,6 +37,7 @@ CASES = {
     "llama4-convert convert SRC DST --recipe mine": "llama4-convert convert SRC DST --recipe mine.toml",
     "llama4-convert convert SRC DST --recipe meta-f": "llama4-convert convert SRC DST --recipe meta-f",
     "llama4-convert export SRC DST --recipe meta-f": "llama4-convert export SRC DST --recipe meta-fp8",
+    "llama4-convert fit PATH --gpu h200": "llama4-convert fit PATH --gpu h200-141gb",
     "llama4-convert plan SRC --gpu h200": "llama4-convert plan SRC --gpu h200-141gb",
     "llama4-convert explain meta tok": "llama4-convert explain meta tok_embeddings.weight",
     "llama4-convert explain nothing tok": "llama4-convert explain nothing tok",

@@ -309,6 +309,6 @@ def test_the_summary_is_a_table(meta: Path, tmp_path: Path, capsys: pytest.Captu
     text = "\n".join(lines)
     assert "int4 in groups of 128: 24 routed experts; 4.13 bits a weight" in text
     assert "FP8 e4m3, a scale a channel: 6 shared expert, 6 dense MLP" in text or "6 dense MLP, 6 shared expert" in text
-    assert "from Meta's layout of 2 rank(s)" in text
+    assert "from Meta's layout of 2 ranks" in text
     assert f"largest {found['manifest']['errors']['worst'][0]['relative_mse']:.4g}" in text
     assert "spelling   published" in commands.run(capsys, "inspect", meta).out

@@ -393,4 +393,4 @@ def test_the_command(converted: Callable[[str], Path], tmp_path: Path, capsys: p
     again = commands.run(capsys, "export", converted("scout"), tmp_path / "out")
     assert "is complete already" in again.out
     fewer = commands.run(capsys, "export", tmp_path / "out", tmp_path / "one", "--ranks", 1)
-    assert "in 1 rank file(s)" in fewer.out
+    assert "in 1 rank file" in fewer.out

@@ -93,6 +93,8 @@ def test_a_quantized_matrix_is_what_it_stands_for(recipe: str, tmp_path: Path) -
     synth(tmp_path / "meta", tiny=True, ranks=1)
     convert(tmp_path / "meta", tmp_path / "out", recipe=recipe)
     told = {one["tensor"]: one for one in inspect(tmp_path / "out", stats=True)["stats"]}
+    layers = [int(key.split(".")[3]) for key in told if key.startswith("language_model.model.layers.")]
+    assert layers == sorted(layers)
     reader = QuantizedReader(TransformersCheckpoint.open(tmp_path / "out"))
     assert reader.quantized
     for key in reader.quantized:

@@ -13,7 +13,7 @@ import meta_model
 import pytest
 import torch
 
-from llama4_convert import convert, generate, plan, validate
+from llama4_convert import convert, export, generate, plan, validate
 from llama4_convert.errors import BadInput
 
 SCOUT = meta_model.GEOMETRIES["scout"]
@@ -32,6 +32,14 @@ def test_a_dtype_that_loses_bits_is_no_fault(source: str, target: str, tmp_path:
     written(tmp_path / "meta", getattr(torch, source))
     convert(tmp_path / "meta", tmp_path / "out", dtype=target)
     assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=24)["passed"]
+
+
+def test_the_way_back_of_a_base_model_stops_where_it_did(tmp_path: Path) -> None:
+    """Meta's layout does not say which of the three tokens end a generation of this variant."""
+    written(tmp_path / "meta", vision_args=None)
+    convert(tmp_path / "meta", tmp_path / "out", variant="base")
+    export(tmp_path / "out", tmp_path / "back")
+    assert validate(tmp_path / "back", reference=tmp_path / "out", tokens=8)["passed"]
 
 
 def test_chunks_where_every_layer_is_nope(tmp_path: Path) -> None:
