@@ -316,6 +316,8 @@ def near_or_unrelated(region: Region) -> Diagnosis | None:
         index = [int(region.rows[row])] + ([int(region.columns[column])] if region.shape[1] > 1 else [])
         words = f"overwritten: {a.size} number(s) are others; element {index} is {b[0]:.6g}, not {a[0]:.6g}"
         return Diagnosis("overwritten", words)
+    if a.size and not a.any() and np.isfinite(b).all():
+        return Diagnosis("unrelated", f"numbers where the reference has zeros{region.words}")
     if a.size < 64 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     error = relative_error(a, b)

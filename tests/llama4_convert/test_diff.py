@@ -197,6 +197,14 @@ def test_planted_faults_are_named_from_either_side(
         assert max(d["max_abs_diff"] for d in found) == float((after[key].double() - before[key].double()).abs().max())
 
 
+def test_zeros_are_told_whichever_side_has_them(made: Callable[..., Path], tmp_path: Path) -> None:
+    key = f"{LAYER}self_attn.q_proj.weight"
+    path = change(commands.copy(made(), tmp_path / "copy"), lambda tensors: tensors[key][-1].zero_())
+    [found], [turned] = diff(made(), path)["different"], diff(path, made())["different"]
+    assert found["kind"] == "zeros"
+    assert turned["cause"].startswith("numbers where the reference has zeros in row 255; ")
+
+
 def test_an_expert_is_named_where_many_share_a_tensor(
     converted: Callable[[str], Path], copy: Callable[..., Path]
 ) -> None:
