@@ -456,8 +456,8 @@ def test_no_fused_tensor_is_read_whole(
     read: dict[str, int] = {}
     for reader in (DirectoryReader, RankReader):
 
-        def spied(self: Any, key: str, rows: Any = None, original: Any = reader.read) -> Any:
-            found = original(self, key, rows)
+        def spied(self: Any, key: str, *part: Any, original: Any = reader.read) -> Any:
+            found = original(self, key, *part)
             read[key] = max(read.get(key, 0), np.size(found))
             return found
 
@@ -468,7 +468,7 @@ def test_no_fused_tensor_is_read_whole(
     sizes = {key: tensor.numel() for key, tensor in load_file(path / WEIGHTS).items()}
     fused = [key for key in read if ".experts." in key and key in sizes]
     assert fused
-    assert all(read[key] * experts == sizes[key] for key in fused)
+    assert all(read[key] * experts <= sizes[key] for key in fused)  # of gate and up one at a time
 
 
 def test_progress_is_told_a_total_and_reaches_it(made: Callable[..., Path]) -> None:
