@@ -28,6 +28,7 @@ from llama4_convert.checkpoints.transformers import ITEM_SIZES
 from llama4_convert.config_diff import config_differences, told
 from llama4_convert.diagnosis.sides import FLOATS, SLICED
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.parity.memory import INTERPRETER
 from llama4_convert.parity.metrics import finite
 from llama4_convert.reference import Checkpoint
 from llama4_convert.weight_check import (
@@ -42,7 +43,6 @@ from llama4_convert.weight_check import (
 from mappings import load_table
 
 MAX_MEMORY = 4 << 30
-_INTERPRETER = 420 << 20  # Python with torch, and what its allocator holds back
 _EXPERT = re.compile(r"layers\.(\d+)\.feed_forward\.experts\.(\d+)\.(gate|up|down)")
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 _MOST_EXPERTS = 1024  # an axis longer than that is none of experts
@@ -74,12 +74,13 @@ def diff(
     swapped = _is_right(sides[1], sides[0])
     right, left = reversed(sides) if swapped else sides
     comparison = _Comparison(right, left)
-    needed = _INTERPRETER + memory_needed(right.config, bool(comparison.lossy))
+    pair = comparison.pair
+    needed = INTERPRETER + memory_needed(pair)
     if needed > max_memory:
         raise UsageError(f"the largest matrix needs {needed >> 20:,} MiB: give --max-memory {-(-needed >> 20)}MiB")
     start(sum(right.nbytes(name) for name in comparison.names), 0)
     try:
-        findings = list(compare_tensors(comparison.pair, progress, memory=max_memory - _INTERPRETER))
+        findings = list(compare_tensors(pair, progress, memory=max_memory - INTERPRETER))
     except BindingError as error:
         raise BadInput(f"{a} or {b}: {error}: download it again, or convert it again") from error
     faults = [_fault(finding) for finding in findings if isinstance(finding, WeightFault)]
@@ -250,6 +251,7 @@ class _Comparison:
             self.left.reader.shape,
             either_way=True,
             both_quantized=bool(self.right.checkpoint.quantized),
+            their_shapes=self.left.shapes,
         )
 
     def rounded(self, swapped: bool) -> list[dict[str, Any]]:

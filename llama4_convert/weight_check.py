@@ -13,10 +13,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
@@ -26,8 +28,9 @@ from llama4_convert.checkpoints.transformers import ITEM_SIZES
 from llama4_convert.diagnosis.altered import floats
 from llama4_convert.diagnosis.diagnoser import Diagnoser
 from llama4_convert.diagnosis.rearranged import as_matrix, listed
-from llama4_convert.diagnosis.sides import FLOATS, SLICED, cast, slices
+from llama4_convert.diagnosis.sides import FLOATS, SLICE, SLICED, cast, slices
 from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
+from llama4_convert.parity.memory import INTERPRETER
 from llama4_convert.parity.metrics import finite
 from llama4_convert.reference import Checkpoint
 
@@ -96,8 +99,9 @@ class Compared:
     losses: list[MatrixLoss] = field(default_factory=list)
 
 
-# Bytes that a number takes while it is compared, measured: raw on both sides; of a quantized matrix as float32, and errors.
-_BYTES_PLAIN, _BYTES_QUANTIZED = 8, 22
+# Bytes that a number of a quantized matrix takes while it is compared, measured: as float32 on both sides, and errors.
+_BYTES_QUANTIZED = 22
+_DIFFERENCES = 1 << 18  # numbers that are subtracted at a time
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,18 @@ class Pair:
     either_way: bool = False
     # Neither has the true numbers: errors are relative to the smaller ones.
     both_quantized: bool = False
+    their_shapes: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # where they may be others than those of `ours`
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return parameter_shapes(self.config)
+
+    def numbers(self, name: str) -> int:
+        """Of a tensor, as many as are in memory at a time."""
+        shapes = self.shapes[name], self.their_shapes.get(name, ())
+        return max(prod((min(s[0], 2 * SLICE), *s[1:]) if name in SLICED else s) for s in shapes if s)
 
 
 def compare_weights(
@@ -134,9 +150,9 @@ def compare_weights(
 
     What is quantized cannot be equal: it is a fault only beyond what its scheme can lose. `advance` is told the bytes of the
     reference as they are read; what is wrong is read a second time, to say how. As many tensors are looked at at a time as
-    there are cores, and as `memory` bytes hold. `note` is told how far it has come, and `begun` goes on from there. `equal`
-    takes the digest of each tensor that is the reference's bit by bit; one that has its digest there already is held
-    against that, and the reference's is not read.
+    there are cores, and as `memory` bytes hold; hypotheses that they do not hold are left out, and that is said. `note` is
+    told how far it has come, and `begun` goes on from there. `equal` takes the digest of each tensor that is the reference's
+    bit by bit; one that has its digest there already is held against that, and the reference's is not read.
     """
     ours = {tensor.name: tensor for tensor in reference.logical_tensors(config)}
     theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
@@ -173,7 +189,7 @@ def compare_tensors(
 ) -> Iterator[WeightFault | MatrixLoss]:
     """As `compare_weights`, of tensors that are bound already. `elsewhere`: in words, where one that is missing may be."""
     ours, theirs, config = pair.ours, pair.theirs, pair.config
-    shapes = parameter_shapes(config)
+    shapes = pair.shapes
     sketches, compared = Sketches(), begun or Compared()
     unread: set[str] = set()  # of the reference
 
@@ -209,7 +225,7 @@ def compare_tensors(
 
     tensors = [tensor for name, tensor in ours.items() if name in pair.names]
     before, left = tensors[: compared.done], tensors[compared.done :]
-    workers = _workers(shapes, bool(pair.lossy), memory)
+    workers = max(1, min(os.cpu_count() or 1, memory // memory_needed(pair)))
     for name, (nbytes, loss, cause, largest) in _in_order(look, left, workers):
         advance(nbytes)
         compared.done += 1
@@ -226,7 +242,9 @@ def compare_tensors(
     for tensor in tensors if wrong else ():  # what was not read in this run may stand in another's place
         if tensor.name in unseen:
             _sketch(tensor, None if tensor.name in SLICED else tensor.load(None), shapes[tensor.name], sketches)
-    diagnoser = Diagnoser(ours, theirs, wrong, config, sketches, pair.reader, pair.limits, pair.shape_of)
+    diagnoser = Diagnoser(
+        ours, theirs, wrong, config, sketches, pair.reader, pair.limits, pair.shape_of, pair.numbers, memory
+    )
     for name, cause in wrong.items():
         key, largest = transformers_key(name, pair.has_vision), compared.largest.get(name)
         if not theirs[name].keys:
@@ -240,7 +258,9 @@ def compare_tensors(
             yield WeightFault(name, key, told, "missing" if missing else None, max_abs_diff=largest)
             continue
         if diagnosis is None:
-            yield WeightFault(name, key, cause, max_abs_diff=largest)
+            enough = -(-(diagnoser.lacking + INTERPRETER) // (1 << 28)) / 4
+            more = f"; to have its cause looked for, give --max-memory {enough:g}GiB" if diagnoser.lacking else ""
+            yield WeightFault(name, key, f"{cause}{more}", max_abs_diff=largest)
         elif diagnosis.kind == "dtype":
             yield WeightFault(name, key, cause, "dtype", max_abs_diff=largest)
         else:
@@ -263,18 +283,19 @@ def losses_by_scheme(losses: Sequence[MatrixLoss]) -> dict[str, Any]:
     return told
 
 
-def memory_needed(config: Llama4Config, is_lossy: bool) -> int:
-    """Bytes that the largest tensor takes while it is compared."""
-    return _needed(parameter_shapes(config), is_lossy)
+def memory_needed(pair: Pair) -> int:
+    """Bytes that the hungriest tensor takes while it is compared."""
+    return max((_needed(pair, name) for name in pair.names), default=1)
 
 
-def _needed(shapes: Mapping[str, tuple[int, ...]], is_lossy: bool) -> int:
-    largest = max(prod(shape) for name, shape in shapes.items() if name not in SLICED)
-    return max(1, largest * (_BYTES_QUANTIZED if is_lossy else _BYTES_PLAIN))
-
-
-def _workers(shapes: Mapping[str, tuple[int, ...]], is_lossy: bool, memory: int) -> int:
-    return max(1, min(os.cpu_count() or 1, memory // _needed(shapes, is_lossy)))
+def _needed(pair: Pair, name: str) -> int:
+    """Gate and up of a fused expert are read together; of two dtypes either is rounded to the other, and put together."""
+    ours, found = pair.ours[name], pair.theirs[name]
+    dtypes = {tensor.dtype: ITEM_SIZES[tensor.dtype] for tensor in (ours, found) if tensor.keys}
+    a_number = 4 * sum(dtypes.values()) + 3
+    if found.keys and found.keys[0] in pair.lossy:
+        a_number = max(a_number, _BYTES_QUANTIZED)
+    return pair.numbers(name) * a_number
 
 
 def _in_order(
@@ -372,8 +393,8 @@ def _compare(
         n = int(np.count_nonzero(unequal))
         if n:
             differing += n
-            difference = _largest_difference(rounded[unequal], b[unequal], found.dtype)
-            largest = largest if difference <= largest else difference  # NaN stays
+            difference = _largest_difference(rounded, b, unequal, found.dtype)
+            largest = float(np.maximum(largest, difference))  # NaN stays
     if not differing:
         return None, None
     size = "" if np.isnan(largest) else f", by up to {largest:.3g}"  # what a NaN is there, the cause says
@@ -452,8 +473,14 @@ def _sketch(tensor: LogicalTensor, bits: Bits | None, shape: tuple[int, ...], sk
         sketches.add(tensor.name, (x.shape[0], x.shape[1]), sketch(x, tensor.dtype))
 
 
-def _largest_difference(a: Bits, b: Bits, dtype: str) -> float:
+def _largest_difference(a: Bits, b: Bits, where: NDArray[np.bool_], dtype: str) -> float:
+    """Some rows at a time: as float64, numbers take four times what they do as they lie. NaN if there is one."""
     from llama4.loading import to_tensor
 
-    difference = (to_tensor(a, dtype).double() - to_tensor(b, dtype).double()).abs()
-    return float(difference.max())
+    largest, step = 0.0, max(1, _DIFFERENCES // max(1, prod(a.shape[1:])))
+    for start in range(0, len(a), step):
+        some = slice(start, start + step)
+        x, y = (to_tensor(bits[some][where[some]], dtype).double() for bits in (a, b))
+        if x.numel():
+            largest = float(np.maximum(largest, float((x - y).abs().max())))  # NaN stays
+    return largest

@@ -25,6 +25,7 @@ _LOW_RANK = 256  # rows and columns whose change is decomposed
 _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-24}
 _MANTISSA = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}
 _GROUPS = (32, 64, 128, 256)
+_COUNTED = 1 << 20  # numbers at a time: np.bincount widens them to 64 bits
 
 
 def floats(x: Array, dtype: str) -> Floats:
@@ -315,6 +316,8 @@ def near_or_unrelated(region: Region) -> Diagnosis | None:
         index = [int(region.rows[row])] + ([int(region.columns[column])] if region.shape[1] > 1 else [])
         words = f"overwritten: {a.size} number(s) are others; element {index} is {b[0]:.6g}, not {a[0]:.6g}"
         return Diagnosis("overwritten", words)
+    if a.size and not a.any() and np.isfinite(b).all():
+        return Diagnosis("unrelated", f"numbers where the reference has zeros{region.words}")
     if a.size < 64 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     error = relative_error(a, b)
@@ -339,8 +342,12 @@ def _same_numbers(region: Region) -> bool:
     """Whether each number stands there as often as it should."""
     if region.x.dtype != np.uint16:
         return region.x.size < 1 << 24 and np.array_equal(np.sort(region.x, None), np.sort(region.y, None))
-    counts = [np.bincount(one.ravel(), minlength=1 << 16) for one in (region.x, region.y)]
-    return np.array_equal(counts[0], counts[1])
+    step = max(1, _COUNTED // max(1, region.x.shape[1]))
+    counts = np.zeros(1 << 16, np.intp)
+    for start in range(0, len(region.x), step):
+        for one, sign in ((region.x, 1), (region.y, -1)):
+            counts += sign * np.bincount(one[start : start + step].ravel(), minlength=1 << 16)
+    return not counts.any()
 
 
 def _coarse(a: Array, b: Array) -> Diagnosis | None:

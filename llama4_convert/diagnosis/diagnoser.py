@@ -15,6 +15,7 @@ from llama4.config import Llama4Config
 from llama4.weights import BindingError, LogicalTensor
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.readers import DirectoryReader
+from llama4_convert.checkpoints.transformers import ITEM_SIZES
 from llama4_convert.diagnosis import altered, block_order, quantized_faults, rearranged
 from llama4_convert.diagnosis.altered import floats
 from llama4_convert.diagnosis.block_order import Axis
@@ -23,6 +24,9 @@ from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same
 from llama4_convert.diagnosis.sides import FLOATS, SLICED, Case, Sides, cast, slices
 from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
 
+# Bytes that diagnosing takes, measured: for each byte of a matrix that is raw bits, for each number of one that is float32;
+# and where a hypothesis wants gate and up together.
+_BITS, _FLOATS, _BITS_OF_A_PAIR, _FLOATS_OF_A_PAIR = 12, 36, 16, 60
 _THOROUGH = 1000  # faults that every hypothesis is tried on; of those behind them only what has explained one before
 _MOST_EXPERTS = 16 << 30  # bytes of a layer's experts that are read to find pieces of others in one
 _PAIR = re.compile(r"(.+)\.(gate|up)")
@@ -31,7 +35,10 @@ _EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|dow
 
 
 class Diagnoser(Sides):
-    """Of the faults of one candidate. `limits`: what each scheme may lose, as a relative squared error; `shape_of`: of a key."""
+    """Of the faults of one candidate. `limits`: what each scheme may lose, as a relative squared error; `shape_of`: of a key.
+
+    Hypotheses that would take more than `memory` bytes are left out, of a tensor of so many `numbers`.
+    """
 
     def __init__(
         self,
@@ -43,18 +50,28 @@ class Diagnoser(Sides):
         quantized: QuantizedReader | None,
         limits: Mapping[str, float],
         shape_of: Callable[[str], tuple[int, ...]],
+        numbers: Callable[[str], int],
+        memory: int,
     ) -> None:
         super().__init__(ours, found, config, quantized, limits)
+        self.numbers, self.memory = numbers, memory
+        self.lacking = 0  # bytes that the last tensor would have needed, if that is more than there are
         self.wrong, self.sketches, self.shape_of = wrong, sketches, shape_of
         self._tried = 0
         self._last: dict[str, tuple[Hypothesis, str]] = {}  # what explained the expert before
         self._worked: set[Hypothesis] = set()
         self._pairs: dict[str, Diagnosis | None] = {}
         self._pieces: tuple[str, Pieces] | None = None  # of the experts asked for last
+        self._kept = 0  # bytes of them
 
     def of(self, name: str) -> Diagnosis | None:
-        """None where no hypothesis fits. Raises BindingError."""
+        """None where no hypothesis fits, and where none may be tried: see `lacking`. Raises BindingError."""
         ours, found = self.ours[name], self.found[name]
+        self.lacking = 0
+        if self._pieces and not name.startswith(f"{self._pieces[0].rpartition('.')[0]}."):
+            self._pieces, self._kept = None, 0
+        if {ours.dtype, found.dtype} <= FLOATS and not self._affords(name):
+            return None
         if self.quantized and found.keys[0] in self.quantized.damaged:
             return self._of_damaged(name, self.quantized)
         if not {ours.dtype, found.dtype} <= FLOATS:
@@ -73,6 +90,10 @@ class Diagnoser(Sides):
         for hypothesis in hypotheses:
             if self._tried > _THOROUGH and hypothesis not in self._worked:
                 continue
+            if hypothesis in _OF_A_PAIR and not (_PAIR.fullmatch(name) and self._affords(name, of_a_pair=True)):
+                continue
+            if self.lacking and hypothesis == Diagnoser.near_or_unrelated:
+                return None
             diagnosis = hypothesis(self, case)
             if diagnosis:
                 if hypothesis is not Diagnoser.near_or_unrelated:  # which fits what others explain better
@@ -81,7 +102,14 @@ class Diagnoser(Sides):
                 return diagnosis
         return None
 
-    # -------------------- reading
+    def _affords(self, name: str, *, of_a_pair: bool = False, beside: int = 0) -> bool:
+        """Whether there is the memory for it, `beside` so many bytes."""
+        item = max(ITEM_SIZES[tensor.dtype] for tensor in (self.ours[name], self.found[name]))
+        bits, floats = (_BITS_OF_A_PAIR, _FLOATS_OF_A_PAIR) if of_a_pair else (_BITS, _FLOATS)
+        needed = self._kept + beside + self.numbers(name) * (floats if self.same(name).limit else bits * item)
+        if needed > self.memory:
+            self.lacking = max(self.lacking, needed)
+        return needed <= self.memory
 
     # -------------------- hypotheses that need to know what the tensor is
 
@@ -92,7 +120,7 @@ class Diagnoser(Sides):
             words = f"ranks joined on the wrong axis, that of the experts: there are {stored[0]}, not {n_experts}"
             return Diagnosis("wrong_axis", words)
         return (
-            (self.in_a_pair(case) if pair else None)
+            (self.in_a_pair(case) if pair and self._affords(case.name, of_a_pair=True) else None)
             or block_order.other_shape(case.x, case.y, case.same, case.axes)
             or self._another(case.name, case.y, case.same)
         )
@@ -195,9 +223,11 @@ class Diagnoser(Sides):
 
         if self._pieces is None or self._pieces[0] != of_all:
             n, width = self.config.text_config.num_local_experts, case.x.shape[0]
-            if n * case.x.nbytes > _MOST_EXPERTS:
+            nbytes = Pieces.nbytes(n, case.x.size * len(kinds), width)
+            self._pieces, self._kept = None, 0
+            if n * case.x.nbytes > _MOST_EXPERTS or not self._affords(case.name, beside=nbytes):
                 return None
-            self._pieces = of_all, Pieces(load, n, width)
+            self._pieces, self._kept = (of_all, Pieces(load, n, width)), nbytes
         return self._pieces[1].mixed(case.y.T, int(found[2]))
 
     def cut_from_qkv(self, case: Case) -> Diagnosis | None:
@@ -256,8 +286,8 @@ class Diagnoser(Sides):
         if case.thin is None:
             return rearranged.transposed(case.x, case.y, case.same)
         # Of a sliced matrix the first row tells: it holds the beginning of the first column.
-        n, column = min(case.y.shape[1], len(case.x)), case.thin[0][: case.y.shape[1], 0]
-        if len(column) == case.y.shape[1] and np.array_equal(case.y[0, :n], column[:n]):
+        n = min(case.y.shape[1], len(case.x))
+        if n > 1 and np.array_equal(case.y[0, :n], case.x[:n, 0]):
             return Diagnosis("transposed", "its numbers lie transposed under the unchanged shape")
         return None
 
@@ -338,6 +368,7 @@ _LOSSY: tuple[Hypothesis, ...] = (
     Diagnoser.recalculated,
     Diagnoser.near_or_unrelated,
 )
+_OF_A_PAIR = {Diagnoser.in_a_pair, Diagnoser.in_blocks_of_a_pair}
 
 
 def _layer(name: str) -> int | None:

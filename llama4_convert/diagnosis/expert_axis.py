@@ -19,6 +19,11 @@ _BEGINNING = 8  # numbers that a piece is known by
 _ROWS = 64  # of the matrix that are looked up
 _MULTIPLIERS = np.random.default_rng(0).integers(1 << 62, size=_BEGINNING, dtype=np.uint64) | np.uint64(1)
 _Keys = NDArray[np.uint64]
+_BYTES = 4 * 8  # that a piece takes: its key twice, its place, and the keys in order
+
+
+def _parts(width: int) -> list[int]:
+    return [n for n in _PARTS if width % n == 0 and width // n >= _BEGINNING]
 
 
 class Pieces:
@@ -26,7 +31,7 @@ class Pieces:
 
     def __init__(self, load: Callable[[int], Array], n_experts: int, width: int) -> None:
         """`width`: of the rows of the matrices that will be asked for, which rows of `load` are once or twice as wide as."""
-        keys: dict[int, list[_Keys]] = {n: [] for n in _PARTS if width % n == 0 and width // n >= _BEGINNING}
+        keys: dict[int, list[_Keys]] = {n: [] for n in _parts(width)}
         for expert in range(n_experts):
             matrix = load(expert)
             for n, found in keys.items():
@@ -36,6 +41,11 @@ class Pieces:
             all_keys = np.concatenate([key.ravel() for key in found])
             order = np.argsort(all_keys)
             self._sorted[n] = all_keys[order], order, found[0].size
+
+    @staticmethod
+    def nbytes(n_experts: int, numbers: int, width: int) -> int:
+        """What they take while they are made, of matrices of so many numbers."""
+        return n_experts * numbers // width * sum(_parts(width)) * _BYTES
 
     def mixed(self, y: Array, expert: int) -> Diagnosis | None:
         """Whether the rows of y, [in, out], are made of pieces of several experts' rows."""

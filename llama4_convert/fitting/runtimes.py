@@ -33,6 +33,8 @@ LEAST_CONTEXT = 8192
 
 # Tokens of a prompt at a time. The commands say so, since both runtimes choose by the GPU otherwise.
 _VLLM_PIECE = 2048
+# Two are under way where scheduling is asynchronous, as it is by default (`max_in_flight_tokens` in vLLM's config/vllm.py).
+_VLLM_PIECES_AT_A_TIME = 2
 SGLANG_PIECE = 8192
 # A server takes so many requests at a time at least. Left alone vLLM makes room for the logits of 1,024 on 70 GiB and more.
 _LEAST_BATCH = 16
@@ -115,9 +117,9 @@ def memory(case: Case, runtime: Runtime) -> Memory:
         cache = KVCache(token, *grouped_layers(full, chunked), chunk, 0)
     elif runtime == "sglang":
         cache = KVCache(token, full, chunked, chunk, SGLANG_PIECE)
-    # vLLM keeps the chunk and the piece that is being read: what it writes of that into chunked layers counts here.
+    # vLLM keeps the chunk and the pieces that are being read: what it writes of them into chunked layers counts here.
     piece = SGLANG_PIECE if runtime == "sglang" else vllm_piece(case)
-    written = token * cache.chunked_layers * piece if runtime == "vllm" else 0
+    written = token * cache.chunked_layers * piece * _VLLM_PIECES_AT_A_TIME if runtime == "vllm" else 0
     taken = prefill_bytes(g, piece, batch(case), n) + written
     return Memory(case.weights.of_tensor_parallel(n, g.n_kv_heads), cache, max(least, taken), 0, 0)
 

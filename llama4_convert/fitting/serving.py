@@ -91,9 +91,7 @@ def _serving_notes(case: Case, runtime: Runtime) -> list[str]:
     if case.format == "compressed-tensors-fp8" and not case.gpu.fp8 and runtime != "transformers":
         notes.append("this GPU has no FP8 units: weights are widened as they are used")
     if case.gpu.maker == "amd":
-        if int4 and runtime.startswith("vllm"):
-            notes.append("on ROCm int4 experts run in Triton kernels, not in Marlin's")
-        elif int4 and runtime == "sglang":
+        if int4 and runtime == "sglang":
             notes.append("whether its ROCm kernels take int4 experts is not known here")
         elif case.format == "bitsandbytes-nf4":
             notes.append("asks for a bitsandbytes that is built for ROCm")

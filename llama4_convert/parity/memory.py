@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llama4.config import Llama4Config
 from llama4_convert.errors import UsageError
 
-_INTERPRETER = 420 << 20  # Python with torch, and what its allocator holds back
+INTERPRETER = 420 << 20  # Python with torch, and what its allocator holds back
 _RAW = 2  # bytes of a weight in the checkpoint, beside its cast
 _HIDDEN = 3 * 4 << 25  # what `llama4.moe.swiglu` and attention have in memory between projections
 _HEAD = 320 << 20  # slices of logits and their sums (`parity._HEAD_NUMBERS`)
@@ -33,9 +33,7 @@ def budget(config: Llama4Config, rows: int, tiles: int, itemsize: int, max_memor
 
     Raises UsageError, naming what is needed, if `max_memory` is too little.
     """
-    least = (
-        _INTERPRETER + max(_HEAD, _weights(config, itemsize) + _HIDDEN) + _activations(config, rows, tiles, itemsize)
-    )
+    least = INTERPRETER + max(_HEAD, _weights(config, itemsize) + _HIDDEN) + _activations(config, rows, tiles, itemsize)
     if least > max_memory:
         raise UsageError(
             f"{rows:,} tokens of this width need {-(-least >> 20):,} MiB: give --max-memory {-(-least // (1 << 28)) / 4:g}GiB,"

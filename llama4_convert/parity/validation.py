@@ -26,7 +26,7 @@ from llama4_convert.checkpoints.transformers import ITEM_SIZES
 from llama4_convert.errors import BadInput, UsageError, one_line, raise_if_out_of_memory
 from llama4_convert.parity import gates as limits
 from llama4_convert.parity.config_check import said, told
-from llama4_convert.parity.memory import Budget, budget
+from llama4_convert.parity.memory import INTERPRETER, Budget, budget
 from llama4_convert.parity.metrics import finite
 from llama4_convert.parity.prompts import Batch, Prompt, check_prompts, prompts_of_file, prompts_of_ids, random_prompts
 from llama4_convert.parity.walk import CandidateFailed, Parity, Side, Walk, candidate_steps
@@ -105,7 +105,7 @@ def validate(
             start(2 * total, 0)
             at("weights")
             uncompared = _uncompared(((candidate, runner), (original, reference_runner)))
-            findings = [] if uncompared else comparison.weights(notes, progress, max_memory * 3 // 4)
+            findings = [] if uncompared else comparison.weights(notes, progress, max_memory - INTERPRETER)
         except BindingError as error:
             raise BadInput(f"{reference}: {error}: download it again") from error
         run = comparison.run(room, notes, lambda part: progress(int(part * total)), at)

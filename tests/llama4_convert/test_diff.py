@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch import Tensor
 
 from llama4_convert import convert, diff, synth
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
+from llama4_convert.diagnosis import sides
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.parity.memory import INTERPRETER
+from llama4_convert.reference import Checkpoint
+from llama4_convert.weight_check import WeightFault, compare_weights
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 TEXT = "language_model.model."
@@ -192,6 +197,14 @@ def test_planted_faults_are_named_from_either_side(
         assert max(d["max_abs_diff"] for d in found) == float((after[key].double() - before[key].double()).abs().max())
 
 
+def test_zeros_are_told_whichever_side_has_them(made: Callable[..., Path], tmp_path: Path) -> None:
+    key = f"{LAYER}self_attn.q_proj.weight"
+    path = change(commands.copy(made(), tmp_path / "copy"), lambda tensors: tensors[key][-1].zero_())
+    [found], [turned] = diff(made(), path)["different"], diff(path, made())["different"]
+    assert found["kind"] == "zeros"
+    assert turned["cause"].startswith("numbers where the reference has zeros in row 255; ")
+
+
 def test_an_expert_is_named_where_many_share_a_tensor(
     converted: Callable[[str], Path], copy: Callable[..., Path]
 ) -> None:
@@ -208,6 +221,31 @@ def test_nan_has_no_difference_that_json_could_say(
     [found] = both_ways(converted("scout"), path)["different"]
     assert found["max_abs_diff"] is None
     assert diff(path, path)["equal"]
+
+
+def test_nan_in_one_slice_of_the_vocabulary_is_not_forgotten_in_the_next(copy: Callable[..., Path]) -> None:
+    key = "language_model.lm_head.weight"
+
+    def longer(tensors: dict[str, Tensor]) -> None:
+        tensors[key] = torch.cat([tensors[key], torch.zeros(9000, tensors[key].shape[1], dtype=tensors[key].dtype)])
+
+    one, other = change(copy(name="one"), longer), change(copy(name="other"), longer)
+    change(other, lambda tensors: (tensors[key][0].fill_(float("nan")), tensors[key][-1].fill_(1)))
+    [found] = both_ways(one, other)["different"]
+    assert (found["name"], found["max_abs_diff"]) == (key, None)
+
+
+def test_a_transposed_vocabulary_is_told_by_its_first_column_whatever_columns_stand_for_all(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sides, "_COLUMNS", 2)  # of 256 as few as 64 are of a real width: the first is not among them
+    key = f"{TEXT}embed_tokens.weight"
+    path = change(
+        commands.copy(made(), tmp_path / "copy"),
+        lambda tensors: tensors[key].copy_(tensors[key].T.reshape_as(tensors[key]).clone()),
+    )
+    [found] = both_ways(made(), path)["different"]
+    assert (found["name"], found["kind"]) == (key, "transposed")
 
 
 @pytest.mark.parametrize(
@@ -418,8 +456,8 @@ def test_no_fused_tensor_is_read_whole(
     read: dict[str, int] = {}
     for reader in (DirectoryReader, RankReader):
 
-        def spied(self: Any, key: str, rows: Any = None, original: Any = reader.read) -> Any:
-            found = original(self, key, rows)
+        def spied(self: Any, key: str, *part: Any, original: Any = reader.read) -> Any:
+            found = original(self, key, *part)
             read[key] = max(read.get(key, 0), np.size(found))
             return found
 
@@ -430,7 +468,7 @@ def test_no_fused_tensor_is_read_whole(
     sizes = {key: tensor.numel() for key, tensor in load_file(path / WEIGHTS).items()}
     fused = [key for key in read if ".experts." in key and key in sizes]
     assert fused
-    assert all(read[key] * experts == sizes[key] for key in fused)
+    assert all(read[key] * experts <= sizes[key] for key in fused)  # of gate and up one at a time
 
 
 def test_progress_is_told_a_total_and_reaches_it(made: Callable[..., Path]) -> None:
@@ -502,3 +540,41 @@ def test_json_is_one_object_whatever_the_verdict(capsys: pytest.CaptureFixture[s
     assert different.code == 5
     assert different.json["equal"] is False
     assert different.error
+
+
+def test_a_cause_that_memory_does_not_hold_is_not_looked_for_and_that_is_said(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The comparison holds all the same: what differs is named, and how much would do."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{TEXT}embed_tokens.weight"].neg_()
+        tensors[f"{TEXT}norm.weight"].neg_()
+
+    path = change(commands.copy(made(), tmp_path / "copy"), edit)
+    found = {d["name"]: d for d in diff(made(), path, max_memory=INTERPRETER + (9 << 20))["different"]}
+    assert found[f"{TEXT}norm.weight"]["kind"] == "negated"
+    short = found[f"{TEXT}embed_tokens.weight"]
+    assert short["kind"] is None
+    assert short["max_abs_diff"] > 0
+    assert short["cause"].endswith("; to have its cause looked for, give --max-memory 0.5GiB")
+    enough = {d["name"]: d["kind"] for d in diff(made(), path, max_memory=1 << 29)["different"]}
+    assert set(enough.values()) == {"negated"}
+
+
+def test_gate_and_up_are_not_held_together_where_memory_holds_one(made: Callable[..., Path], tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        gate, up = (tensors[f"{LAYER}feed_forward.shared_expert.{name}_proj.weight"] for name in ("gate", "up"))
+        both = torch.stack([gate, up], 1).reshape(-1, gate.shape[1])
+        gate.copy_(both[: len(gate)]), up.copy_(both[len(gate) :])
+
+    path = change(commands.copy(made(), tmp_path / "copy"), edit)
+    numbers = prod(load_file(path / WEIGHTS)[f"{LAYER}feed_forward.shared_expert.up_proj.weight"].shape)
+    one, other = Checkpoint.open(made()), Checkpoint.open(path)
+
+    def kinds(bytes_a_number: int) -> set[str | None]:
+        found = compare_weights(one, other, one.config, lambda n: None, memory=numbers * bytes_a_number)
+        return {fault.kind for fault in found if isinstance(fault, WeightFault)}
+
+    assert kinds(40) == {"gate_up_interleaved"}
+    assert kinds(28) == {None}  # neither that, nor that its numbers are unrelated

@@ -270,14 +270,16 @@ def test_the_summary_says_what_the_verdict_says() -> None:
 # -------------------- what is held against the runtimes' own rules
 
 
-@pytest.mark.parametrize("g", [SCOUT, MAVERICK, replace(SCOUT, n_layers=7, nope_interval=3)])
+@pytest.mark.parametrize(
+    "g", [SCOUT, MAVERICK, replace(SCOUT, n_layers=7, nope_interval=3), replace(SCOUT, n_layers=192)]
+)
 @pytest.mark.parametrize("sequences", [1, 4])
 def test_vllm_finds_room_for_what_it_is_told_to_serve(g: Geometry, sequences: int) -> None:
-    """At its start vLLM asks for a chunk and a whole piece of a prompt in chunked layers, and for all tokens in the others."""
+    """At its start vLLM asks for a chunk and two pieces of prompts in chunked layers, and for all tokens in the others."""
     asked = case(40, INT4, g, sequences=sequences)
     tokens = runtime(judge(asked), "vllm")["max_context"]
     chunked = sum(g.is_chunked(layer) for layer in range(g.n_layers))
-    of = kv_bytes(g) * ((g.n_layers - chunked) * tokens + chunked * min(tokens, 8192 + 2048))
+    of = kv_bytes(g) * ((g.n_layers - chunked) * tokens + chunked * min(tokens, 8192 + 2 * 2048))
     assert of <= asked.usable - int(40 * GIB) - prefill_bytes(g, 2048, 16, 1)
 
 
