@@ -43,6 +43,7 @@ class Request:
     device: str = "cpu"  # where a recipe computes: decides no byte
     adapter: Path | None = None  # a PEFT LoRA adapter's directory, to be merged
     vision_from: Path | None = None  # the model that the source, a text-only fine-tune, was made from
+    config_from: Path | None = None  # the model that the source was made from, to repair its config.json by
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -53,6 +54,8 @@ class Request:
             raise UsageError("the shard size must be at least 1 byte")
         if self.allow_nonfinite and self.recipe is None:
             raise UsageError("--allow-nonfinite is for --recipe: without one, NaN and infinities are kept as they are")
+        if self.config_from is not None and self.vision_from is not None:
+            raise UsageError("--vision-from repairs config.json as well: leave --config-from out")
         if self.device != "cpu":
             _check_device(self)
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
@@ -86,6 +89,8 @@ class Job:
             from llama4_convert.requantization import TransformersJob
 
             return TransformersJob(request)
+        if request.config_from is not None:
+            raise UsageError(f"{request.source} has a params.json: --config-from repairs a Transformers directory")
         return Job(request)
 
     def __init__(self, request: Request) -> None:
@@ -231,7 +236,7 @@ class Job:
         }
 
     def told_of_fine_tune(self) -> dict[str, Any]:
-        """Of the adapter, if there is one."""
+        """Of the adapter, if there is one, and of what was repaired."""
         return {"adapter": self.adapter.told(self.plan)} if self.adapter else {}
 
     def manifest(self) -> Manifest:
@@ -405,7 +410,8 @@ def convert(
     """
     request = Request(Path(source), **options)
     bounds = Bounds(max_memory, max_error, overwrite)
-    sources = [Path(path) for path in (source, request.adapter, request.vision_from) if path is not None]
+    others = (request.adapter, request.vision_from, request.config_from)
+    sources = [Path(path) for path in (source, *others) if path is not None]
     return execute(lambda: Job.of(request), sources, Path(target), bounds, warn, start, progress)
 
 
