@@ -45,6 +45,7 @@ class AdapterConfig:
     use_rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    target_parameters: tuple[str, ...]
     peft_version: tuple[int, ...] | None
 
     @staticmethod
@@ -60,18 +61,24 @@ class AdapterConfig:
             body.get("use_rslora") is True,
             _pattern(path, "rank_pattern", body, whole=True),
             _pattern(path, "alpha_pattern", body),
+            _names(path, "target_parameters", body),
             tuple(map(int, numbers[0].split("."))) if numbers else None,
         )
 
     def rank(self, module: str) -> int:
         """Of the factors of a module, by its path in the model."""
-        return int(_matching(self.rank_pattern, module, self.r))
+        return int(_matching(self.rank_pattern, self._matched(module), self.r))
 
     def scaling(self, module: str) -> float:
         """What B @ A is multiplied with."""
-        alpha: float = _matching(self.alpha_pattern, module, self.alpha)
+        alpha: float = _matching(self.alpha_pattern, self._matched(module), self.alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _matched(self, module: str) -> str:
+        """What patterns are held against: the module's path, or its weight's where that is a target parameter."""
+        weight = f".{module}.weight"
+        return weight[1:] if any(weight.endswith(f".{name}") for name in self.target_parameters) else module
 
 
 def _check_plain(path: Path, body: Mapping[str, Any]) -> None:
@@ -107,6 +114,13 @@ def _pattern(path: Path, name: str, body: Mapping[str, Any], whole: bool = False
         except (re.error, RecursionError, OverflowError) as error:
             raise BadInput(f"{path.name}: {name}: {pattern!r:.60} is no regular expression ({error})") from error
     return dict(value)
+
+
+def _names(path: Path, name: str, body: Mapping[str, Any]) -> tuple[str, ...]:
+    value = body.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise BadInput(f"{path.name}: {name} must be a list of names, not {value!r:.40}")
+    return tuple(value)
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

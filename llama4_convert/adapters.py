@@ -37,6 +37,9 @@ _TEXT_PREFIX = "language_model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.(weight|bias)|embedding_(A|B))")
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.|$)")
 _FUSED = ("gate_up_proj", "down_proj")
+_LISTS = re.compile(
+    r"\.experts\.(gate|up|down)_projs\.(\d+)(?=\.)"
+)  # axolotl's linearized experts: a list a projection
 _READ = 16 << 20  # bytes that are looked through for NaN at once
 
 
@@ -53,7 +56,9 @@ class Adapter:
     def open(path: Path) -> Adapter:
         """Reads the whole adapter. Raises UsageError, BadInput or EnvironmentFailed."""
         if not (path / CONFIG).is_file():
-            raise UsageError(f"{path} has no {CONFIG}: give the directory of a PEFT adapter")
+            inside = sorted(found.parent for found in path.glob(f"*/{CONFIG}"))  # PEFT's place for all but "default"
+            hint = f", {inside[0]}" if inside else ""
+            raise UsageError(f"{path} has no {CONFIG}: give the directory of a PEFT adapter{hint}")
         config = AdapterConfig.read(path / CONFIG)
         file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if file is None:
@@ -163,6 +168,7 @@ class _Bound:
 
     def _find(self, name: str) -> str | None:
         """The model's name for a tensor: text models and those with a vision tower differ by a prefix."""
+        name = _LISTS.sub(r".experts.\2.\1_proj", name)
         spellings = (name, _TEXT_PREFIX + name, name.removeprefix(_TEXT_PREFIX))
         return next((s for s in spellings if s in self.binding.transformers or s in self.experts), None)
 
@@ -226,7 +232,7 @@ class _Bound:
             return
         if name is None:
             raise self._unknown(a)
-        if (name.endswith("embed_tokens.weight")) != bool(kind):
+        if kind and not name.endswith("embed_tokens.weight"):
             raise self._error(a, f"is no pair of factors for {name}")
         yield from self._linear(path, name, a, b, is_embedding=bool(kind))
         if "bias" in keys:

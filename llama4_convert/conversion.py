@@ -27,6 +27,8 @@ def job_of(request: Request) -> ConversionJob:
         from llama4_convert.requantization import TransformersJob
 
         return TransformersJob(request)
+    if request.config_from is not None:
+        raise UsageError(f"{request.source} has a params.json: --config-from repairs a Transformers directory")
     from llama4_convert.meta_conversion import MetaJob
 
     return MetaJob(request)
@@ -92,5 +94,6 @@ def convert(
     """
     request = Request(Path(source), **options)
     bounds = Bounds(max_memory, max_error, overwrite)
-    sources = [Path(path) for path in (source, request.adapter, request.vision_from) if path is not None]
+    others = (request.adapter, request.vision_from, request.config_from)
+    sources = [Path(path) for path in (source, *others) if path is not None]
     return execute(lambda: job_of(request), sources, Path(target), bounds, warn, start, progress)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama4_convert.adapters import Adapter
 from llama4_convert.composition import active_parameters
+from llama4_convert.config_repair import Repair
 from llama4_convert.execution import DEFAULT_MEMORY
 from llama4_convert.manifest import INDEX, Manifest
 from llama4_convert.memory import peak_memory
@@ -79,6 +80,7 @@ class ConversionJob(Job):
     """To Transformers' layout."""
 
     adapter: Adapter | None
+    repaired: list[Repair] | None = None  # of config.json; None: there is no model to repair it by
     variant: str
     variant_reason: str
     max_position_embeddings: int
@@ -118,8 +120,11 @@ class ConversionJob(Job):
         }
 
     def told_of_fine_tune(self) -> dict[str, Any]:
-        """Of the adapter, if there is one."""
-        return {"adapter": self.adapter.told(self.plan)} if self.adapter else {}
+        """Of the adapter, if there is one, and of what was repaired after the model that it was made from."""
+        told: dict[str, Any] = {"adapter": self.adapter.told(self.plan)} if self.adapter else {}
+        if self.repaired is not None:
+            told["repaired"] = [one._asdict() for one in self.repaired]
+        return told
 
     def _adapter_source(self) -> dict[str, Any]:
         return {"adapter": dict(self.adapter.fingerprint)} if self.adapter else {}

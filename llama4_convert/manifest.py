@@ -112,7 +112,11 @@ class Manifest:
     def differences(self, other: Manifest) -> list[str]:
         """In words, what makes `other` another conversion than this one; empty if it is the same."""
         found = []
-        parts = {"adapter": "adapter", "vision_from": "base for --vision-from"}
+        parts = {
+            "adapter": "adapter",
+            "vision_from": "base for --vision-from",
+            "config_from": "base for --config-from",
+        }
         for name, what in parts.items():
             mine, its = self.source.get(name), other.source.get(name)
             if mine != its:

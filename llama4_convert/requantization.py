@@ -14,6 +14,8 @@ from typing import Any
 from llama4_convert import config
 from llama4_convert.checkpoints.safetensors_source import SafetensorsSource
 from llama4_convert.checkpoints.small_files import is_file_name, read_small
+from llama4_convert.config_from import BaseConfig
+from llama4_convert.config_repair import GENERATION, repair_generation
 from llama4_convert.errors import UsageError
 from llama4_convert.job import Contents, ConversionJob, each_alone, is_notice
 from llama4_convert.manifest import INDEX, NAME, Manifest
@@ -80,24 +82,36 @@ def small_files(folder: Path) -> dict[str, bytes]:
 
 
 class TransformersJob(ConversionJob):
-    """Quantizes what is in Transformers' layout already, experts fused or linearized, and merges an adapter into it."""
+    """What is in Transformers' layout already, experts fused or linearized: quantized, an adapter merged into it, or repaired."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self.source = source = open_directory(request)
-        if request.recipe is None and request.adapter is None:
+        if request.recipe is None and request.adapter is None and request.config_from is None:
             raise UsageError(
-                f"{request.source} is in Transformers' layout already: add --recipe to quantize it, --adapter to merge one"
+                f"{request.source} is in Transformers' layout already: add --recipe to quantize it, --adapter to merge one,"
+                " or --config-from to repair its config.json"
             )
+        self.small_files = small_files(request.source)
+        self.config_base = None
+        if request.config_from is not None:
+            self.config_base = base = BaseConfig.open(Path(request.config_from))
+            self.source, repaired = base.repaired(source)
+            generation, told = repair_generation(self.small_files.get(GENERATION), base.generation)
+            if generation is not None:
+                self.small_files[GENERATION] = generation
+            self.repaired = [*repaired, *told]
         self.recipe = load_recipe(request.recipe) if request.recipe else None
         self.adapter = load_adapter(request.adapter)
-        self.plan = plan_directory(source, self.recipe, request.shard_size, request.device, self.adapter)
+        self.plan = plan_directory(self.source, self.recipe, request.shard_size, request.device, self.adapter)
         if self.recipe:
             check_recipe(self.recipe, self.plan)
         self.variant, self.variant_reason = "as the source", "all files but the weights are the source's"
         text: Any = self.source.config.get("text_config") or self.source.config
         self.max_position_embeddings = int(text.get("max_position_embeddings") or 131072)
         self.promised, self.warnings = promises(self.source)
+        if self.config_base:
+            self.warnings += [one.sentence(self.config_base.path.name) for one in self.repaired or ()]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -108,7 +122,7 @@ class TransformersJob(ConversionJob):
 
     def contents(self) -> Contents:
         """The source's own small files, with config.json telling of the quantization."""
-        made = {"config.json": config.to_json(self.config), **small_files(self.request.source)}
+        made = {"config.json": config.to_json(self.config), **self.small_files}
         params = self.request.source / "original" / "params.json"
         if params.is_file():
             made["original/params.json"] = read_small(params)
@@ -117,4 +131,6 @@ class TransformersJob(ConversionJob):
     def manifest(self) -> Manifest:
         options: dict[str, Any] = {"shard_size": self.request.shard_size, **self._recipe_options()}
         source = {"layout": "transformers", "sha256": self.source.fingerprint(), **self._adapter_source()}
+        if self.config_base:
+            source["config_from"] = self.config_base.fingerprint()
         return Manifest(TOOL, json.loads(json.dumps(source)), options, [], {})

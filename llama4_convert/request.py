@@ -34,6 +34,7 @@ class Request:
     device: str = "cpu"  # where a recipe computes: decides no byte
     adapter: Path | None = None  # a PEFT LoRA adapter's directory, to be merged
     vision_from: Path | None = None  # the model that the source, a text-only fine-tune, was made from
+    config_from: Path | None = None  # the model that the source was made from, to repair its config.json by
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in SAFETENSORS_NAMES:
@@ -44,6 +45,8 @@ class Request:
             raise UsageError("the shard size must be at least 1 byte")
         if self.allow_nonfinite and self.recipe is None:
             raise UsageError("--allow-nonfinite is for --recipe: without one, NaN and infinities are kept as they are")
+        if self.config_from is not None and self.vision_from is not None:
+            raise UsageError("--vision-from repairs config.json as well: leave --config-from out")
         if self.device != "cpu":
             _check_device(self)
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:

@@ -15,7 +15,16 @@ from llama4_convert.binding import bind_directory, bind_source, check_replicas, 
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.safetensors_source import SafetensorsIndex, SafetensorsSource
-from llama4_convert.config_repair import Repair, other_model, repair_text, wrong_tokens
+from llama4_convert.config_repair import (
+    GENERATION,
+    TEXT_PREFIX,
+    Repair,
+    other_model,
+    repair_generation,
+    repair_text,
+    text_of,
+    vision_keys,
+)
 from llama4_convert.dtypes import TORCH_NAMES
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.holdings import Holding, Holdings, of_meta, of_transformers
@@ -32,12 +41,10 @@ from llama4_convert.streaming import streamed_records
 from llama4_convert.version import TOOL
 from mappings import MappingError, load_table
 
-_PREFIX = "language_model."
 _VISION = "vision."  # how its logical tensors begin
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 _TEMPLATE = "chat_template.jinja"
-_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ class _Files:
 class VisionJob(ConversionJob):
     """A text-only Transformers directory with the vision tower of another checkpoint."""
 
+    repaired: list[Repair]
+
     def __init__(self, request: Request) -> None:
         assert request.vision_from is not None
         super().__init__(request)
@@ -124,10 +133,9 @@ class VisionJob(ConversionJob):
         self.base = base = Base.open(Path(request.vision_from))
         self.recipe = load_recipe(request.recipe) if request.recipe else None
         self.adapter = load_adapter(request.adapter)
-        tensors = {key: tensor for index in self.text.ranks for key, tensor in index.tensors.items()}
-        found: Any = self.text.config.get("text_config") or self.text.config
-        expected: Any = base.body.get("text_config") or base.body
+        tensors = self.text.tensors
         try:
+            found, expected = text_of(self.text.config), text_of(base.body)
             if apart := other_model(expected, tensors):
                 raise BadInput(f"{request.source} is no fine-tune of {base.path}: {apart}")
             self.text_config, self.repaired = repair_text(found, expected, tensors)
@@ -147,7 +155,7 @@ class VisionJob(ConversionJob):
             more, warnings = promises(SafetensorsSource(base.path, base.body, files))
             self.promised, self.warnings = {**self.promised, **more}, [*dict.fromkeys([*self.warnings, *warnings])]
         self._files = self._made_files()
-        self.warnings += [_sentence(one, base.path) for one in self.repaired]
+        self.warnings += [one.sentence(base.path.name) for one in self.repaired]
 
     def _plan(self) -> Plan:
         try:
@@ -199,11 +207,10 @@ class VisionJob(ConversionJob):
         if _template(ours) is None and (template := _template(theirs)) is not None:
             made[_TEMPLATE] = template
             self._tell("chat_template", made)
-        if _GENERATION in ours:
-            made[_GENERATION] = self._generation(ours[_GENERATION])
-        elif _GENERATION in theirs:
-            made[_GENERATION] = theirs[_GENERATION]
-            self._tell(_GENERATION, made)
+        generation, told = repair_generation(ours.get(GENERATION), theirs.get(GENERATION))
+        if generation is not None:
+            made[GENERATION] = generation
+        self.repaired += told
         made |= {
             name: data for name, data in theirs.items() if name.split(".")[0] in ("LICENSE", "USE_POLICY", "NOTICE")
         }
@@ -216,18 +223,6 @@ class VisionJob(ConversionJob):
     def _tell(self, field: str, taken: Mapping[str, bytes]) -> None:
         if taken:
             self.repaired.append(Repair(field, None, "the base's"))
-
-    def _generation(self, data: bytes) -> bytes:
-        """generation_config.json with the base's token ids where its own are wrong: it decides what ends a text."""
-        try:
-            body = json.loads(data)
-            base = json.loads(self._base_files.get(_GENERATION, b"{}"))
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{_GENERATION} is not valid JSON ({error})") from error
-        if not (wrong := wrong_tokens(body, base)):
-            return data
-        self.repaired += [Repair(f"{_GENERATION}: {name}", body.get(name), used) for name, used in wrong.items()]
-        return config.to_json({**body, **wrong})
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -249,9 +244,6 @@ class VisionJob(ConversionJob):
         made = {"config.json": config.to_json(self.config), **self._files}
         return each_alone(made)
 
-    def told_of_fine_tune(self) -> dict[str, Any]:
-        return {**super().told_of_fine_tune(), "repaired": [one._asdict() for one in self.repaired]}
-
     def manifest(self) -> Manifest:
         options: dict[str, Any] = {"shard_size": self.request.shard_size, **self._recipe_options()}
         source = {"layout": "transformers", "sha256": self.text.fingerprint(), **self._adapter_source()}
@@ -261,16 +253,12 @@ class VisionJob(ConversionJob):
 
 def _text_of(source: SafetensorsSource) -> SafetensorsSource:
     """The same with the keys of a text model. Raises UsageError if it is more than that."""
-    keys = [key for index in source.ranks for key in index.tensors]
-    if vision := [key for key in keys if key.startswith(("vision_model.", "multi_modal_projector."))]:
+    if vision := vision_keys(source.tensors):
         raise UsageError(
-            f"{source.path} has a vision tower of its own ({vision[0]}): --vision-from is for text-only models"
+            f"{source.path} has a vision tower of its own ({vision[0]}): --vision-from is for text-only models;"
+            " --config-from repairs the config.json of any"
         )
-    ranks = tuple(
-        replace(index, tensors={key.removeprefix(_PREFIX): tensor for key, tensor in index.tensors.items()})
-        for index in source.ranks
-    )
-    return replace(source, ranks=ranks)
+    return source.without_prefix(TEXT_PREFIX)
 
 
 def _template_inside(files: Mapping[str, bytes]) -> str | None:
@@ -286,8 +274,3 @@ def _template_inside(files: Mapping[str, bytes]) -> str | None:
 def _template(files: Mapping[str, bytes]) -> bytes | None:
     inside = _template_inside(files)
     return files.get(_TEMPLATE) or (inside.encode() if inside else None)
-
-
-def _sentence(one: Repair, base: Path) -> str:
-    found = "is missing" if one.found is None else f"is {json.dumps(one.found):.80}"
-    return f"{one.field} {found}: repaired, it is {json.dumps(one.used):.80} now, by {base.name} or by the tensors"

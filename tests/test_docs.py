@@ -113,6 +113,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "scout-int4": lambda path: convert(get(SCOUT), path, recipe="int4"),
         "scout-fp8": lambda path: convert(get(SCOUT), path, recipe="fp8"),
         "my-lora": lambda path: commands.write_adapter(get("scout-hf"), path),
+        "my-tune": lambda path: convert(get(SCOUT), path),
         "my-text-tune": lambda path: convert(get(SCOUT), path, text_only=True),
         "tree.json": digests,
         "parity.json": parity,

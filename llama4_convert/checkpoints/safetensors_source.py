@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,18 @@ class SafetensorsSource:
     def archives(self) -> tuple[SafetensorsIndex, ...]:
         """Every file of tensors: what a run opens."""
         return self.ranks
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {key: tensor for index in self.ranks for key, tensor in index.tensors.items()}
+
+    def without_prefix(self, prefix: str) -> SafetensorsSource:
+        """The same with shorter keys."""
+        ranks = tuple(
+            replace(index, tensors={key.removeprefix(prefix): tensor for key, tensor in index.tensors.items()})
+            for index in self.ranks
+        )
+        return replace(self, ranks=ranks)
 
     @property
     def files(self) -> list[Path]:

@@ -75,6 +75,13 @@ request_options = options(
         " and what config.json has lost.",
     ),
     click.option(
+        "--config-from",
+        type=click.Path(path_type=Path),
+        metavar="BASE",
+        help="SRC is a fine-tune in Transformers' layout, text-only or whole: repair what its config.json and"
+        " generation_config.json have lost from BASE, in either layout; a directory with a config.json is enough.",
+    ),
+    click.option(
         "--allow-nonfinite",
         is_flag=True,
         help="Quantize matrices with NaN or infinities, too: as 0 and as the largest magnitude. Default: refused.",

@@ -87,7 +87,7 @@ def convert(
     """Convert Meta's checkpoint SRC (consolidated.NN.pth, params.json) to a Transformers directory DST.
 
     With --recipe it is quantized on the way, with --adapter a LoRA adapter is merged into it. SRC may then be a Transformers
-    directory, and with --vision-from it is a text-only one, which becomes whole again.
+    directory, and with --vision-from it is a text-only one, which becomes whole again. --config-from repairs its config.json.
 
     Meta's quantized originals (fp8_scales_N.pt or int4_scales_N.pt beside the rank files) are dequantized to bf16, or keep
     their bits where a recipe has the same rows (fp8) or groups (int4).
@@ -100,6 +100,7 @@ def convert(
       llama4-convert convert Llama-4-Scout-17B-16E-Instruct/original scout-int4 --recipe int4
       llama4-convert convert scout-hf scout-tuned --adapter my-lora
       llama4-convert convert my-text-tune scout-tuned --vision-from scout-hf
+      llama4-convert convert my-tune scout-tuned --config-from scout-hf
     """
     from llama4_convert.conversion import convert as run
     from llama4_convert.execution import Bounds

@@ -70,6 +70,7 @@ RUNS = [
     ["convert", "META", "TEXT", "--text-only"],
     ["plan", "TEXT", "--vision-from", "META"],
     ["convert", "TEXT", "WHOLE", "--vision-from", "META"],
+    ["plan", "TEXT", "--config-from", "META"],
     ["export", "HF", "BACK"],
     ["export", "HF", "FP8", "--recipe", "meta-fp8"],
     ["recipes"],

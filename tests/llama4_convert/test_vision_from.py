@@ -413,3 +413,120 @@ def test_a_base_of_another_model_is_refused_and_nothing_is_taken_from_it(tmp_pat
     assert not list((tmp_path / "out").glob("*.safetensors"))
     convert(tmp_path / "text", tmp_path / "right", vision_from=tmp_path / "scout")
     assert validate(tmp_path / "right", reference=tmp_path / "scout", tokens=4)["passed"]
+
+
+# -------------------- --config-from: what a model's config.json has lost, and nothing else
+
+
+@pytest.fixture
+def stripped(converted: Callable[[str], Path], tuned: Callable[[str], Path], tmp_path: Path) -> dict[str, Path]:
+    """Fine-tunes of `odd`, whole and text-only, whose config.json has little but the sizes left."""
+    whole = commands.copy(converted("odd"), tmp_path / "whole")
+    (whole / "llama4-convert.json").unlink()  # a trainer's, not ours
+    body = config_of(whole)
+    for name in ("rope_theta", "rope_scaling", "no_rope_layers", "no_rope_layer_interval", "layer_types"):
+        del body["text_config"][name]
+    body["text_config"] |= {"attention_chunk_size": None, "rms_norm_eps": None, "use_qk_norm": False, "eos_token_id": 2}
+    body["vision_config"] = {"hidden_size": 32}
+    change(
+        whole,
+        "image_token_index",
+        "architectures",
+        text_config=body["text_config"],
+        vision_config=body["vision_config"],
+    )
+    text = commands.copy(tuned("odd"), tmp_path / "text")
+    change(text, "rope_parameters", "layer_types", "no_rope_layers", "attention_chunk_size", "dtype", rms_norm_eps=None)
+    return {"whole": whole, "text": text}
+
+
+@pytest.mark.parametrize("layout", ["meta", "transformers", "config.json"])
+@pytest.mark.parametrize("kind", ["whole", "text"])
+def test_config_from_repairs_and_changes_no_tensor(
+    kind: str,
+    layout: str,
+    stripped: dict[str, Path],
+    converted: Callable[[str], Path],
+    meta_checkpoint: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """From a base in either layout; a config.json alone is one. What is text-only stays so."""
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_bytes((converted("odd") / "config.json").read_bytes())
+    base = {**layouts("odd", meta_checkpoint, converted), "config.json": tmp_path / "alone"}[layout]
+    said: list[str] = []
+    result = convert(stripped[kind], tmp_path / "out", config_from=base, warn=said.append)
+    assert peft.different(peft.tensors(tmp_path / "out"), peft.tensors(stripped[kind])) == []
+    expected, found = (Llama4Config.from_json(config_of(path)) for path in (converted("odd"), tmp_path / "out"))
+    expected = expected if kind == "whole" else Llama4Config(expected.text_config)
+    assert list(differences(expected, found)) == []
+    assert all(any(text.startswith(f"{one['field']} is ") for text in said) for one in result["repaired"])
+    load_transformers(tmp_path / "out")  # which refuses null
+
+
+def test_config_from_with_a_recipe_and_an_adapter(
+    stripped: dict[str, Path], converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = load_transformers(converted("odd"), torch.float32)
+    path = peft.train(model, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    convert(stripped["whole"], tmp_path / "one", config_from=converted("odd"))
+    convert(tmp_path / "one", tmp_path / "two", adapter=path, recipe="fp8")
+    convert(stripped["whole"], tmp_path / "at once", config_from=converted("odd"), adapter=path, recipe="fp8")
+    assert peft.different(peft.tensors(tmp_path / "at once"), peft.tensors(tmp_path / "two")) == []
+    assert config_of(tmp_path / "at once") == config_of(tmp_path / "two")
+
+
+def test_config_from_goes_by_the_tensors_where_config_json_is_another_kinds(
+    tuned: Callable[[str], Path], converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A trainer's text model beside the whole one's config.json, its keys a level too deep; and the other way round."""
+    text = commands.copy(tuned("odd"), tmp_path / "text")
+    save_file({TEXT + key: t for key, t in peft.tensors(text).items()}, text / "model.safetensors")
+    (text / "config.json").write_bytes((converted("odd") / "config.json").read_bytes())
+    result = convert(text, tmp_path / "text-out", config_from=converted("odd"))
+    assert peft.different(peft.tensors(tmp_path / "text-out"), peft.tensors(tuned("odd"))) == []
+    assert [one["field"] for one in result["repaired"]][:2] == ["model_type", "architectures"]
+    whole = commands.copy(converted("odd"), tmp_path / "whole")
+    (whole / "llama4-convert.json").unlink()
+    (whole / "config.json").write_bytes((tuned("odd") / "config.json").read_bytes())
+    convert(whole, tmp_path / "whole-out", config_from=converted("odd"))
+    for out in ("text-out", "whole-out"):
+        load_transformers(tmp_path / out)
+
+
+def test_config_from_says_what_it_is_not_for(
+    tuned: Callable[[str], Path], converted: Callable[[str], Path], meta_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="repairs a Transformers directory"):
+        plan(meta_checkpoint("odd", 2).src, config_from=converted("odd"))
+    with pytest.raises(UsageError, match="leave --config-from out"):
+        plan(tuned("odd"), config_from=converted("odd"), vision_from=converted("odd"))
+    with pytest.raises(BadInput, match=r"is no fine-tune of the base: hidden_size is 96"):
+        plan(tuned("odd"), config_from=converted("scout"))
+    with pytest.raises(UsageError, match=r"nowhere is not a directory"):
+        plan(tuned("odd"), config_from=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="would overwrite the source"):
+        convert(tuned("odd"), converted("odd"), config_from=converted("odd"), overwrite=True)
+    broken = commands.copy(tuned("odd"), tmp_path / "broken")
+    (broken / "generation_config.json").write_text("[]")
+    with pytest.raises(BadInput, match=r"generation_config\.json holds no JSON object"):
+        plan(broken, config_from=converted("odd"))
+
+
+def test_another_base_for_config_from_is_another_conversion(
+    stripped: dict[str, Path],
+    converted: Callable[[str], Path],
+    meta_checkpoint: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is what it says that counts: the same model in Meta's layout is no other base."""
+    arguments = ["convert", stripped["text"], tmp_path / "out", "--config-from"]
+    assert commands.run(capsys, *arguments, converted("odd"), "--json").json["status"] == "converted"
+    again = commands.run(capsys, *arguments, meta_checkpoint("odd", 2).src, "--json").json
+    assert again["status"] == "already complete"
+    other = commands.copy(converted("odd"), tmp_path / "other")
+    change(other, transformers_version="9")
+    outcome = commands.run(capsys, *arguments, other)
+    assert outcome.code == 2
+    assert "another base for --config-from" in outcome.error
