@@ -123,21 +123,32 @@ def test_transformers_loads_it_and_computes_what_the_dequantized_model_does(
     plain: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    """No missing, unexpected or mismatched key (`load_transformers` raises); logits in bf16 within 1e-3."""
+    """No missing, unexpected or mismatched key (`load_transformers` raises); the weights are those that our reader makes.
+
+    Both are loaded in bf16, as the weights are, and compute in float32, where nothing but the weights tells them apart.
+    bitsandbytes computes in bf16 alone, whose last bit depends on the shapes of the products.
+    """
     path, _ = quantized(geometry, recipe)
     model = load_transformers(path, torch.bfloat16)
     tokens = torch.arange(5, 45)[None] * 50 % 2000
     with torch.no_grad():
-        found = model(tokens).logits
-    expected = dequantized_logits(path, plain(geometry), tmp_path, tokens)
+        found = model(tokens).logits  # and with compressed-tensors the weights are decompressed by this
     if recipe in ("fp8", "mixed"):  # activations are quantized as well, which the dequantized model does not do
         assert found.isfinite().all()
         return
-    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+    expected = dequantized_model(path, plain(geometry), tmp_path)
+    limit = 4e-3
+    if recipe != "nf4":
+        limit = 1e-5
+        for one in (model, expected):
+            torch.nn.Module.float(one)  # Transformers' own refuses what was quantized
+    with torch.no_grad():
+        ours, theirs = expected(tokens).logits.float(), model(tokens).logits.float()
+    assert (ours - theirs).abs().max() <= limit * ours.abs().max()
 
 
-def dequantized_logits(path: Path, plain: Path, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the bf16 directory with every quantized matrix replaced by what our reader makes of it."""
+def dequantized_model(path: Path, plain: Path, folder: Path) -> Any:
+    """The bf16 directory with every quantized matrix replaced by what our reader makes of it, in Transformers."""
     reader = read(path)
     shutil.copytree(plain, folder / "dequantized")
     for file in (folder / "dequantized").glob("*.safetensors"):
@@ -154,9 +165,7 @@ def dequantized_logits(path: Path, plain: Path, folder: Path, tokens: torch.Tens
             elif any(part in key for part in FEED_FORWARD):
                 tensor.copy_(reader(stem))
         save_file({k: t.contiguous() for k, t in changed.items()}, file, {"format": "pt"})
-    with torch.no_grad():
-        logits: torch.Tensor = load_transformers(folder / "dequantized", torch.bfloat16)(tokens).logits
-    return logits
+    return load_transformers(folder / "dequantized", torch.bfloat16)
 
 
 def read(path: Path) -> Callable[[str], torch.Tensor]:
