@@ -14,7 +14,6 @@ from llama4_convert.checkpoints.quantized import QuantizedMatrix
 from llama4_convert.diagnosis.altered import Floats, floats, group_gain
 from llama4_convert.diagnosis.block_order import Axis, blocks, told
 from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, divisors, listed, relative_error
-from quant.schemes.nf4 import NF4
 
 # Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
 _SCALES = Same(0.003)
@@ -101,6 +100,8 @@ def _wrong_codes(a: Floats, b: Floats, stored: Floats, spread: Spread, matrix: Q
 
 def _wrong_nf4_codes(a: Floats, b: Floats, stored: Floats) -> Array:
     """Codes belong to the largest weight of their block, and not to its scale, which is quantized in turn."""
+    from quant.schemes.nf4 import NF4
+
     size = a.size // stored.size
     x, y, scale = a.reshape(-1, size), b.reshape(-1, size), stored.reshape(-1, 1)
     top = np.abs(x).max(1, keepdims=True)

@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 # RoPE's angles (radians) must differ by so much for logits in float32 to fail their gate, measured on random weights.
 _ANGLE = 5e-4
-_PATIENCE = 20.0  # seconds that a chat template may take
+_PATIENCE = 20.0  # seconds of processor time that a chat template may take: a busy machine is no fault of its
+_LONGEST = 30  # times that, by the clock
 # Fields that change nothing that is computed: other readers choose their code by them, or a generation its end.
 _SILENT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
 # With one token there is nothing to rotate against and nobody else to attend to.
@@ -213,18 +217,21 @@ def rendered(template: str) -> list[str]:
     A template is a program that nobody vouches for: it runs in jinja2's sandbox, and in a process that can be stopped.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = f"from {__name__} import _render_here; _render_here()"
+    script = f"from {__name__} import _render_here; _render_here({_PATIENCE})"
     try:
         done = subprocess.run(
             [sys.executable, "-c", script],
             input=template.encode("utf-8", "replace"),
             capture_output=True,
             env=environment,
-            timeout=_PATIENCE,
+            timeout=_LONGEST * _PATIENCE,
             check=False,
         )
+        ended = done.returncode not in (-signal.SIGXCPU, -signal.SIGKILL)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"it does not end within {_PATIENCE:.0f} s") from None
+        ended = False
+    if not ended:
+        raise ValueError(f"it does not end within {_PATIENCE:.0f} s")
     if done.returncode:
         last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise ValueError(last or "it cannot be rendered")
@@ -232,10 +239,12 @@ def rendered(template: str) -> list[str]:
     return texts
 
 
-def _render_here() -> None:
+def _render_here(seconds: float) -> None:
     """What the process of `rendered` does: a template from stdin, the texts as JSON to stdout; as Transformers renders."""
     from jinja2 import ext, sandbox
 
+    most = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
     )
