@@ -34,7 +34,7 @@ def of_blocks(x: Floats, y: Floats, dtype: str, axis: Axis) -> Diagnosis | None:
 
 
 def is_mean(sketches: Sequence[Floats], found: Floats, dtype: str) -> bool:
-    return _within(np.mean(sketches, 0, dtype=np.float64), found, dtype)
+    return _within(np.stack(sketches).astype(np.float64).mean(0, keepdims=True)[0], found, dtype)
 
 
 def mixture(name: str, sketches: Mapping[str, Floats], found: Floats, dtype: str) -> tuple[str, float, float] | None:

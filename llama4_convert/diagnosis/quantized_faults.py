@@ -241,24 +241,31 @@ def wrong_packing(
             if same(a, codes.view(torch.float8_e5m2).float().numpy() * scale):
                 return Diagnosis("reinterpreted", "reinterpreted: the codes are float8_e5m2's, read as float8_e4m3fn")
     if matrix.kind == "int4":
-        words, scale = (
-            parts["weight_packed"].view(np.uint32),
-            np.repeat(_scales(a, b, matrix, parts)[0], k // parts["weight_scale"].shape[1], 1),
-        )
-        codes = (words[..., None] >> np.arange(0, 4 * _CODES, 4, dtype=np.uint32) & 15).reshape(-1, _CODES).astype(
-            np.float32
-        ) - 8
-        along_inputs = codes.reshape(k // _CODES, n, _CODES).transpose(1, 0, 2).reshape(n, k)
-        if same(a, along_inputs * scale):
-            return Diagnosis("packing", "packing: the words lie transposed, [in / 8, out] as GPTQ writes them")
-        along_outputs = codes[:, list(_WORDS["in AWQ's order undone"])].reshape(k, n).T
-        if n % _CODES == 0 and same(a, along_outputs * scale):
-            return Diagnosis("packing", "packing: the words are AWQ's, [in, out / 8]")
+        if other := _other_words(a, b, matrix, parts, same):
+            return other
         flipped = {**parts, "weight_packed": parts["weight_packed"] ^ np.uint32(0x88888888)}
         if same(a, floats(matrix.decoder.decode(flipped, n, k), "BF16")):
             return Diagnosis(
                 "packing", "packing: the codes count from 8 as zero where 0 is meant (unsigned for signed)"
             )
+    return None
+
+
+def _other_words(
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+) -> Diagnosis | None:
+    """Words as other tools lay them out, under the unchanged shape."""
+    n, k = a.shape
+    _, _, spread = _scales(a, b, matrix, parts)
+    scale = spread(floats(parts["weight_scale"], "BF16"))
+    places = np.arange(0, 4 * _CODES, 4, dtype=np.uint32)
+    codes = ((parts["weight_packed"].view(np.uint32)[..., None] >> places) & 15).reshape(-1, _CODES).astype(
+        np.float32
+    ) - 8
+    if same(a, codes.reshape(k // _CODES, n, _CODES).transpose(1, 0, 2).reshape(n, k) * scale):
+        return Diagnosis("packing", "packing: the words lie transposed, [in / 8, out] as GPTQ writes them")
+    if n % _CODES == 0 and same(a, codes[:, list(_WORDS["in AWQ's order undone"])].reshape(k, n).T * scale):
+        return Diagnosis("packing", "packing: the words are AWQ's, [in, out / 8]")
     return None
 
 
