@@ -23,7 +23,7 @@ def differences(expected: Llama4Config, found: Llama4Config) -> Iterator[Differe
     text_a, text_b = expected.text_config, found.text_config
     idle = set()
     if not text_a.moe_layers and not text_b.moe_layers:
-        idle = {"intermediate_size", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step"}
+        idle = {"intermediate_size", "num_local_experts", "num_experts_per_tok"}
     for difference in _compare(text_a, text_b, ""):
         if difference.field not in idle:
             yield difference

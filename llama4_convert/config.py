@@ -7,7 +7,7 @@ llama.cpp read and Transformers 5 still accepts.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Protocol
 
 from llama4.geometry import Geometry, VisionGeometry
 from llama4_convert.dtypes import TORCH_NAMES
@@ -150,7 +150,18 @@ def generation_config(ids: TokenIds | None, variant: str) -> dict[str, Any]:
     }
 
 
-def processor_configs(v: VisionGeometry) -> dict[str, dict[str, Any]]:
+class _Pictures(Protocol):
+    """What a processor must know of a vision tower."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def pixel_shuffle_ratio(self) -> float: ...
+
+
+def processor_configs(v: _Pictures) -> dict[str, dict[str, Any]]:
     """preprocessor_config.json and processor_config.json."""
     return {
         "preprocessor_config.json": {

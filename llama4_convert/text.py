@@ -13,7 +13,7 @@ import codecs
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama4_convert.errors import BadInput, from_os_error, one_line
 from llama4_convert.tokenizer import read_bpe, tokenizer_json
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _TRANSFORMERS_FILE = "tokenizer.json"
 _META_FILE = "tokenizer.model"
+_PROBES = 500  # texts that two tokenizers are tried on
 
 
 class TextTokenizer:
@@ -97,6 +98,20 @@ class TextTokenizer:
         if name not in self._special:
             raise ValueError(f"the tokenizer has no special token {name}")
         return self._special[name]
+
+    def first_difference(self, other: TextTokenizer) -> tuple[str, Any] | None:
+        """What the first token of the base vocabulary that is not `other`'s should be, and is there; or a text and its ids."""
+        ours, theirs = (one._tokenizer.get_vocab(with_added_tokens=False) for one in (self, other))
+        token_of = {token_id: token for token, token_id in theirs.items()}
+        for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
+            if token_of.get(token_id) != token:
+                return f"token {token_id}: {token!r}", token_of.get(token_id)
+        for token in sorted(ours)[:: max(1, len(ours) // _PROBES)]:  # equal tokens may be merged in another order
+            text = bytes(self._byte_of[character] for character in token).decode("utf-8", "replace")
+            expected, found = self.encode(text), other.encode(text)
+            if expected != found:
+                return f"{text!r}: {expected}", found
+        return None
 
     def _bytes(self, token_id: int, skip_special: bool) -> bytes:
         if added := self._added.get(token_id):

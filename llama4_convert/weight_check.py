@@ -255,12 +255,13 @@ def compare_tensors(
         except BindingError as error:  # of a fused tensor that has no such expert, or of a sibling that is missing
             missing = largest is None and not isinstance(error, DamagedMatrix)
             told = f"{cause}: experts are missing" if missing else cause
-            yield WeightFault(name, key, told, "missing" if missing else None, max_abs_diff=largest)
+            yield WeightFault(name, key, told, "missing" if missing else "damaged", max_abs_diff=largest)
             continue
         if diagnosis is None:
             enough = -(-(diagnoser.lacking + INTERPRETER) // (1 << 28)) / 4
             more = f"; to have its cause looked for, give --max-memory {enough:g}GiB" if diagnoser.lacking else ""
-            yield WeightFault(name, key, f"{cause}{more}", max_abs_diff=largest)
+            damaged = pair.reader is not None and theirs[name].keys[0] in pair.reader.damaged
+            yield WeightFault(name, key, f"{cause}{more}", "damaged" if damaged else None, max_abs_diff=largest)
         elif diagnosis.kind == "dtype":
             yield WeightFault(name, key, cause, "dtype", max_abs_diff=largest)
         else:

@@ -55,7 +55,8 @@ class QuantizedReader(DirectoryReader):
                     self.quantized[f"{module}.weight"] = bind(module)
                 except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:
                     self.damaged[f"{module}.weight"] = DamagedMatrix(
-                        f"{module}: its quantized parts do not fit together: {error}"
+                        f"{module}: its quantized parts do not fit together: "
+                        f"{f'no tensor {error.args[0]}' if isinstance(error, KeyError) else error}"
                     )
         hidden = {key for matrix in self.quantized.values() for key in matrix.parts.values()}
         hidden |= {

@@ -22,8 +22,10 @@ _ROWS, _COLUMNS = 512, 2048  # whose numbers are taken for calculations
 _GLIMPSE = 32
 _LOW_RANK = 256  # rows and columns whose change is decomposed
 # Half a unit in the last place, of numbers near a power of two; and the bits of the fraction.
-_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-24}
+ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-24}
 _MANTISSA = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}
+_FEWEST_OF_A_SCALE = 16
+_KNOWN_CODE = 0.1  # of a step that a number may be off
 _GROUPS = (32, 64, 128, 256)
 _COUNTED = 1 << 20  # numbers at a time: np.bincount widens them to 64 bits
 
@@ -36,6 +38,19 @@ def floats(x: Array, dtype: str) -> Floats:
         return x
     numbers: Floats = to_tensor(np.ascontiguousarray(x), dtype).float().numpy()
     return numbers
+
+
+def _to_e4m3(x: Array) -> Array:
+    import torch
+
+    rounded: Array = torch.from_numpy(np.ascontiguousarray(x)).clamp(-448, 448).to(torch.float8_e4m3fn).double().numpy()
+    return rounded
+
+
+_EIGHT_BITS: tuple[tuple[str, float, Callable[[Any], Any]], ...] = (
+    ("float8_e4m3fn", 448.0, _to_e4m3),
+    ("int8", 127.0, np.rint),
+)
 
 
 @dataclass(frozen=True)
@@ -228,7 +243,7 @@ def recalculated(region: Region, same: Same) -> Diagnosis | None:
     if not a.any() or a.size < 2:
         return None
     # What rounding can do to a product or a sum, of one number and of all together.
-    unit = 2 * _ROUNDING.get(dtype, 2.0**-8)
+    unit = 2 * ROUNDING.get(dtype, 2.0**-8)
     small = 1e-38 if dtype != "F16" else 2.0**-24
 
     def is_(expected: Array) -> bool:
@@ -321,7 +336,7 @@ def near_or_unrelated(region: Region) -> Diagnosis | None:
     if a.size < 64 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     error = relative_error(a, b)
-    if error < 0.5 and (told := _coarse(*region.numbers) or _low_rank(*region.numbers)):
+    if error < 0.5 and (told := _coarse(*region.numbers) or _eight_bits(region) or _low_rank(*region.numbers)):
         return Diagnosis(told.kind, f"{told.cause} (a relative squared error of {error:.3g}){region.words}")
     if error < 0.5:
         return Diagnosis("noise", f"noise on the right numbers: a relative squared error of {error:.3g}{region.words}")
@@ -357,6 +372,31 @@ def _coarse(a: Array, b: Array) -> Diagnosis | None:
     if most > 32 or any(found * 3 > known for known, found in values):
         return None
     return Diagnosis("rounded", f"rounded: no more than {most} different numbers in a row, as after a quantization")
+
+
+def _eight_bits(region: Region) -> Diagnosis | None:
+    """What a scale and codes of 8 bits can make, the scale the largest number's. Of raw bits."""
+    if region.y.dtype.kind != "u":
+        return None
+    unit, sign = ROUNDING[region.dtype], 1 << (8 * region.y.itemsize - 1)
+    magnitudes = region.y & region.y.dtype.type(sign - 1)  # in the order of the numbers that they are
+    for name, axis, some in (("row", 1, np.s_[:16]), ("column", 0, np.s_[:, :16]), ("tensor", None, np.s_[:16])):
+        largest = floats(magnitudes.max(axis, keepdims=True), region.dtype).astype(np.float64)
+        top = largest if axis is None else largest[some]
+        x, y = (
+            floats(np.ascontiguousarray(one[some]), region.dtype).astype(np.float64) for one in (region.x, region.y)
+        )
+        if y.size < _FEWEST_OF_A_SCALE * top.size or not (top.all() and np.isfinite(top).all()):
+            continue
+        for codes, most, rounding in _EIGHT_BITS:
+            a, b = x / top * most, y / top * most
+            # Only codes that rounding to the dtype keeps apart tell anything.
+            known = np.abs(b) * unit < _KNOWN_CODE if codes == "int8" else b != 0
+            near = 2 * unit * np.abs(b) + 1e-4
+            off = [np.count_nonzero((np.abs(one - rounding(one)) > near)[known]) for one in (a, b)]
+            if np.count_nonzero(known) * 8 > b.size and off[1] == 0 and off[0] * 2 > np.count_nonzero(known):
+                return Diagnosis("rounded", f"rounded: to {codes} with a scale for each {name}, and back")
+    return None
 
 
 def _low_rank(a: Array, b: Array) -> Diagnosis | None:

@@ -13,10 +13,11 @@ import numpy as np
 
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, LogicalTensor
+from llama4.weights_transformers import transformers_key
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.readers import DirectoryReader
 from llama4_convert.checkpoints.transformers import ITEM_SIZES
-from llama4_convert.diagnosis import altered, block_order, quantized_faults, rearranged
+from llama4_convert.diagnosis import altered, averages, block_order, quantized_faults, rearranged
 from llama4_convert.diagnosis.altered import floats
 from llama4_convert.diagnosis.block_order import Axis
 from llama4_convert.diagnosis.expert_axis import Pieces
@@ -137,7 +138,23 @@ class Diagnoser(Sides):
         names = [other for other in self.sketches.like(made, shape, same) if other != name]
         names.sort(key=lambda other: (_layer(other) != _layer(name), _stem(other) != _stem(name)))
         other = next((other for other in names[:3] if self._holds(name, other, same)), None)
-        return self._named_other(name, other, same) if other else None
+        if other:
+            return self._named_other(name, other, same)
+        return None if name in SLICED else self._another_transposed(name, y, same)
+
+    def _another_transposed(self, name: str, y: Array, same: Same) -> Diagnosis | None:
+        dtype = self.found[name].dtype
+        for other in self.sketches.like(sketch(y.T, dtype), (y.shape[1], y.shape[0]), same)[:3]:
+            if other not in {name, *SLICED} and same(self.reference(other, same, dtype), y.T):
+                words = f"another tensor's numbers: it holds those of {self.named(other)}, transposed"
+                return Diagnosis("other_tensor", words)
+        return None
+
+    def named(self, name: str) -> str:
+        """As people find it in a Transformers directory."""
+        key = transformers_key(name, self.config.vision_config is not None)
+        expert = _EXPERT.fullmatch(name)
+        return f"{key} (expert {expert[2]}, {expert[3]})" if expert else key
 
     def _holds(self, name: str, other: str, same: Same) -> bool:
         """Whether the candidate's `name` is the reference's `other`."""
@@ -159,8 +176,10 @@ class Diagnoser(Sides):
             return Diagnosis("experts_reordered", f"experts reordered: it holds expert {its[2]}'s numbers{also}")
         layer = _layer(other)
         if _stem(name) == _stem(other) and layer is not None and layer != _layer(name):
-            return Diagnosis("other_tensor", f"another tensor's numbers: it holds layer {layer}'s, {other}{also}")
-        return Diagnosis("other_tensor", f"another tensor's numbers: it holds those of {other}{also}")
+            return Diagnosis(
+                "other_tensor", f"another tensor's numbers: it holds layer {layer}'s, {self.named(other)}{also}"
+            )
+        return Diagnosis("other_tensor", f"another tensor's numbers: it holds those of {self.named(other)}{also}")
 
     def _is_exchanged(self, name: str, other: str, same: Same) -> bool:
         """Whether the candidate's `other` is the reference's `name`, as far as a sketch tells."""
@@ -262,6 +281,10 @@ class Diagnoser(Sides):
         if self.quantized is None or (matrix := self.quantized.quantized.get(self.found[case.name].keys[0])) is None:
             return None
         parts = self.quantized.read_parts(self.found[case.name].keys[0])
+        if count := int(np.count_nonzero(~np.isfinite(case.y) & np.isfinite(case.x))):
+            found = quantized_faults.wrong_packing(case.x, case.y, matrix, parts, case.same)
+            words = f"{count:,} of its numbers are NaN or infinite"
+            return found or Diagnosis("nonfinite", words)
         args = (case.x, case.y, matrix, parts, case.same)
         within = rearranged.relative_error(case.x, case.y) <= case.same.limit
         few = quantized_faults.suspicion(*args[:4]) if within else None
@@ -291,14 +314,22 @@ class Diagnoser(Sides):
             return Diagnosis("transposed", "its numbers lie transposed under the unchanged shape")
         return None
 
-    def permuted_patches(self, case: Case) -> Diagnosis | None:
+    def permuted_in_the_picture(self, case: Case) -> Diagnosis | None:
+        """Colours, pixels or patches in another order."""
         vision = self.config.vision_config
-        if vision is None or case.name != "vision.patch_embedding":
+        if vision is None:
             return None
-        return rearranged.patches_permuted(case.x, case.y, case.same, vision.patch_size)
+        args = case.x, case.y, case.same
+        if case.name == "vision.patch_embedding":
+            return rearranged.patches_permuted(*args, vision.patch_size)
+        if case.name == "vision.position_embedding":
+            return rearranged.positions_permuted(*args)
+        if case.name == "vision.adapter.c_fc":
+            return rearranged.pixels_permuted(*args, case.x.shape[1] // vision.hidden_size)
+        return None
 
     def wrong_axis(self, case: Case) -> Diagnosis | None:
-        return rearranged.wrong_axis(*(case.thin or (case.x, case.y)), case.same)
+        return rearranged.wrong_axis(*(case.thin or (case.x, case.y)), case.same, [axis.heads for axis in case.axes])
 
     def in_blocks(self, case: Case) -> Diagnosis | None:
         found = (block_order.block_order(x, y, case.same, axis) for x, y, axis in case.turned())
@@ -326,6 +357,40 @@ class Diagnoser(Sides):
     def recalculated(self, case: Case) -> Diagnosis | None:
         return altered.recalculated(case.region, case.same)
 
+    def averaged(self, case: Case) -> Diagnosis | None:
+        """The mean of heads, of experts or of layers, or a mixture with one other tensor, as model merging makes them."""
+        if case.thin is not None:
+            return None
+        for x, y, axis in case.turned():
+            found = (
+                averages.of_blocks(floats(x, case.dtype), floats(y, case.dtype), case.dtype, axis)
+                if axis.heads
+                else None
+            )
+            if found:
+                return found
+        shape = case.x.shape[0], case.x.shape[1]
+        others = {name: made for name, made in self.sketches.of_shape(shape).items() if name not in SLICED}
+        if case.name not in others:
+            return None
+        made = sketch(case.y, case.dtype)
+        same_module = {other: x for other, x in others.items() if _stem(other) == _stem(case.name)}
+        expert = _EXPERT.fullmatch(case.name)
+        same_layer = {
+            other: x
+            for other, x in others.items()
+            if expert and (its := _EXPERT.fullmatch(other)) and its[1] == expert[1] and its[3] == expert[3]
+        }
+        for group, words in ((same_layer, "experts of the layer"), (same_module, "layers that have one")):
+            if len(group) > 1 and averages.is_mean(list(group.values()), made, case.dtype):
+                return Diagnosis("averaged", f"averaged: it is the mean of all {len(group)} {words}")
+        mixed = averages.mixture(case.name, others, made, case.dtype)
+        if mixed is None:
+            return None
+        other, mine, theirs = mixed
+        words = f"it is {mine:.3g} times the right numbers and {theirs:.3g} times those of {self.named(other)}"
+        return Diagnosis("averaged", f"averaged: {words}")
+
     def near_or_unrelated(self, case: Case) -> Diagnosis | None:
         return altered.near_or_unrelated(case.region)
 
@@ -339,11 +404,11 @@ _EXACT: tuple[Hypothesis, ...] = (
     Diagnoser.another_tensor,
     Diagnoser.transposed,
     Diagnoser.permuted_for_rope,
+    Diagnoser.permuted_in_the_picture,
     Diagnoser.in_a_pair,
     Diagnoser.in_blocks,
     Diagnoser.in_blocks_of_a_pair,
     Diagnoser.constant_somewhere,
-    Diagnoser.permuted_patches,
     Diagnoser.wrong_axis,
     Diagnoser.mixed_experts,
     Diagnoser.read_otherwise,
@@ -352,6 +417,7 @@ _EXACT: tuple[Hypothesis, ...] = (
     Diagnoser.in_rows,
     Diagnoser.rounded,
     Diagnoser.recalculated,
+    Diagnoser.averaged,
     Diagnoser.near_or_unrelated,
 )
 _LOSSY: tuple[Hypothesis, ...] = (

@@ -13,7 +13,7 @@ import numpy as np
 from llama4_convert.checkpoints.quantized import QuantizedMatrix
 from llama4_convert.diagnosis.altered import Floats, floats, group_gain
 from llama4_convert.diagnosis.block_order import Axis, blocks, told
-from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, divisors, relative_error
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, divisors, listed, relative_error
 
 # Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
 _SCALES = Same(0.003)
@@ -32,7 +32,14 @@ _USUAL_SPREAD = 0.05
 _LARGEST_RATIO, _SMALLEST_RATIO = 1.3, 0.4
 # Half a step of the codes, as parts of a scale or of the number itself, and a fifth more.
 _HALF_STEP = 0.6
+_E4M3_MANTISSA, _LEAST_EXPONENT = 3, -6
+_NF4_ROUNDING = 0.01  # of the largest weight of a block; levels lie 0.08 to 0.3 apart
 _FP8_BLOCK = 128
+_CODES = 8  # of int4 in a word
+# Middle error of codes as parts of their scale: who rounds errs to either side, so that it is near 0.
+_LARGEST_BIAS = 0.2
+_WRONG_SCALE = 0.1  # who rounds to the nearest is off by some percent
+_FEWEST = 1024  # weights whose errors have a middle
 Spread = Callable[[Array], Array]
 _FEW = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
 
@@ -51,7 +58,12 @@ def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str,
         or known.min() < _SMALLEST_RATIO
     ):
         return Diagnosis("scale", f"scale: {_ratios(gain)}")
+    if matrix.kind == "int4" and (told_of := _other_zero(a, b, stored)):
+        return told_of
     places = _wrong_codes(a, b, stored, spread, matrix)
+    groups = _groups_of(places, stored, a.shape)
+    if len(places) > 4 and len(groups) <= max(1, len(places) // 8):
+        return Diagnosis("scale", _few_scales(groups, gain))
     if not 0 < len(places) <= max(4, _FEW * a.size):
         return None
     row, column = (int(i) for i in places[0])
@@ -76,12 +88,53 @@ def _wrong_codes(a: Floats, b: Floats, stored: Floats, spread: Spread, matrix: Q
         wrong = np.abs(weights - codes) > np.abs(weights - nearest) + 2 * (_HALF_STEP - 0.5)
         return np.stack(np.unravel_index(far[wrong], a.shape), 1)
     if matrix.kind == "fp8":
-        scale = spread(np.abs(stored))
-        places: Array = np.argwhere(error > 0.07 * np.abs(b) + scale / 512)
-        rows, columns = places.T
-        inside: Array = np.abs(b[rows, columns]) < 447 * np.broadcast_to(scale, a.shape)[rows, columns]
-        return places[inside]
+        scale = np.broadcast_to(spread(np.abs(stored)), a.shape)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            steps = np.ldexp(scale, np.maximum(np.frexp(np.abs(b) / scale)[1] - 1, _LEAST_EXPONENT) - _E4M3_MANTISSA)
+        wrong = (error > _HALF_STEP * steps) & (np.abs(b) < 447 * scale)
+        return np.argwhere(wrong)
+    if matrix.kind == "nf4":
+        return _wrong_nf4_codes(a, b, stored)
     return np.empty((0, 2), np.intp)
+
+
+def _wrong_nf4_codes(a: Floats, b: Floats, stored: Floats) -> Array:
+    """Codes belong to the largest weight of their block, and not to its scale, which is quantized in turn."""
+    from quant.schemes.nf4 import NF4
+
+    size = a.size // stored.size
+    x, y, scale = a.reshape(-1, size), b.reshape(-1, size), stored.reshape(-1, 1)
+    top = np.abs(x).max(1, keepdims=True)
+    known = np.flatnonzero((top[:, 0] > 0) & (scale[:, 0] > 0))
+    weights, read = x[known] / top[known], y[known] / scale[known]
+    codes, nearest = (NF4[np.searchsorted((NF4[1:] + NF4[:-1]) / 2, part)] for part in (read, weights))
+    rows, columns = np.nonzero(np.abs(weights - codes) > np.abs(weights - nearest) + _NF4_ROUNDING)
+    return np.stack(np.unravel_index(known[rows] * size + columns, a.shape), 1)
+
+
+def _other_zero(a: Floats, b: Floats, stored: Floats) -> Diagnosis | None:
+    """Codes that all err to one side, as they do with a zero point that is one off, or where they were cut and not rounded."""
+    if a.size < _FEWEST:
+        return None
+    steps = (b - a).reshape(*stored.shape, -1) / np.where(stored == 0, np.inf, stored)[..., None]
+    bias = float(np.median(steps))
+    if abs(bias) <= _LARGEST_BIAS:
+        return None
+    return Diagnosis(
+        "packing", f"packing: the codes are {bias:+.2g} from the right ones in the median, as of another zero point"
+    )
+
+
+def _groups_of(places: Array, stored: Floats, shape: tuple[int, int]) -> Array:
+    """The scales of these places, [n, 2], each once."""
+    size = np.array([shape[0] // stored.shape[0] or 1, shape[1] // stored.shape[1] or 1])
+    return np.unique(places // size, axis=0)
+
+
+def _few_scales(places: Array, gain: Floats) -> str:
+    group = f", group {listed(places[:, 1])}" if gain.shape[1] > 1 else ""
+    ratios = gain[places[:, 0], places[:, 1]]
+    return f"scale: {len(places)} of {gain.size:,} scales, of row {listed(places[:, 0])}{group}: {_ratios(ratios)}"
 
 
 def _ratios(gain: Floats) -> str:
@@ -107,6 +160,9 @@ def wrong_scales(
         return Diagnosis("scale", f"scale: {np.count_nonzero(gain == 0):,} of its scales are zero; {codes}")
     if stored.size > 1 and np.ptp(stored) == 0:
         return Diagnosis("scale", f"scale: all its scales are one value, {stored.flat[0]:.3g}; {codes}")
+    wrong = np.argwhere(np.abs(gain / np.median(gain) - 1) > _WRONG_SCALE)
+    if len(wrong) * 50 <= max(50, gain.size):
+        return Diagnosis("scale", f"{_few_scales(wrong, gain)}; {codes}")
     if 1 not in right.shape:
         for moved in (right.T.reshape(right.shape), right.reshape(right.shape[::-1]).T):
             if _explains(moved, right, stored):
@@ -172,12 +228,44 @@ def wrong_packing(
                 moved = a[some].reshape(-1, k // 8, 8)[:, :, turn].reshape(-1, k)
                 if same.near(moved, b[some]) and same(a.reshape(n, k // 8, 8)[:, :, turn].reshape(n, k), b):
                     return Diagnosis("packing", f"packing: the codes lie {words}")
+    if matrix.kind == "fp8":
+        import torch
+
+        if n == k and matrix.settings["granularity"] != "block":
+            turned = {**parts, "weight": np.ascontiguousarray(parts["weight"].T)}
+            if same(a, floats(matrix.decoder.decode(turned, n, k), "BF16")):
+                return Diagnosis("packing", "packing: the codes lie transposed, and their scales do not")
+        if matrix.settings["granularity"] == "channel":
+            codes = torch.from_numpy(np.ascontiguousarray(parts["weight"]).view(np.uint8))
+            scale = _scales(a, b, matrix, parts)[0]
+            if same(a, codes.view(torch.float8_e5m2).float().numpy() * scale):
+                return Diagnosis("reinterpreted", "reinterpreted: the codes are float8_e5m2's, read as float8_e4m3fn")
     if matrix.kind == "int4":
+        if other := _other_words(a, b, matrix, parts, same):
+            return other
         flipped = {**parts, "weight_packed": parts["weight_packed"] ^ np.uint32(0x88888888)}
         if same(a, floats(matrix.decoder.decode(flipped, n, k), "BF16")):
             return Diagnosis(
                 "packing", "packing: the codes count from 8 as zero where 0 is meant (unsigned for signed)"
             )
+    return None
+
+
+def _other_words(
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+) -> Diagnosis | None:
+    """Words as other tools lay them out, under the unchanged shape."""
+    n, k = a.shape
+    _, _, spread = _scales(a, b, matrix, parts)
+    scale = spread(floats(parts["weight_scale"], "BF16"))
+    places = np.arange(0, 4 * _CODES, 4, dtype=np.uint32)
+    codes = ((parts["weight_packed"].view(np.uint32)[..., None] >> places) & 15).reshape(-1, _CODES).astype(
+        np.float32
+    ) - 8
+    if same(a, codes.reshape(k // _CODES, n, _CODES).transpose(1, 0, 2).reshape(n, k) * scale):
+        return Diagnosis("packing", "packing: the words lie transposed, [in / 8, out] as GPTQ writes them")
+    if n % _CODES == 0 and same(a, codes[:, list(_WORDS["in AWQ's order undone"])].reshape(k, n).T * scale):
+        return Diagnosis("packing", "packing: the words are AWQ's, [in, out / 8]")
     return None
 
 

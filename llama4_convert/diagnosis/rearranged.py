@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import permutations, product
+from math import isqrt, prod
 from typing import Any
 
 import numpy as np
@@ -125,8 +126,11 @@ def transposed(x: Array, y: Array, same: Same) -> Diagnosis | None:
     return None
 
 
-def wrong_axis(x: Array, y: Array, same: Same) -> Diagnosis | None:
-    """Ranks' parts joined on the axis that they do not share, seen in the right shape."""
+def wrong_axis(x: Array, y: Array, same: Same, heads: Sequence[int] = (0, 0)) -> Diagnosis | None:
+    """Ranks' parts joined on the axis that they do not share, seen in the right shape. `heads`: on either axis.
+
+    Heads whose number and size are exchanged are the same as that many ranks.
+    """
     if 1 in x.shape:
         return None
     for a, b in both_ways(x, y):
@@ -147,6 +151,8 @@ def wrong_axis(x: Array, y: Array, same: Same) -> Diagnosis | None:
         for n in divisors(rows):
             if Move((n, rows // n, columns), (1, 0, 2)).explains(a, b, same):
                 words = f"ranks joined on the wrong axis: {n} blocks of {lines} are joined side by side, and alternate"
+                if n == heads[a is not x]:
+                    words += ", as when the number of heads and their size are exchanged"
                 return Diagnosis("wrong_axis", words)
     return None
 
@@ -156,7 +162,7 @@ def rope_permuted(x: Array, y: Array, same: Same, head_dim: int, others: bool = 
     rows, columns = x.shape
     sizes = [
         head_dim,
-        *(size for size in divisors(rows, rows) if others and size != head_dim and size % 4 == 0),
+        *(size for size in (*divisors(rows, rows), rows) if others and size != head_dim and size > 2),
     ]
     for size in sizes:
         if size % 2 or rows % size:
@@ -169,6 +175,8 @@ def rope_permuted(x: Array, y: Array, same: Same, head_dim: int, others: bool = 
                 "interleaved pairs, as if it came from half-rotation (rotate_half)",
             ),
         ):
+            if split[:2] == (1, 2):
+                continue  # also two ranks joined on the wrong axis, which is likelier
             if Move(split, (0, 2, 1, 3)).explains(x, y, same):
                 return Diagnosis(
                     "rope_permuted", f"permuted for the other RoPE form: rows are in the order of {words}{heads}"
@@ -213,15 +221,41 @@ def shifted(x: Array, y: Array, same: Same, turned: bool) -> Diagnosis | None:
 def patches_permuted(x: Array, y: Array, same: Same, patch: int) -> Diagnosis | None:
     """A patch embedding [D, 3 * patch * patch], whose columns are a colour after the other."""
     d = len(x)
-    for axes, words in (
-        ((0, 2, 3, 1), "colours last, as pictures lie in memory"),
-        ((0, 1, 3, 2), "height and width exchanged"),
-        ((0, 3, 2, 1), "width first and colours last"),
+    for move, words in (
+        (Move((d, 3, patch, patch), (0, 2, 3, 1)), "colours last, as pictures lie in memory"),
+        (Move((d, patch, patch, 3), (0, 3, 1, 2)), "taken for colours last, which they are not"),
+        (Move((d, 3, patch, patch), (0, 1, 3, 2)), "height and width exchanged"),
+        (Move((d, 3, patch, patch), (0, 3, 2, 1)), "width first and colours last"),
     ):
-        if Move((d, 3, patch, patch), axes).explains(x, y, same):
+        if move.explains(x, y, same):
             return Diagnosis("columns_permuted", f"columns permuted: {words}")
-    if np.array_equal(x.reshape(d, 3, -1)[:, ::-1].reshape(x.shape), y):
+    if same(x.reshape(d, 3, -1)[:, ::-1].reshape(x.shape), y):
         return Diagnosis("columns_permuted", "columns permuted: blue, green, red for red, green, blue")
+    return None
+
+
+def positions_permuted(x: Array, y: Array, same: Same) -> Diagnosis | None:
+    """A position embedding [patches + 1, D], row by row of the picture, whose last is the class token's."""
+    side = isqrt(len(x) - 1)
+    if same(np.roll(x, 1, 0), y):
+        return Diagnosis("shifted", "rows shifted by 1: the class token comes first, and should come last")
+    if side * side != len(x) - 1:
+        return None
+    grid = x[:-1].reshape(side, side, -1).transpose(1, 0, 2).reshape(side * side, -1)
+    if same(np.concatenate([grid, x[-1:]]), y):
+        return Diagnosis("rows_permuted", "rows permuted: the picture's height and width exchanged")
+    return None
+
+
+def pixels_permuted(x: Array, y: Array, same: Same, n: int) -> Diagnosis | None:
+    """The columns of the first matrix behind pixel shuffle: the channels of one of n pixels after the other's."""
+    rows, columns = x.shape
+    for split, words in (
+        ((rows, n, columns // n), "channel by channel where they should lie pixel by pixel"),
+        ((rows, columns // n, n), "taken for channel by channel, which they are not"),
+    ):
+        if columns % n == 0 and Move(split, (0, 2, 1)).explains(x, y, same):
+            return Diagnosis("columns_permuted", f"columns permuted: {words}, in the order of pixel shuffle")
     return None
 
 
@@ -254,30 +288,50 @@ def paired(x: Sequence[Array], y: Sequence[Array], same: Same) -> Diagnosis | No
 
 
 def stacked(x: Sequence[Array], y: Array, index: int, same: Same, most: int) -> Diagnosis | None:
-    """Whether `y`, the `index`-th of matrices [q, k, v], was cut from ranks' (or KV heads') fused blocks joined whole."""
+    """Whether `y`, the `index`-th of matrices [q, k, v], was cut from ranks' (or KV heads') fused blocks joined whole, or in
+    another order."""
     sizes = [len(part) for part in x]
-    counts = [n for n in range(2, most + 1) if not any(size % n for size in sizes)]
     starts = np.cumsum([0, *sizes])
+    orders = [
+        (order, words)
+        for n in range(2, most + 1)
+        if not any(size % n for size in sizes)
+        for order, words in _fused(sizes, n)
+    ]
+    plain = np.arange(starts[-1])
+    cuts = [(plain[starts[index] : starts[index + 1]], "")]
+    for cut in list(permutations(range(3)))[1:]:
+        start = sum(sizes[part] for part in cut[: cut.index(index)])
+        cuts.append((plain[start : start + sizes[index]], f"cut in the order {', '.join('qkv'[part] for part in cut)}"))
     a: Array | None = None
-    for n in counts:
-        fused = np.concatenate(
-            [
-                np.arange(s + r * size // n, s + (r + 1) * size // n)
-                for r in range(n)
-                for s, size in zip(starts, sizes, strict=False)
-            ]
-        )
-        for order, words in ((fused, ""), (np.argsort(fused), ", the other way round")):
-            rows = order[starts[index] : starts[index + 1]]
-            if np.array_equal(rows, np.arange(starts[index], starts[index + 1])):
-                continue
-            a = np.concatenate(x) if a is None else a
-            some = some_of(len(rows), 16)
-            if same.near(a[rows[some]], y[some]) and same(a[rows], y):
-                return Diagnosis(
-                    "qkv_interleaved", f"q, k and v interleaved: cut from {n} fused q|k|v blocks joined whole{words}"
-                )
+    for (order, words), (rows, how) in [
+        *product(orders, cuts[:1]),
+        *product([(plain, "")], cuts[1:]),
+        *product(orders, cuts[1:]),
+    ]:
+        picked = order[rows]
+        if np.array_equal(picked, cuts[0][0]):
+            continue
+        a = np.concatenate(x) if a is None else a
+        some = some_of(len(picked), 16)
+        if same.near(a[picked[some]], y[some]) and same(a[picked], y):
+            return Diagnosis("qkv_interleaved", f"q, k and v interleaved: {', '.join(filter(None, (words, how)))}")
     return None
+
+
+def _fused(sizes: Sequence[int], n: int) -> Iterator[tuple[NDArray[np.intp], str]]:
+    """The order of the rows of n blocks q|k|v, each way."""
+    starts = np.cumsum([0, *sizes])
+    fused = np.concatenate(
+        [
+            np.arange(start + r * size // n, start + (r + 1) * size // n)
+            for r in range(n)
+            for start, size in zip(starts, sizes, strict=False)
+        ]
+    )
+    words = f"cut from {n} fused q|k|v blocks joined whole"
+    yield fused, words
+    yield np.argsort(fused), f"{words}, the other way round"
 
 
 def listed(numbers: Sequence[int] | NDArray[np.intp], most: int = 8) -> str:

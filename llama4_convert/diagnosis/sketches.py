@@ -23,10 +23,13 @@ class Sketches:
     def add(self, name: str, shape: Shape, made: Floats) -> None:
         self._made.setdefault(shape, {})[name] = made
 
+    def of_shape(self, shape: Shape) -> dict[str, Floats]:
+        return self._made.get(shape, {})
+
     def like(self, made: Floats, shape: Shape, same: Same) -> list[str]:
         """Names of the tensors of this shape that have this sketch."""
         same = same if same.limit else _ROUNDED
-        return [name for name, other in self._made.get(shape, {}).items() if same.near(other, made)]
+        return [name for name, other in self.of_shape(shape).items() if same.near(other, made)]
 
 
 def sketch(x: Array, dtype: str) -> Floats:

@@ -6,24 +6,30 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llama4.config import Llama4Config, Llama4TextConfig
+from llama4.config import Llama4Config, Llama4TextConfig, Llama4VisionConfig
 from llama4.config_differences import Difference, differences
 from llama4_convert.checkpoints.small_files import read_small
+from llama4_convert.checkpoints.transformers import json_object
+from llama4_convert.config import processor_configs
 from llama4_convert.errors import BadInput, ConvertError, one_line
 from llama4_convert.reference import Checkpoint
 
 if TYPE_CHECKING:
     from llama4_convert.text import TextTokenizer
 
-# An angle of RoPE that differs by less (radians) is not told from rounding.
-_ANGLE = 0.01
-_PATIENCE = 20.0  # seconds that a chat template may take
+# RoPE's angles (radians) must differ by so much for logits in float32 to fail their gate, measured on random weights.
+_ANGLE = 5e-4
+_PATIENCE = 20.0  # seconds of processor time that a chat template may take: a busy machine is no fault of its
+_LONGEST = 30  # times that, by the clock
 # Fields that change nothing that is computed: other readers choose their code by them, or a generation its end.
 _SILENT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
 # With one token there is nothing to rotate against and nobody else to attend to.
@@ -55,13 +61,60 @@ def said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> l
     found += [Difference(name, should, is_) for name, (should, is_) in candidate.wording.items() if should != is_]
     expected_stops, stops = original.stop_ids, candidate.stop_ids
     # Meta's tokenizer has every token that may end a generation. Which of them do depends on the variant, but there must be
-    # one, and no other.
+    # one, and no other; and what has a chat template stops at the end of a turn, the last of the three.
     meta, variant = expected_stops, stops
     if candidate.layout == "meta" != original.layout:
         meta, variant = stops, expected_stops
-    if expected_stops and not (variant and set(variant) <= set(meta)):
+    chats = original.layout == "meta" and config.text_config.moe_layers and template_of(candidate) is not None
+    if expected_stops and not (variant and set(variant) <= set(meta) and (not chats or meta[-1] in variant)):
         found.append(Difference("eos_token_id", list(expected_stops), list(stops)))
+    if candidate.layout == "transformers":
+        found += _generation(original, candidate)
+        found += _processors(config.vision_config, candidate)
+        found += _vocabulary(original, candidate)
     return [*found, *chat_template(original, candidate)]
+
+
+def _generation(original: Checkpoint, candidate: Checkpoint) -> Iterator[Difference]:
+    """Token ids of generation_config.json, which decides over config.json in Transformers."""
+    body = _body(candidate, "generation_config.json")
+    for name, expected in (("bos_token_id", original.bos_id), ("pad_token_id", original.pad_id)):
+        if expected is not None and body.get(name) not in (None, expected):
+            yield Difference(f"generation_config.json: {name}", expected, body[name])
+
+
+def _processors(vision: Llama4VisionConfig | None, candidate: Checkpoint) -> Iterator[Difference]:
+    """How pictures are prepared. A field that is absent has the right default, but for sizes."""
+    if vision is None:
+        return
+    for file, expected in processor_configs(vision).items():
+        body = _body(candidate, file)
+        if file == "preprocessor_config.json" and not body:
+            body = _body(candidate, "processor_config.json").get("image_processor") or {}  # as Transformers 5 saves it
+        for name, value in expected.items() if isinstance(body, Mapping) else ():
+            found = body.get(name, value)
+            right = (
+                isinstance(found, str) and found.startswith("Llama4ImageProcessor")
+                if name == "image_processor_type"
+                else found == value
+                or (isinstance(value, float) and isinstance(found, float) and math.isclose(found, value))
+            )
+            if not right:
+                yield Difference(f"{file}: {name}", value, found)
+
+
+def _vocabulary(original: Checkpoint, candidate: Checkpoint) -> Iterator[Difference]:
+    try:
+        different = _tokenizer(original).first_difference(_tokenizer(candidate))
+    except ConvertError:
+        return  # no tokenizer on that side: nothing to compare with
+    if different:
+        yield Difference("tokenizer.json", *different)
+
+
+def _body(candidate: Checkpoint, file: str) -> Mapping[str, Any]:
+    path = candidate.path / file
+    return json_object(path) if path.exists() else {}
 
 
 def told(
@@ -72,18 +125,23 @@ def told(
     least = matters_from(difference.field, expected.text_config, found.text_config)
     of_vision = difference.field.startswith(("vision_config", "image_token"))
     matters = None if least is None else length >= least and (sees or not of_vision)
+    if "processor_config" in difference.field:
+        matters = False  # both models are given the same pixels
     return {**difference._asdict(), "matters_from": least, "matters": matters}
 
 
 def matters_from(field: str, expected: Llama4TextConfig, found: Llama4TextConfig) -> int | None:
     """Tokens from which on a different `field` changes a logit; None for what changes none at any length."""
     name = field.partition(".")[0]
+    if name in ("preprocessor_config", "processor_config"):
+        return 1  # of any prompt with a picture
     if name in _SILENT or not (hasattr(expected, name) or name in ("vision_config", "image_token_index")):
         return None
     if name in ("rope_scaling", "rope_theta"):
         return _rope_differs_from(expected, found)
     if name in ("attention_chunk_size", "layer_types"):
-        sizes = [c.attention_chunk_size for c in (expected, found) if c.attention_chunk_size]
+        chunked = [c for c in (expected, found) if "chunked_attention" in c.layer_types]
+        sizes = [c.attention_chunk_size for c in chunked if c.attention_chunk_size]
         return min(sizes) + 1 if sizes else None
     if name in ("attn_temperature_tuning", "floor_scale", "attn_scale"):
         tuned = [c for c in (expected, found) if c.attn_temperature_tuning and not all(c.no_rope_layers)]
@@ -102,7 +160,14 @@ def _rope_differs_from(expected: Llama4TextConfig, found: Llama4TextConfig) -> i
         apart = float((rope_frequencies(expected).double() - rope_frequencies(found).double()).abs().max())
     except (ArithmeticError, RuntimeError):
         return None
-    return math.ceil(_ANGLE / apart) + 1 if apart > 0 else None
+    least = math.ceil(_ANGLE / apart) + 1 if apart > 0 else None
+    # Only distances count, and in a chunked layer none is longer than the chunk.
+    reach = [
+        c.chunk_size(layer) for c in (expected, found) for layer, rotates in enumerate(c.no_rope_layers) if rotates
+    ]
+    if least is None or not reach or (None not in reach and least > max(size for size in reach if size)):
+        return None
+    return least
 
 
 def chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Difference]:
@@ -152,18 +217,21 @@ def rendered(template: str) -> list[str]:
     A template is a program that nobody vouches for: it runs in jinja2's sandbox, and in a process that can be stopped.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = f"from {__name__} import _render_here; _render_here()"
+    script = f"from {__name__} import _render_here; _render_here({_PATIENCE})"
     try:
         done = subprocess.run(
             [sys.executable, "-c", script],
             input=template.encode("utf-8", "replace"),
             capture_output=True,
             env=environment,
-            timeout=_PATIENCE,
+            timeout=_LONGEST * _PATIENCE,
             check=False,
         )
+        ended = done.returncode not in (-signal.SIGXCPU, -signal.SIGKILL)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"it does not end within {_PATIENCE:.0f} s") from None
+        ended = False
+    if not ended:
+        raise ValueError(f"it does not end within {_PATIENCE:.0f} s")
     if done.returncode:
         last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise ValueError(last or "it cannot be rendered")
@@ -171,10 +239,12 @@ def rendered(template: str) -> list[str]:
     return texts
 
 
-def _render_here() -> None:
+def _render_here(seconds: float) -> None:
     """What the process of `rendered` does: a template from stdin, the texts as JSON to stdout; as Transformers renders."""
     from jinja2 import ext, sandbox
 
+    most = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
     )

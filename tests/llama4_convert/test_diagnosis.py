@@ -195,6 +195,73 @@ def test_the_words_say_which(damage: planted.Damage, words: str, opened: Callabl
     assert re.search(words, fault.cause), fault.cause
 
 
+def _mean(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).float().mean(0)
+
+
+OUT, DOWNS = "self_attn.o_proj.weight", "feed_forward.experts.down_proj"
+LAYER, VISION = "language_model.model.layers.", "vision_model.model.layers.0.self_attn."
+O1, O4, NORM = f"{LAYER}1.{OUT}", f"{LAYER}4.{OUT}", "input_layernorm.weight"
+PATCHES, POSITIONS = "vision_model.patch_embedding.linear.weight", "vision_model.positional_embedding_vlm"
+
+
+def grid_turned(w: Tensor) -> Tensor:
+    return torch.cat([w[:16].reshape(4, 4, -1).transpose(0, 1).flatten(0, 1), w[16:]])
+
+
+# The tensor; what it becomes, of it and all; the kind; words of the cause.
+TOLD: list[tuple[str, Callable[[Tensor, planted.Tensors], Tensor], str, str]] = [
+    (f"{LAYER}1.self_attn.q_proj.weight", lambda w, _: planted.half_rotation(len(w))(w), "rope_permuted", "heads of 96 rows"),
+    (f"{LAYER}1.self_attn.k_proj.weight", lambda w, _: _mean([*w.chunk(2)]).repeat(2, 1), "averaged", "mean of all 2 heads"),
+    (O1, lambda w, of: _mean([w, of[O4]]), "averaged", rf"0\.5 times those of {O4}"),
+    (O1, lambda w, of: _mean([of[f"{LAYER}{i}.{OUT}"] for i in range(6)]), "averaged", "mean of all 6 layers"),
+    (f"{LAYER}1.{NORM}", lambda w, of: 0.3 * w + 0.7 * of[f"{LAYER}2.{NORM}"], "averaged", r"0\.(7|699) times those of "),
+    (f"{LAYER}2.{DOWNS}", lambda w, _: w.float().mean(0).expand(w.shape), "averaged", "mean of all 3 experts"),
+    (O1, lambda w, of: of[O4].T, "other_tensor", rf"those of {O4}, transposed"),
+    (O1, lambda w, _: eight_bits(w, 448, 1), "rounded", "to float8_e4m3fn with a scale for each row"),
+    (O1, lambda w, _: eight_bits(w, 448, (0, 1)), "rounded", "to float8_e4m3fn with a scale for each tensor"),
+    (O1, lambda w, _: eight_bits(w, 127, 0), "rounded", "to int8 with a scale for each column"),
+    (PATCHES, lambda w, _: w.reshape(len(w), 3, -1).flip(1), "columns_permuted", "blue, green, red"),
+    (PATCHES, lambda w, _: w.reshape(len(w), -1, 3).mT, "columns_permuted", "taken for colours last"),
+    (POSITIONS, lambda w, _: w.roll(1, 0), "shifted", "class token comes first"),
+    (POSITIONS, lambda w, _: grid_turned(w), "rows_permuted", "height and width exchanged"),
+    ("vision_model.vision_adapter.mlp.fc1.weight", lambda w, _: w.reshape(len(w), 4, -1).mT, "columns_permuted", "channel by"),
+    (f"{VISION}q_proj.weight", lambda w, of: of[f"{VISION}k_proj.weight"], "other_tensor", rf"{VISION}k_proj\.weight"),
+]  # fmt: skip
+
+
+def eight_bits(tensor: Tensor, most: int, dims: int | tuple[int, ...]) -> Tensor:
+    scale = tensor.float().abs().amax(dims, keepdim=True) / most
+    codes = tensor.float() / scale
+    return (codes.to(torch.float8_e4m3fn).float() if most == 448 else codes.round()) * scale
+
+
+@pytest.mark.parametrize(("key", "damage", "kind", "words"), TOLD)
+def test_how_a_tensor_came_to_be_wrong_is_told_by_the_names_of_its_file(
+    key: str,
+    damage: Callable[[Tensor, planted.Tensors], Tensor],
+    kind: str,
+    words: str,
+    opened: Callable[..., Pair],
+) -> None:
+    reference, candidate, tensors = opened("odd")
+    damaged = damage(tensors[key], tensors).reshape(tensors[key].shape).to(torch.bfloat16).contiguous()
+    found = faults_of(reference, dataclasses.replace(candidate, readers=(Memory({**tensors, key: damaged}),)))
+    assert {(fault.tensor, fault.kind) for fault in found} == {(key, kind)}, found
+    assert re.search(words, found[0].cause), found[0].cause
+
+
+def test_q_k_and_v_cut_in_another_order(opened: Callable[..., Pair]) -> None:
+    reference, candidate, tensors = opened("odd")
+    q, k, v = (f"{LAYER}1.self_attn.{part}_proj.weight" for part in "qkv")
+    fused = torch.cat([tensors[key] for key in (q, k, v)])
+    cut = dict(zip((k, q, v), fused.split([len(tensors[key]) for key in (k, q, v)]), strict=True))
+    damaged = {**tensors, **{key: part.contiguous() for key, part in cut.items()}}
+    found = faults_of(reference, dataclasses.replace(candidate, readers=(Memory(damaged),)))
+    assert [(fault.tensor, fault.kind) for fault in found] == [(q, "qkv_interleaved"), (k, "qkv_interleaved")]
+    assert "cut in the order k, q, v; " in found[1].cause
+
+
 def test_an_expert_says_whose_numbers_it_holds(opened: Callable[..., Pair]) -> None:
     reference, candidate, tensors = opened("maverick")
     key = "language_model.model.layers.1.feed_forward.experts.down_proj"
@@ -346,6 +413,18 @@ def nibbles(words: Tensor) -> Tensor:
     return ((words >> 4) & 0x0F0F0F0F) | ((words & 0x0F0F0F0F) << 4)
 
 
+def of_codes(words: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Words of eight int4 codes, by way of [out, in]."""
+    places = torch.arange(0, 32, 4)
+    codes = change(((words.long().unsqueeze(-1) >> places) & 15).flatten(-2))
+    return (codes.reshape(len(words), -1, 8) << places).sum(-1).to(torch.int32)
+
+
+def awq(codes: Tensor) -> Tensor:
+    """[in, out], eight outputs a word in the order in which AWQ deals them out, under the unchanged shape."""
+    return codes.T.reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(codes.shape)
+
+
 ANY_SCHEME: list[tuple[str, str, Change | tuple[str, planted.Damage]]] = [
     ("experts exchanged", "experts_reordered", swap(GATE, f"{EXPERTS}2.gate_proj")),
     ("an expert's gate and up", "gate_up_swapped", swap(GATE, UP)),
@@ -379,26 +458,38 @@ OF_A_SCHEME: dict[str, list[tuple[str, str, Change | tuple[str, planted.Damage]]
         ("halves of bytes exchanged", "packing", part(DOWN, "weight_packed", nibbles)),
         ("unsigned codes", "packing", part(DOWN, "weight_packed", lambda p: p ^ torch.tensor(-0x77777778, dtype=torch.int32))),
         ("a flipped bit", "flipped_bit", part(DOWN, "weight_packed", first_word_flipped)),
+        ("another zero point", "packing", part(DOWN, "weight_packed", lambda p: of_codes(p, lambda c: (c + 1).clamp(max=15)))),
+        ("cut to three bits", "packing", part(DOWN, "weight_packed", lambda p: of_codes(p, lambda c: c // 2 * 2))),
+        ("words as GPTQ writes them", "packing", part(DOWN, "weight_packed", lambda p: p.T.reshape(p.shape))),
+        ("words as AWQ writes them", "packing", part(DOWN, "weight_packed", lambda p: of_codes(p, awq))),
+        ("one scale", "scale", part(GATE, "weight_scale", lambda s: s.index_put((torch.tensor([9]),), s[9] * 1.2))),
     ],
     "fp8": [
         ("scales shifted", "scale", part(DOWN, "weight_scale", lambda s: s.roll(1, 0))),
         ("one scale for all", "scale", part(GATE, "weight_scale", lambda s: torch.full_like(s, float(s.float().mean())))),
         ("scales on the other axis", "scale_axis", part(GATE, "weight_scale", lambda s: s.T)),
-        ("an exponent bit", "flipped_bit", part(GATE, "weight", lambda w: _flipped_byte(w))),
+        ("an exponent bit", "flipped_bit", part(GATE, "weight", lambda w: _flipped_byte(w, 5))),
+        ("the lowest bit", "flipped_bit", part(GATE, "weight", lambda w: _flipped_byte(w, 0))),
+        ("codes of the other kind", "reinterpreted", part(GATE, "weight", lambda w: _other_codes(w))),
     ],
     "nf4": [
         ("scales shifted", "scale", part(GATE, "weight.absmax", lambda s: s.roll(1))),
         ("scales transposed", "scale_axis", part(DOWN, "weight.absmax", lambda s: s.reshape(384, -1).T.reshape(-1))),
         ("scales of scales", "scale", part(GATE, "weight.nested_absmax", lambda s: s * 3)),
         ("halves of bytes exchanged", "packing", part(DOWN, "weight", lambda p: (p >> 4) | (p << 4))),
+        ("a code", "flipped_bit", part(DOWN, "weight", lambda p: torch.cat([p[:7], p[7:8] ^ 0xF0, p[8:]]))),
     ],
 }  # fmt: skip
 
 
-def _flipped_byte(codes: Tensor) -> Tensor:
+def _flipped_byte(codes: Tensor, bit: int) -> Tensor:
     raw = codes.clone().view(torch.uint8)
-    raw[3, 7] ^= 1 << 5
+    raw[3, 7] ^= 1 << bit
     return raw.view(codes.dtype)
+
+
+def _other_codes(codes: Tensor) -> Tensor:
+    return codes.float().to(torch.float8_e5m2).view(codes.dtype)
 
 
 def requantize(tensors: planted.Tensors, recipe: str, module: str, weights: Tensor) -> None:

@@ -461,16 +461,25 @@ def test_a_field_changes_no_logit_before_the_length_that_is_told_and_does_then(
 
 
 def test_rope_differs_from_the_length_at_which_an_angle_does(pair: Callable[..., tuple[Path, Path]]) -> None:
-    config = Checkpoint.open(pair()[0]).config.text_config
+    config = Checkpoint.open(pair("nope_without_chunks")[0]).config.text_config
     from dataclasses import replace
 
     assert config.rope_scaling is not None
     other = replace(config, rope_scaling=replace(config.rope_scaling, factor=8.0))
     least = matters_from("rope_scaling.factor", config, other)
     assert least is not None
-    assert 100 < least < 1_000_000
+    assert 10 < least < 1_000_000
     assert matters_from("rope_scaling.factor", config, config) is None
     assert matters_from("rope_theta", config, replace(config, rope_theta=10.0)) == 2
+
+
+def test_rope_that_differs_only_beyond_the_chunks_changes_no_logit(pair: Callable[..., tuple[Path, Path]]) -> None:
+    config = Checkpoint.open(pair("scout")[0]).config.text_config  # RoPE in chunks of 8
+    from dataclasses import replace
+
+    assert config.rope_scaling is not None
+    other = replace(config, rope_scaling=replace(config.rope_scaling, factor=8.0))
+    assert matters_from("rope_scaling.factor", config, other) is None
 
 
 def test_a_chat_template_that_writes_other_tokens_is_a_wrong_field(

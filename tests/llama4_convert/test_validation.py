@@ -590,6 +590,69 @@ def test_a_generation_that_would_not_end_is_a_wrong_field(
     assert fields(result) == {"eos_token_id"}
 
 
+def test_what_has_a_chat_template_must_stop_at_the_end_of_a_turn(
+    source: Callable[..., Path], converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = commands.copy(converted(variant="instruct"), tmp_path / "copy")
+    change_config(path, "generation_config.json", eos_token_id=[265])
+    assert fields(validate(path, reference=source(), tokens=2)) == {"eos_token_id"}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "named"),
+    [
+        ("generation_config.json", {"bos_token_id": 1}, "bos_token_id"),
+        ("generation_config.json", {"pad_token_id": 1}, "pad_token_id"),
+        ("preprocessor_config.json", {"image_mean": [0.48, 0.46, 0.41]}, "image_mean"),
+        ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"}, "image_processor_type"),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor"),
+        ("preprocessor_config.json", {"size": {"height": 336, "width": 336}}, "size"),
+        ("processor_config.json", {"patch_size": 28}, "patch_size"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_of_another_file_is_named(
+    file: str, changes: dict[str, Any], named: str, source: Callable[..., Path], copy: Callable[..., Path]
+) -> None:
+    path = copy()
+    change_config(path, file, **changes)
+    result = validate(path, reference=source(), tokens=2)
+    assert not result["passed"]
+    assert fields(result) == {f"{file}: {named}"}
+    assert not result["config_differences"][0]["matters"]
+
+
+def test_a_vocabulary_of_other_ids_is_a_wrong_file(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
+    path = copy()
+    body = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = body["model"]["vocab"]
+    vocabulary["X"], vocabulary["Y"] = vocabulary["Y"], vocabulary["X"]
+    (path / "tokenizer.json").write_text(json.dumps(body))
+    [difference] = validate(path, reference=source(), tokens=2)["config_differences"]
+    assert (difference["field"], difference["expected"], difference["found"]) == (
+        "tokenizer.json", f"token {ord('X')}: 'X'", "Y",
+    )  # fmt: skip
+
+
+def test_a_chunk_size_that_no_layer_uses_changes_no_logit(
+    source: Callable[..., Path], copy: Callable[..., Path]
+) -> None:
+    path = copy("guard")
+    change_config(path, attention_chunk_size=8)
+    result = validate(path, reference=source("guard"), tokens=20)
+    [difference] = result["config_differences"]
+    assert (difference["field"], difference["matters_from"]) == ("attention_chunk_size", None)
+    assert result["gates_failed"] == []
+
+
+def test_readers_that_count_moe_layers_must_find_none_in_a_dense_model(
+    source: Callable[..., Path], copy: Callable[..., Path]
+) -> None:
+    path = copy("guard")
+    change_config(path, interleave_moe_layer_step=1)
+    assert fields(validate(path, reference=source("guard"), tokens=2)) == {"interleave_moe_layer_step"}
+
+
 @pytest.mark.parametrize(
     ("geometry", "changes", "named"),
     [
