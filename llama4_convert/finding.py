@@ -41,9 +41,12 @@ class Names:
     def find(self, wanted: str) -> list[Found]:
         """Raises UsageError where nothing is called so, with the nearest names."""
         found = self._stored(wanted) or self._logical(wanted) or self._parts_of(wanted)
-        if not found and any(c in wanted for c in "*?["):
-            found = [one for name in fnmatch.filter(self.all, wanted) for one in self._stored(name)]
-            found = found or [one for name in fnmatch.filter(self.logical, wanted) for one in self._logical(name)]
+        if not found:
+            pattern = (
+                wanted if any(c in wanted for c in "*?[") else f"{wanted}.*"
+            )  # a layer, a block: all that is in it
+            found = [one for name in fnmatch.filter(self.all, pattern) for one in self._stored(name)]
+            found = found or [one for name in fnmatch.filter(self.logical, pattern) for one in self._logical(name)]
         if not found:
             known = [*self.all, *self.logical]
             # People leave out what stands before and behind ("language_model.", ".weight"), which is far by the letters.

@@ -31,10 +31,16 @@ class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.option(
     "--reference", required=True, metavar="SRC", type=click.Path(path_type=Path), help="What DST was made from."
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Random tokens to try.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Random tokens to try, and if the model sees a tile of noise.",
+)
 @click.option("--prompts", type=file_path, help="Try the lines of a text file instead, one prompt a line.")
 @click.option("--token-ids", type=file_path, help="Try token ids: a JSON list of lists, or one prompt a line.")
-@click.option("--image", "images", type=file_path, multiple=True, help="Try a picture; may be repeated.")
+@click.option("--image", "images", type=file_path, multiple=True, help="Try a picture instead; may be repeated.")
 @click.option(
     "--with",
     "runner",

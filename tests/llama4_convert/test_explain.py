@@ -430,6 +430,12 @@ def test_a_pattern_lists_what_it_matches(meta_checkpoint: Callable[..., Any]) ->
     assert [m["tensor"].rpartition(".self_attn.")[2] for m in matches] == ["q_proj.weight", "k_proj.weight"]
 
 
+@pytest.mark.parametrize("module", ["layers.3", "layers.3.attention", "language_model.model.layers.3.self_attn"])
+def test_a_module_is_all_that_is_in_it(meta_checkpoint: Callable[..., Any], module: str) -> None:
+    source = meta_checkpoint("scout", 2).src
+    assert explain(source, module) == explain(source, f"{module}.*") | {"tensor": module}
+
+
 def test_every_name_of_the_reference_is_known(meta_checkpoint: Callable[..., Any]) -> None:
     source = meta_checkpoint("scout", 2).src
     config = Checkpoint.open(source).config
