@@ -13,7 +13,7 @@ import numpy as np
 from llama4_convert.checkpoints.quantized import QuantizedMatrix
 from llama4_convert.diagnosis.altered import Floats, floats, group_gain
 from llama4_convert.diagnosis.block_order import Axis, blocks, told
-from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, divisors, listed, relative_error
+from llama4_convert.diagnosis.rearranged import Array, Diagnosis, Same, divisors, listed, relative_error, some_of
 
 # Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
 _SCALES = Same(0.003)
@@ -39,6 +39,8 @@ _CODES = 8  # of int4 in a word
 # Middle error of codes as parts of their scale: who rounds errs to either side, so that it is near 0.
 _LARGEST_BIAS = 0.2
 _WRONG_SCALE = 0.1  # who rounds to the nearest is off by some percent
+_ROWS = 256  # that a middle is taken of
+_BAND = 1 << 20  # numbers whose codes are looked at at a time
 _FEWEST = 1024  # weights whose errors have a middle
 Spread = Callable[[Array], Array]
 _FEW = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
@@ -78,8 +80,8 @@ def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str,
 
 def _wrong_codes(a: Floats, b: Floats, stored: Floats, spread: Spread, matrix: QuantizedMatrix) -> Array:
     """Places of codes that are not the nearest to their weights, [n, 2]."""
-    error = np.abs(a - b)
     if matrix.kind == "int4":
+        error = np.abs(a - b)
         size = a.shape[1] // stored.shape[1]
         far = np.flatnonzero(error.reshape(*stored.shape, size) > _HALF_STEP * np.abs(stored)[..., None])
         scale = stored.ravel()[far // size]
@@ -87,36 +89,51 @@ def _wrong_codes(a: Floats, b: Floats, stored: Floats, spread: Spread, matrix: Q
         nearest = np.clip(np.rint(weights), -8, 7)  # what lies beyond the last code is far from it, and right
         wrong = np.abs(weights - codes) > np.abs(weights - nearest) + 2 * (_HALF_STEP - 0.5)
         return np.stack(np.unravel_index(far[wrong], a.shape), 1)
+    far = np.empty(0, np.intp)
     if matrix.kind == "fp8":
-        scale = np.broadcast_to(spread(np.abs(stored)), a.shape)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            steps = np.ldexp(scale, np.maximum(np.frexp(np.abs(b) / scale)[1] - 1, _LEAST_EXPONENT) - _E4M3_MANTISSA)
-        wrong = (error > _HALF_STEP * steps) & (np.abs(b) < 447 * scale)
-        return np.argwhere(wrong)
+        far = _in_bands(_wrong_fp8_codes, a, b, np.broadcast_to(spread(np.abs(stored)), a.shape))
     if matrix.kind == "nf4":
-        return _wrong_nf4_codes(a, b, stored)
-    return np.empty((0, 2), np.intp)
+        blocks = (-1, a.size // stored.size)
+        far = _in_bands(_wrong_nf4_codes, a.reshape(blocks), b.reshape(blocks), stored.reshape(-1, 1))
+    return np.stack(np.unravel_index(far, a.shape), 1)
 
 
-def _wrong_nf4_codes(a: Floats, b: Floats, stored: Floats) -> Array:
-    """Codes belong to the largest weight of their block, and not to its scale, which is quantized in turn."""
+def _wrong_fp8_codes(a: Floats, b: Floats, scale: Floats) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponents = np.maximum(np.frexp(np.abs(b) / scale)[1] - 1, _LEAST_EXPONENT) - _E4M3_MANTISSA
+    wrong: Array = (np.abs(a - b) > _HALF_STEP * np.ldexp(scale, exponents)) & (np.abs(b) < 447 * scale)
+    return wrong
+
+
+def _wrong_nf4_codes(a: Floats, b: Floats, scale: Floats) -> Array:
+    """Of blocks [n, size]. A code belongs to its block's largest weight, not to its scale, which is quantized in turn."""
     from quant.schemes.nf4 import NF4
 
-    size = a.size // stored.size
-    x, y, scale = a.reshape(-1, size), b.reshape(-1, size), stored.reshape(-1, 1)
-    top = np.abs(x).max(1, keepdims=True)
-    known = np.flatnonzero((top[:, 0] > 0) & (scale[:, 0] > 0))
-    weights, read = x[known] / top[known], y[known] / scale[known]
+    top = np.abs(a).max(1, keepdims=True)
+    known = (top > 0) & (scale > 0)
+    weights, read = a / np.where(known, top, 1), b / np.where(known, scale, 1)
     codes, nearest = (NF4[np.searchsorted((NF4[1:] + NF4[:-1]) / 2, part)] for part in (read, weights))
-    rows, columns = np.nonzero(np.abs(weights - codes) > np.abs(weights - nearest) + _NF4_ROUNDING)
-    return np.stack(np.unravel_index(known[rows] * size + columns, a.shape), 1)
+    wrong: Array = known & (np.abs(weights - codes) > np.abs(weights - nearest) + _NF4_ROUNDING)
+    return wrong
+
+
+def _in_bands(wrong: Callable[[Floats, Floats, Floats], Array], a: Floats, b: Floats, scale: Floats) -> Array:
+    """Flat places, of some rows at a time: what each takes beside is a few times their size."""
+    step = max(1, _BAND // a.shape[1])
+    found = [
+        np.flatnonzero(wrong(a[i : i + step], b[i : i + step], scale[i : i + step])) + i * a.shape[1]
+        for i in range(0, len(a), step)
+    ]
+    return np.concatenate(found)
 
 
 def _other_zero(a: Floats, b: Floats, stored: Floats) -> Diagnosis | None:
     """Codes that all err to one side, as they do with a zero point that is one off, or where they were cut and not rounded."""
     if a.size < _FEWEST:
         return None
-    steps = (b - a).reshape(*stored.shape, -1) / np.where(stored == 0, np.inf, stored)[..., None]
+    some = some_of(len(a), _ROWS)
+    scale = stored[some]
+    steps = (b[some] - a[some]).reshape(*scale.shape, -1) / np.where(scale == 0, np.inf, scale)[..., None]
     bias = float(np.median(steps))
     if abs(bias) <= _LARGEST_BIAS:
         return None
@@ -254,18 +271,23 @@ def wrong_packing(
 def _other_words(
     a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
 ) -> Diagnosis | None:
-    """Words as other tools lay them out, under the unchanged shape."""
-    n, k = a.shape
+    """Words as other tools lay them out, under the unchanged shape. Told by the first outputs."""
+    (n, k), some = a.shape, slice(0, 8 * _CODES)
     _, _, spread = _scales(a, b, matrix, parts)
-    scale = spread(floats(parts["weight_scale"], "BF16"))
+    scale = spread(floats(np.ascontiguousarray(parts["weight_scale"][some]), "BF16"))
     places = np.arange(0, 4 * _CODES, 4, dtype=np.uint32)
-    codes = ((parts["weight_packed"].view(np.uint32)[..., None] >> places) & 15).reshape(-1, _CODES).astype(
-        np.float32
-    ) - 8
-    if same(a, codes.reshape(k // _CODES, n, _CODES).transpose(1, 0, 2).reshape(n, k) * scale):
+
+    def codes(words: Array) -> Floats:
+        numbers: Floats = ((words[..., None] >> places) & 15).astype(np.float32) - 8
+        return numbers
+
+    words = parts["weight_packed"].view(np.uint32)
+    if same.near(a[some], codes(words.reshape(-1, n)[:, some].T).reshape(-1, k) * scale):
         return Diagnosis("packing", "packing: the words lie transposed, [in / 8, out] as GPTQ writes them")
-    if n % _CODES == 0 and same(a, codes[:, list(_WORDS["in AWQ's order undone"])].reshape(k, n).T * scale):
-        return Diagnosis("packing", "packing: the words are AWQ's, [in, out / 8]")
+    if n % _CODES == 0:
+        dealt = codes(words.reshape(k, -1)[:, :_CODES])[..., list(_WORDS["in AWQ's order undone"])]
+        if same.near(a[some], dealt.reshape(k, -1).T * scale):
+            return Diagnosis("packing", "packing: the words are AWQ's, [in, out / 8]")
     return None
 
 
