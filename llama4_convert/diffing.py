@@ -31,8 +31,8 @@ from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.parity.memory import INTERPRETER
 from llama4_convert.parity.metrics import finite
 from llama4_convert.reference import Checkpoint
+from llama4_convert.tensor_check import LARGEST_LOSS
 from llama4_convert.weight_check import (
-    LARGEST_LOSS,
     MatrixLoss,
     Pair,
     WeightFault,

@@ -6,7 +6,6 @@ What differs by a single bit is found with certainty, whatever logits make of it
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections import deque
@@ -15,29 +14,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor, ShapeError, parameter_shapes
+from llama4.weights import BindingError, LogicalTensor, ShapeError, parameter_shapes
 from llama4.weights_transformers import expert_of_fused, transformers_key
 from llama4_convert.checkpoints.quantized import DamagedMatrix, QuantizedReader
 from llama4_convert.checkpoints.transformers import ITEM_SIZES
-from llama4_convert.diagnosis.altered import floats
 from llama4_convert.diagnosis.diagnoser import Diagnoser
-from llama4_convert.diagnosis.rearranged import as_matrix, listed
-from llama4_convert.diagnosis.sides import FLOATS, SLICE, SLICED, cast, slices
-from llama4_convert.diagnosis.sketches import Sketches, sketch, sketch_of_rows
+from llama4_convert.diagnosis.sides import FLOATS, SLICE, SLICED, cast
+from llama4_convert.diagnosis.sketches import Sketches
 from llama4_convert.parity.memory import INTERPRETER
 from llama4_convert.parity.metrics import finite
 from llama4_convert.reference import Checkpoint
-
-if TYPE_CHECKING:
-    from hashlib import _Hash as _Digest
-
-_Seen = TypeVar("_Seen")
+from llama4_convert.tensor_check import LARGEST_LOSS, Outcome, compare_bits, compare_quantized, digest_of, take_sketch
 
 
 @dataclass(frozen=True)
@@ -74,12 +66,6 @@ class WeightFault:
         }
 
 
-# No scheme of ours errs so much on any weights that are trained: docs/validate.md. A wrong tensor errs by 1 to 2.
-LARGEST_LOSS = {"int4": 0.2, "fp8": 0.005, "nf4": 0.1}
-# Nor does any in one output: a group of 128 int4 codes errs by no more than 128 * (1 / 15) ** 2 of its largest weight's square.
-_LARGEST_ROW_LOSS = 0.6
-
-
 @dataclass(frozen=True)
 class MatrixLoss:
     """What quantizing a matrix cost: squared error of what the runtime computes with over the squared weights."""
@@ -101,7 +87,6 @@ class Compared:
 
 # Bytes that a number of a quantized matrix takes while it is compared, measured: as float32 on both sides, and errors.
 _BYTES_QUANTIZED = 22
-_DIFFERENCES = 1 << 18  # numbers that are subtracted at a time
 
 
 @dataclass(frozen=True)
@@ -193,55 +178,48 @@ def compare_tensors(
     sketches, compared = Sketches(), begun or Compared()
     unread: set[str] = set()  # of the reference
 
-    def look(tensor: LogicalTensor) -> tuple[int, MatrixLoss | None, str | None, float | None]:
-        found = theirs[tensor.name]
+    def look(tensor: LogicalTensor) -> Outcome:
+        name, found = tensor.name, theirs[tensor.name]
         kind = pair.lossy.get(found.keys[0]) if found.keys else None
-        proven = equal.get(tensor.name) if equal and kind is None else None
-        if proven and _digest(found, shapes[tensor.name]) == proven:
-            unread.add(tensor.name)
-            return prod(shapes[tensor.name]) * ITEM_SIZES[tensor.dtype], None, None, None
-        read: list[int] = []
-        loss = largest = None
         try:
-            if kind is None:
-                digest = None if equal is None else hashlib.sha256()
-                cause, largest = _compare(
-                    tensor, found, shapes[tensor.name], read.append, sketches, pair.either_way, digest
-                )
-                if equal is not None and digest and cause is None:
-                    equal[tensor.name] = digest.hexdigest()
-            else:
-                error, cause, largest = _loss(
-                    tensor, found, kind, pair.limits[kind], pair.reader, read.append, sketches, pair.both_quantized
-                )
-                loss = MatrixLoss(found.keys[0], kind, error)
-        except ShapeError as error:
-            cause = str(error)
+            if kind is not None:
+                limit, both = pair.limits[kind], pair.both_quantized
+                return compare_quantized(tensor, found, kind, limit, pair.reader, sketches, both)
+            if equal is None:
+                return compare_bits(tensor, found, shapes[name], sketches, pair.either_way)
+            if name in equal and digest_of(found, shapes[name]) == equal[name]:
+                unread.add(name)
+                return Outcome()
+            digest = hashlib.sha256()
+            outcome = compare_bits(tensor, found, shapes[name], sketches, pair.either_way, digest)
+            if outcome.cause is None:
+                equal[name] = digest.hexdigest()
+            return outcome
         except BindingError as error:
-            if found.keys:
+            if found.keys and not isinstance(error, ShapeError):
                 raise
-            cause = str(error)
-        return sum(read), loss, cause, largest
+            return Outcome(str(error))
 
     tensors = [tensor for name, tensor in ours.items() if name in pair.names]
     before, left = tensors[: compared.done], tensors[compared.done :]
     workers = max(1, min(os.cpu_count() or 1, memory // memory_needed(pair)))
-    for name, (nbytes, loss, cause, largest) in _in_order(look, left, workers):
-        advance(nbytes)
+    for tensor, outcome in _in_order(look, left, workers):
+        advance(prod(shapes[tensor.name]) * ITEM_SIZES[tensor.dtype])
         compared.done += 1
-        if loss:
-            compared.losses.append(loss)
-        if cause:
-            compared.wrong[name] = cause
-            if largest is not None:
-                compared.largest[name] = largest
+        if outcome.relative_mse is not None:
+            key = theirs[tensor.name].keys[0]
+            compared.losses.append(MatrixLoss(key, pair.lossy[key], outcome.relative_mse))
+        if outcome.cause:
+            compared.wrong[tensor.name] = outcome.cause
+            if outcome.largest is not None:
+                compared.largest[tensor.name] = outcome.largest
         note(compared)
     yield from compared.losses
     wrong = compared.wrong
     unseen = {tensor.name for tensor in before} | unread
     for tensor in tensors if wrong else ():  # what was not read in this run may stand in another's place
         if tensor.name in unseen:
-            _sketch(tensor, None if tensor.name in SLICED else tensor.load(None), shapes[tensor.name], sketches)
+            take_sketch(tensor, None if tensor.name in SLICED else tensor.load(None), shapes[tensor.name], sketches)
     diagnoser = Diagnoser(
         ours, theirs, wrong, config, sketches, pair.reader, pair.limits, pair.shape_of, pair.numbers, memory
     )
@@ -300,18 +278,18 @@ def _needed(pair: Pair, name: str) -> int:
 
 
 def _in_order(
-    look: Callable[[LogicalTensor], _Seen], tensors: list[LogicalTensor], workers: int
-) -> Iterator[tuple[str, _Seen]]:
+    look: Callable[[LogicalTensor], Outcome], tensors: list[LogicalTensor], workers: int
+) -> Iterator[tuple[LogicalTensor, Outcome]]:
     """`look` at each in threads (reading and numpy let go of the interpreter); what it says, in their order."""
     with ThreadPoolExecutor(workers) as threads:
-        begun = deque[tuple[str, Future[_Seen]]]()
+        begun = deque[tuple[LogicalTensor, Future[Outcome]]]()
         for tensor in tensors:
-            begun.append((tensor.name, threads.submit(look, tensor)))
+            begun.append((tensor, threads.submit(look, tensor)))
             if len(begun) > workers:
-                name, seen = begun.popleft()
-                yield name, seen.result()
-        for name, seen in begun:
-            yield name, seen.result()
+                first, outcome = begun.popleft()
+                yield first, outcome.result()
+        for first, outcome in begun:
+            yield first, outcome.result()
 
 
 def unexpected_tensors(reference: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[str]:
@@ -350,138 +328,3 @@ def _under_another_name(
         if reader.dtype(key) in FLOATS and np.array_equal(cast(ours.load(None), ours.dtype, reader.dtype(key)), bits):
             return f": it is there under the name {key}"
     return f": maybe it is there under the name {' or '.join(fitting[:3])}" if fitting else ""
-
-
-def _compare(
-    ours: LogicalTensor,
-    found: LogicalTensor,
-    shape: tuple[int, ...],
-    advance: Callable[[int], None],
-    sketches: Sketches,
-    either_way: bool,
-    digest: _Digest | None = None,
-) -> tuple[str | None, float | None]:
-    """How much of `found` is wrong, in words, and the largest difference. Raises ShapeError, and BindingError if there is none.
-
-    Differences are of numbers in the dtype of `found`, of which `digest` is told.
-    """
-    differing, elements, largest = 0, 0, 0.0
-    if ours.name in SLICED:
-        _sketch(ours, None, shape, sketches)
-    for rows in slices(ours.name, shape[0]):
-        a = ours.load(rows)
-        advance(a.nbytes)
-        if ours.name not in SLICED:
-            _sketch(ours, a, shape, sketches)
-        b = found.load(rows)
-        if a.shape != b.shape:
-            if rows is not None and a.shape[1:] == b.shape[1:]:
-                return f"it has {'fewer' if len(b) < len(a) else 'more'} rows than the reference's", None
-            return f"its shape is {list(b.shape)}, not {list(a.shape)}", None
-        if digest:
-            _feed(digest, found.dtype, b)
-        elements += a.size
-        rounded = a
-        if ours.dtype != found.dtype:
-            if not {ours.dtype, found.dtype} <= FLOATS:
-                return f"its dtype is {found.dtype}, not {ours.dtype}", None
-            rounded = cast(a, ours.dtype, found.dtype)
-        if np.array_equal(rounded, b):
-            continue
-        unequal = rounded != b
-        if either_way and ours.dtype != found.dtype:
-            unequal &= cast(b, found.dtype, ours.dtype) != a
-        n = int(np.count_nonzero(unequal))
-        if n:
-            differing += n
-            difference = _largest_difference(rounded, b, unequal, found.dtype)
-            largest = float(np.maximum(largest, difference))  # NaN stays
-    if not differing:
-        return None, None
-    size = "" if np.isnan(largest) else f", by up to {largest:.3g}"  # what a NaN is there, the cause says
-    return f"{differing:,} of {elements:,} elements differ{size}", largest
-
-
-def _digest(tensor: LogicalTensor, shape: tuple[int, ...]) -> str | None:
-    """What `_compare` feeds a digest of a tensor that is right; None if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        for rows in slices(tensor.name, shape[0]):
-            _feed(digest, tensor.dtype, tensor.load(rows))
-    except BindingError:
-        return None
-    return digest.hexdigest()
-
-
-def _feed(digest: _Digest, dtype: str, bits: Bits) -> None:
-    """In the order in which they lie: that of experts differs between layouts, which are then compared once more."""
-    is_turned = bits.flags.f_contiguous and not bits.flags.c_contiguous
-    digest.update(f"{dtype} {bits.shape} {is_turned} ".encode())
-    digest.update(np.ascontiguousarray(bits.T if is_turned else bits).data)
-
-
-def _loss(
-    ours: LogicalTensor,
-    found: LogicalTensor,
-    kind: str,
-    limit: float,
-    reader: QuantizedReader | None,
-    advance: Callable[[int], None],
-    sketches: Sketches,
-    both_quantized: bool,
-) -> tuple[float, str | None, float | None]:
-    """Relative squared error, what is wrong with it, and then the largest difference of a number. Raises ShapeError."""
-    from llama4_convert.diagnosis.quantized_faults import suspicion
-
-    a = ours.load(None)
-    advance(a.nbytes)
-    _sketch(ours, a, a.shape, sketches)
-    b = found.load(None)
-    if a.shape != b.shape:
-        raise ShapeError(f"its shape is {list(b.shape)}, not {list(a.shape)}")
-    x, y = floats(a, ours.dtype), floats(b, found.dtype)
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference = y - x
-        error, power = (np.einsum("nk,nk->n", z, z).astype(np.float64) for z in (difference, x))
-        theirs = np.einsum("nk,nk->n", y, y).astype(np.float64) if both_quantized else power
-    del difference
-    whole, power = float(min(power.sum(), theirs.sum())), np.minimum(power, theirs)
-    loss = float(error.sum()) / whole if whole else 0.0 if not error.any() else math.inf
-    rows = np.flatnonzero(error > _LARGEST_ROW_LOSS * power)
-    cause = None
-    if not loss <= limit:
-        cause = f"a relative squared error of {loss:.3g}: {kind} makes no more than {limit:g}"
-    elif len(rows):
-        cause = f"a relative squared error of {float((error[rows] / power[rows]).max()):.3g} in row {listed(rows)}"
-    elif (
-        reader is not None and found.keys[0] in reader.quantized
-    ):  # not Meta's own codes, whose parts are not looked into
-        few = suspicion(x, y, reader.quantized[found.keys[0]], reader.read_parts(found.keys[0]))
-        cause = f"{few.cause}; a relative squared error of {loss:.3g} on the whole" if few else None
-    if cause is None:
-        return loss, None, None
-    with np.errstate(invalid="ignore", over="ignore"):
-        return loss, cause, float(np.abs(y - x).max())
-
-
-def _sketch(tensor: LogicalTensor, bits: Bits | None, shape: tuple[int, ...], sketches: Sketches) -> None:
-    """`bits`: the whole tensor; None of one that is not read whole."""
-    if bits is None:
-        sketches.add(tensor.name, (shape[0], shape[1]), sketch_of_rows(tensor, (shape[0], shape[1])))
-        return
-    x = as_matrix(bits)
-    if tensor.dtype in FLOATS and x.size:
-        sketches.add(tensor.name, (x.shape[0], x.shape[1]), sketch(x, tensor.dtype))
-
-
-def _largest_difference(a: Bits, b: Bits, where: NDArray[np.bool_], dtype: str) -> float:
-    """Some rows at a time: as float64, numbers take four times what they do as they lie. NaN if there is one."""
-    from llama4.loading import to_tensor
-
-    largest, step = 0.0, max(1, _DIFFERENCES // max(1, prod(a.shape[1:])))
-    for start in range(0, len(a), step):
-        some = slice(start, start + step)
-        x, y = (to_tensor(bits[some][where[some]], dtype).double() for bits in (a, b))
-        if x.numel():
-            largest = float(np.maximum(largest, float((x - y).abs().max())))  # NaN stays
-    return largest
