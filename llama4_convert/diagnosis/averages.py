@@ -39,9 +39,9 @@ def is_mean(sketches: Sequence[Floats], found: Floats, dtype: str) -> bool:
 
 def mixture(name: str, sketches: Mapping[str, Floats], found: Floats, dtype: str) -> tuple[str, float, float] | None:
     """The tensor that was mixed in, the factor of the right one and that of the other."""
-    if found.size < _FEWEST or not np.isfinite(found).all():
-        return None
     mine, y = sketches[name].astype(np.float64), found.astype(np.float64)
+    if found.size < _FEWEST or not (np.isfinite(mine).all() and np.isfinite(y).all()):
+        return None
     for other, sketch in sketches.items():
         if other == name or not np.isfinite(sketch).all():
             continue

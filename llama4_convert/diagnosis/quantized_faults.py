@@ -135,7 +135,7 @@ def _other_zero(a: Floats, b: Floats, stored: Floats) -> Diagnosis | None:
     scale = stored[some]
     steps = (b[some] - a[some]).reshape(*scale.shape, -1) / np.where(scale == 0, np.inf, scale)[..., None]
     bias = float(np.median(steps))
-    if abs(bias) <= _LARGEST_BIAS:
+    if not abs(bias) > _LARGEST_BIAS:  # NaN neither
         return None
     return Diagnosis(
         "packing", f"packing: the codes are {bias:+.2g} from the right ones in the median, as of another zero point"
@@ -177,7 +177,7 @@ def wrong_scales(
         return Diagnosis("scale", f"scale: {np.count_nonzero(gain == 0):,} of its scales are zero; {codes}")
     if stored.size > 1 and np.ptp(stored) == 0:
         return Diagnosis("scale", f"scale: all its scales are one value, {stored.flat[0]:.3g}; {codes}")
-    wrong = np.argwhere(np.abs(gain / np.median(gain) - 1) > _WRONG_SCALE)
+    wrong = np.argwhere(np.abs(gain - np.median(gain)) > _WRONG_SCALE * abs(np.median(gain)))
     if len(wrong) * 50 <= max(50, gain.size):
         return Diagnosis("scale", f"{_few_scales(wrong, gain)}; {codes}")
     if 1 not in right.shape:

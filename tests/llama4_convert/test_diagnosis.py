@@ -251,6 +251,21 @@ def test_how_a_tensor_came_to_be_wrong_is_told_by_the_names_of_its_file(
     assert re.search(words, found[0].cause), found[0].cause
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reference_with_nan_is_no_failure(value: float, opened: Callable[..., Pair]) -> None:
+    _, candidate, tensors = opened("odd")
+    for key in (O1, f"{LAYER}1.{NORM}", f"{LAYER}2.{DOWNS}", PATCHES):
+        strange = tensors[key].clone()
+        strange.view(-1)[3] = value
+        wrong = dataclasses.replace(candidate, readers=(Memory({**tensors, key: strange}),))
+        noisy = tensors[key] + 0.1 * torch.randn_like(tensors[key])
+        for one, other in (
+            (wrong, candidate),
+            (wrong, dataclasses.replace(candidate, readers=(Memory({**tensors, key: noisy}),))),
+        ):
+            assert {fault.tensor for fault in faults_of(one, other)} == {key}
+
+
 def test_q_k_and_v_cut_in_another_order(opened: Callable[..., Pair]) -> None:
     reference, candidate, tensors = opened("odd")
     q, k, v = (f"{LAYER}1.self_attn.{part}_proj.weight" for part in "qkv")
