@@ -161,9 +161,9 @@ def test_prefill_of_scout_by_hand() -> None:
 
 
 def test_what_is_derived_counts_where_it_is_more_than_the_allowance() -> None:
-    """A thousand rows of logits, and the keys and values that a piece of a prompt writes behind the chunk."""
+    """A thousand rows of logits, and the keys and values that two pieces of a prompt write behind the chunk."""
     asked = Case(SCOUT, Weights(), None, find_gpu("h100-80gb"), sequences=1024)
-    written = 36 * 2048 * 4096
+    written = 36 * 2 * 2048 * 4096
     assert memory(asked, "vllm").activations == prefill_bytes(SCOUT, 2048, 1024, 1) + written > 2 * GIB
     assert memory(asked, "vllm-no-hybrid-cache").activations == prefill_bytes(SCOUT, 2048, 1024, 1)
     assert memory(replace(asked, sequences=1), "vllm").activations == 2 * GIB
