@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from llama4_convert import report
+from llama4_convert import report, validation_report
 from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path, show
 from llama4_convert.errors import CheckFailed, UsageError
 
@@ -132,16 +132,16 @@ def validate(
         write_report(result, html)
         report.say(f"{html} has the pictures")
     if not result["passed"]:
-        raise CheckFailed(f"{path} is not what {result['reference']} is: {report.validate_verdict(result)}")
+        raise CheckFailed(f"{path} is not what {result['reference']} is: {validation_report.validate_verdict(result)}")
 
 
 def _summary(result: dict[str, Any]) -> str:
     """The result in words, on a terminal within its width and with a verdict that is seen from afar."""
-    text = report.validate_summary(result)
+    text = validation_report.validate_summary(result)
     if not sys.stdout.isatty():
         return text
     verdict, color = ("PASSED", "green") if result["passed"] else ("FAILED", "red")
-    text = report.wrapped(text, shutil.get_terminal_size().columns)
+    text = validation_report.wrapped(text, shutil.get_terminal_size().columns)
     return click.style(verdict, fg=color, bold=True) + text.removeprefix(verdict)
 
 

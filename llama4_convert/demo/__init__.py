@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import llama4_convert
 from llama4_convert import convert, generate, verify
 from llama4_convert.errors import CheckFailed, from_os_error
-from llama4_convert.report import validate_verdict
+from llama4_convert.validation_report import validate_verdict
 
 if TYPE_CHECKING:
     from PIL.Image import Image

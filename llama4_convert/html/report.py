@@ -21,7 +21,8 @@ from llama4_convert.errors import from_os_error
 from llama4_convert.html.color_ramp import ramp
 from llama4_convert.html.figures import fault_map, sections
 from llama4_convert.html.untrusted import as_count, as_dict, as_dicts, as_list, as_number, as_share, printable
-from llama4_convert.report import count_of_faults, counted, differ, grouped_faults, number, validate_headline
+from llama4_convert.report import counted, differ, number
+from llama4_convert.validation_report import count_of_faults, grouped_faults, validate_headline
 from llama4_convert.writer import write_small
 
 _OPEN, _LISTED = 10, 50  # faults of a kind: shown at once, and shown at all

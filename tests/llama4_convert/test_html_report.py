@@ -25,7 +25,8 @@ from llama4_convert.html.charts import Limit, Series
 from llama4_convert.html.color_ramp import ramp
 from llama4_convert.html.report import render, write_report
 from llama4_convert.html.untrusted import printable
-from llama4_convert.report import number, validate_summary, wrapped
+from llama4_convert.report import number
+from llama4_convert.validation_report import validate_summary, wrapped
 
 COMMAND = "llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --tokens 256"
 GATES = {"top1_agreement": 0.9, "kl_mean": 5e-3, "kl_p999": 0.5, "nmse": 1e-2}
