@@ -1,12 +1,12 @@
 """What right conversions measure: the numbers that `validate`'s limits were derived from (docs/validate.md).
 
-    python benchmarks/gates.py [--tokens 512] [--seeds 5] [--wide] [--json FILE]
+    python benchmarks/gates.py [--tokens 512] [--seeds 5] [--models trained random wide] [--json FILE]
 
 Of the small trained model that ships with us (random tokens, and text that it was not trained on) and of random ones of each
 family: a plain conversion with Transformers as the runner, in every dtype, where all that can differ is rounding; and a
-conversion by each recipe in our reference. `--wide` adds two layers of Scout's real width and one of each kind of Maverick's
-(8 GB of disk, a quarter of an hour). Prints the worst of each metric, the largest local error of a layer, and the root mean
-square of the logits' error.
+conversion by each recipe in our reference. `wide`, which is not run unless it is named: two layers of Scout's real width and one
+of each kind of Maverick's (8 GB of disk, a quarter of an hour). Prints the worst of each metric, the largest local error of a
+layer, and the root mean square of the logits' error.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from llama4_convert import convert, synth, validate
 from llama4_convert.parity.gates import AT_LEAST, DTYPES, GATE_NAMES
 
 RECIPES = ("fp8", "int4", "nf4")
+MODELS = ("trained", "random", "wide")
 WIDE: dict[str, dict[str, Any]] = {
     "scout": {"layers": 2, "experts": 4, "vocab": 8192},
     "maverick": {"layers": 2, "experts": 4, "vocab": 8192},
@@ -64,16 +65,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--tokens", type=int, default=512)
     options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--wide", action="store_true")
+    options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:2])
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
     rows: list[dict[str, Any]] = []
     trained = Path(str(resources.files("llama4_convert.demo") / "model"))
     sources: list[tuple[str, str, dict[str, Any]]] = [("trained", "", {})]
     sources += [("random", geometry, {"tiny": True}) for geometry in ("scout", "maverick", "guard")]
-    if chosen.wide:
-        sources += [("wide", geometry, sizes) for geometry, sizes in WIDE.items()]
+    sources += [("wide", geometry, sizes) for geometry, sizes in WIDE.items()]
     for name, geometry, sizes in sources:
+        if name not in chosen.models:
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             if geometry:
