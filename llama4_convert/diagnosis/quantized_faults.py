@@ -6,6 +6,7 @@ What a whole matrix may lose hides wrong scales and single wrong codes: `suspici
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ _LARGEST_RATIO, _SMALLEST_RATIO = 1.3, 0.4
 _HALF_STEP = 0.6
 _E4M3_MANTISSA, _LEAST_EXPONENT = 3, -6
 _NF4_ROUNDING = 0.01  # of the largest weight of a block; levels lie 0.08 to 0.3 apart
+_NF4_CELLS = 256  # of [-1, 1], ten or more between two levels
 _FP8_BLOCK = 128
 _CODES = 8  # of int4 in a word
 # Middle error of codes as parts of their scale: who rounds errs to either side, so that it is near 0.
@@ -107,14 +109,26 @@ def _wrong_fp8_codes(a: Floats, b: Floats, scale: Floats) -> Array:
 
 def _wrong_nf4_codes(a: Floats, b: Floats, scale: Floats) -> Array:
     """Of blocks [n, size]. A code belongs to its block's largest weight, not to its scale, which is quantized in turn."""
-    from quant.schemes.nf4 import NF4
-
+    low, high = _nf4_limits()
     top = np.abs(a).max(1, keepdims=True)
     known = (top > 0) & (scale > 0)
     weights, read = a / np.where(known, top, 1), b / np.where(known, scale, 1)
-    codes, nearest = (NF4[np.searchsorted((NF4[1:] + NF4[:-1]) / 2, part)] for part in (read, weights))
-    wrong: Array = known & (np.abs(weights - codes) > np.abs(weights - nearest) + _NF4_ROUNDING)
+    with np.errstate(invalid="ignore"):
+        cell = np.clip((read + 1) * (_NF4_CELLS / 2), 0, _NF4_CELLS - 1).astype(np.uint8)
+    wrong: Array = known & ((weights < low[cell]) | (weights > high[cell]))
     return wrong
+
+
+@cache
+def _nf4_limits() -> tuple[Floats, Floats]:
+    """Between what weights the level nearest to each cell of [-1, 1] is right, with half the rounding to either side."""
+    from quant.schemes.nf4 import NF4
+
+    middles = (NF4[1:] + NF4[:-1]) / 2
+    level = np.searchsorted(middles, (np.arange(_NF4_CELLS) + 0.5) / (_NF4_CELLS / 2) - 1)
+    low = np.concatenate([[-np.inf], middles - _NF4_ROUNDING / 2]).astype(np.float32)
+    high = np.concatenate([middles + _NF4_ROUNDING / 2, [np.inf]]).astype(np.float32)
+    return low[level], high[level]
 
 
 def _in_bands(wrong: Callable[[Floats, Floats, Floats], Array], a: Floats, b: Floats, scale: Floats) -> Array:

@@ -26,6 +26,7 @@ from llama4_convert.diagnosis.block_order import Axis
 from llama4_convert.diagnosis.rearranged import Move, Same
 from llama4_convert.reference import Checkpoint
 from llama4_convert.weight_check import WeightFault, compare_weights
+from quant.schemes.nf4 import NF4
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 EXACT = Same()
@@ -718,3 +719,14 @@ def test_sound_quantized_matrices_raise_no_suspicion(wide: Path, quantized: Call
                 parts,
             )
             assert told is None, (scheme, told)
+
+
+def test_limits_of_nf4_codes_are_those_of_the_nearest_level() -> None:
+    """Held against the search for the nearest level that they stand for."""
+    weights = np.random.default_rng(0).uniform(-1, 1, (500, 64)).astype(np.float32)
+    read = np.random.default_rng(1).choice(NF4, weights.shape).astype(np.float32)
+    scaled, middles = weights / np.abs(weights).max(1, keepdims=True), (NF4[1:] + NF4[:-1]) / 2
+    codes, nearest = (NF4[np.searchsorted(middles, part)] for part in (read, scaled))
+    wrong = np.abs(scaled - codes) > np.abs(scaled - nearest) + 0.01
+    assert 0 < wrong.sum() < wrong.size
+    assert np.array_equal(quantized_faults._wrong_nf4_codes(weights, read, np.ones((500, 1), np.float32)), wrong)
