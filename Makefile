@@ -30,7 +30,7 @@ fuzz: $(VENV)/ready-test
 audit: $(VENV)/ready-test
 	$(BIN)/python .ci/audit.py
 
-# Everything that README's figures come from, beside the peers: 40 GB of disk, allow an hour and a half on 2 cores.
+# Everything that README's figures come from, beside the peers: 40 GB of disk, allow two hours on 2 cores.
 bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/python benchmarks
 

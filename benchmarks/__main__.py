@@ -1,7 +1,7 @@
 """All of it: what README's figures come from. `make bench`, or `python benchmarks [--quick] [--only NAME ...] [--tables]`
 
 Writes benchmarks/results.json and the plots of docs/plots, and prints the tables of docs/benchmarks.md. Works within 40 GB of
-disk and removes what it made. About 35 minutes on 2 cores; `--quick` is a smoke run of everything at sizes that mean nothing, and
+disk and removes what it made. About two hours on 2 cores; `--quick` is a smoke run of everything at sizes that mean nothing, and
 writes nothing. Peers that are not installed are left out, and said so.
 """
 
