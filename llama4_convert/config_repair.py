@@ -17,7 +17,7 @@ from llama4.config_differences import differences
 from llama4_convert.checkpoints.pth import StoredTensor
 from llama4_convert.config import to_json
 from llama4_convert.dtypes import TORCH_NAMES
-from llama4_convert.errors import BadInput
+from llama4_convert.errors import BadInput, one_line
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SIZES = (
@@ -54,8 +54,8 @@ class Repair(NamedTuple):
     used: Any
 
     def sentence(self, base: str) -> str:
-        found = "is missing" if self.found is None else f"is {json.dumps(self.found):.80}"
-        return f"{self.field} {found}: repaired, it is {json.dumps(self.used):.80} now, by {base} or by the tensors"
+        found = "is missing" if self.found is None else f"is {one_line(json.dumps(self.found), 80)}"
+        return f"{self.field} {found}: repaired, by {base} or by the tensors, to {one_line(json.dumps(self.used), 160)}"
 
 
 def tensor_sizes(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
