@@ -244,9 +244,9 @@ from llama4_convert.tokenizer import tokenizer_files
 def peak():  # of this program alone: getrusage would start at the peak of the process that started it
     return int(re.search("VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1]) / 1024
 
-before, start = peak(), time.perf_counter()
+before, start = peak(), time.process_time()
 files = tokenizer_files(open(sys.argv[1], "rb").read(), variant="instruct", vision=True, max_length=1_048_576)
-seconds, megabytes = time.perf_counter() - start, peak() - before
+seconds, megabytes = time.process_time() - start, peak() - before
 digest = hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
 print(megabytes, seconds, digest, "torch" in sys.modules, "transformers" in sys.modules)
 """
@@ -259,7 +259,7 @@ def test_a_fresh_process_needs_little_and_writes_the_same_bytes(files: dict[str,
     command = [sys.executable, "-c", FRESH, str(MODEL)]
     out = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()
     assert 30 < float(out[0]) < 110  # MiB; about 80
-    assert float(out[1]) < 20  # about 3 s on a quiet machine
+    assert float(out[1]) < 20  # of the processor, about 3 s: of the clock a busy machine takes more
     assert out[2] == hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
     assert out[3:] == ["False", "False"]
 
