@@ -42,9 +42,8 @@ class Names:
         """Raises UsageError where nothing is called so, with the nearest names."""
         found = self._stored(wanted) or self._logical(wanted) or self._parts_of(wanted)
         if not found:
-            pattern = (
-                wanted if any(c in wanted for c in "*?[") else f"{wanted}.*"
-            )  # a layer, a block: all that is in it
+            # What is no pattern may be a layer or a block: all that is in it.
+            pattern = wanted if any(c in wanted for c in "*?[") else f"{wanted}.*"
             found = [one for name in fnmatch.filter(self.all, pattern) for one in self._stored(name)]
             found = found or [one for name in fnmatch.filter(self.logical, pattern) for one in self._logical(name)]
         if not found:
