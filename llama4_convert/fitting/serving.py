@@ -87,11 +87,10 @@ def _with_fp8_kv(case: Case, runtime: Runtime, largest: int) -> int | None:
 
 def _serving_notes(case: Case, runtime: Runtime) -> list[str]:
     notes = []
-    int4 = case.format in ("compressed-tensors-int4", "compressed-tensors-mixed")
     if case.format == "compressed-tensors-fp8" and not case.gpu.fp8 and runtime != "transformers":
         notes.append("this GPU has no FP8 units: weights are widened as they are used")
     if case.gpu.maker == "amd":
-        if int4 and runtime == "sglang":
+        if _has_int4(case) and runtime == "sglang":
             notes.append("whether its ROCm kernels take int4 experts is not known here")
         elif case.format == "bitsandbytes-nf4":
             notes.append("asks for a bitsandbytes that is built for ROCm")
@@ -138,6 +137,8 @@ def command(case: Case, runtime: Runtime, context: int) -> str:
             )
             ratio = math.ceil(chunked / (case.sequences * context) * 1e4) / 1e4
             parts.append(f"--swa-full-tokens-ratio {min(1.0, ratio):g}")
+        if _has_int4_experts(case):
+            parts.append("--moe-runner-backend triton")
         if has_fp8_kv(case, runtime):
             parts.append("--kv-cache-dtype fp8_e4m3")
         return " ".join([*parts, *([f"--tp {n}"] if n > 1 else [])])
@@ -147,6 +148,8 @@ def command(case: Case, runtime: Runtime, context: int) -> str:
     parts.append(f"--gpu-memory-utilization {_floor3(case.usable / gpu.nbytes)}")
     parts.append(f"--max-num-batched-tokens {vllm_piece(case)}")
     parts.append(f"--max-num-seqs {batch(case)}")
+    if _has_int4_experts(case):
+        parts.append("--moe-backend triton")
     if has_fp8_kv(case, runtime):
         parts.append("--kv-cache-dtype fp8")
     if runtime == "vllm-no-hybrid-cache":
@@ -155,6 +158,15 @@ def command(case: Case, runtime: Runtime, context: int) -> str:
         # Off by default for chunked attention in some versions.
         parts.insert(0, "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=1")
     return " ".join(parts)
+
+
+def _has_int4(case: Case) -> bool:
+    return case.format in ("compressed-tensors-int4", "compressed-tensors-mixed")
+
+
+def _has_int4_experts(case: Case) -> bool:
+    """Whether a command must name Triton's kernels: others apply the router's score elsewhere than on an expert's input."""
+    return _has_int4(case) and bool(case.geometry.moe_layers)
 
 
 def _floor3(fraction: float) -> str:

@@ -214,18 +214,33 @@ def test_commands() -> None:
     result = verdict(60.4, INT4, context=131072, directory="my scout")
     assert runtime(result, "vllm")["command"] == (
         "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=1 vllm serve 'my scout' --max-model-len 131072"
-        " --gpu-memory-utilization 0.929 --max-num-batched-tokens 2048 --max-num-seqs 16"
+        " --gpu-memory-utilization 0.929 --max-num-batched-tokens 2048 --max-num-seqs 16 --moe-backend triton"
     )
     # 16,384 of 131,072 tokens in chunked layers, and the share of the GPU that weights and cache may take.
     assert runtime(result, "sglang")["command"] == (
         "python -m sglang.launch_server --model-path 'my scout' --context-length 131072 --mem-fraction-static 0.915"
         " --chunked-prefill-size 8192 --max-running-requests 16 --swa-full-tokens-ratio 0.125"
+        " --moe-runner-backend triton"
     )
     without = runtime(verdict(60.4, INT4, context=8192), "vllm-no-hybrid-cache")["command"]
     assert without.startswith("vllm serve DIR --max-model-len 8192 ")
     assert without.endswith("--disable-hybrid-kv-cache-manager")
     load = runtime(verdict(68.8, NF4, directory="my scout"), "transformers")["command"]
     assert 'AutoModelForImageTextToText.from_pretrained("my scout"' in load
+
+
+@pytest.mark.parametrize(
+    ("format", "g", "is_named"),
+    [(INT4, SCOUT, True), (MIXED, SCOUT, True), (INT4, GUARD, False), (FP8, SCOUT, False), (None, SCOUT, False)],
+    ids=["int4", "mixed", "no-experts", "fp8", "bf16"],
+)
+def test_commands_name_tritons_kernels_for_int4_experts(format: str | None, g: Geometry, is_named: bool) -> None:
+    result = verdict(20, format, g, max_context=8192)
+    for name in ("vllm", "vllm-no-hybrid-cache"):
+        assert ("--moe-backend triton" in runtime(result, name)["command"]) == is_named
+    if format != MIXED:  # which SGLang does not load
+        assert ("--moe-runner-backend triton" in runtime(result, "sglang")["command"]) == is_named
+    assert "triton" not in runtime(result, "transformers")["command"]
 
 
 def test_text_only_and_dense_models() -> None:
