@@ -131,7 +131,11 @@ def test_the_sources_fingerprints_are_on_the_card(made: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "words", "no"),
-    [("int4", "vllm serve", "bitsandbytes"), ("nf4", "pip install bitsandbytes", "vllm serve")],
+    [
+        ("int4", "vllm serve MODEL --max-model-len 32768 --moe-backend triton\n", "bitsandbytes"),
+        ("fp8", "vllm serve MODEL --max-model-len 32768\n", "triton"),
+        ("nf4", "pip install bitsandbytes", "vllm serve"),
+    ],
 )
 def test_what_loads_it(recipe: str, words: str, no: str, meta: Path, tmp_path: Path) -> None:
     convert(meta, tmp_path / "out", recipe=recipe)
