@@ -115,10 +115,14 @@ def test_bitsandbytes_bit_for_bit(block: int, kind: str, in_out: bool) -> None:
     plain = quantized(bits, block, False, in_out)
     np.testing.assert_array_equal(plain.packed, codes.numpy())
     np.testing.assert_array_equal(plain.absmax, state.absmax.numpy())
-    whole = bnb().dequantize_4bit(codes, state)
-    np.testing.assert_array_equal(
-        read(plain, bits.shape, block), whole.view(pytest.importorskip("torch").uint16).numpy()
-    )
+    ours = read(plain, bits.shape, block)
+    theirs = bnb().dequantize_4bit(codes, state).view(pytest.importorskip("torch").uint16).numpy()
+    # On processors with avx512_bf16 bitsandbytes rounds what is below the least normal number to zero, on others it does
+    # not. Its float32 is the same on all.
+    normal = (theirs & 0x7F80) != 0
+    np.testing.assert_array_equal(ours[normal], theirs[normal])
+    state.dtype = pytest.importorskip("torch").float32
+    np.testing.assert_array_equal(ours, bf16(bnb().dequantize_4bit(codes, state).numpy()))
 
 
 @pytest.mark.parametrize("kind", ["awkward", "gaussian", "t5"])
