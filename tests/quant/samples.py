@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
+
+from quant.schemes.nf4 import dynamic_map
 
 
 def bf16(values: Any) -> np.ndarray:
@@ -26,3 +29,10 @@ def weights(kind: str, outputs: int, inputs: int, seed: int = 0, *, span: int = 
         "any": lambda: random.standard_normal((outputs, inputs)) * 10.0 ** random.integers(-span, span, (outputs, 1)),
     }
     return bf16(drawn[kind]())
+
+
+def bitsandbytes() -> Any:
+    """Its functions, with a map for nested scales that was rounded as on nearly all processors: see `test_nf4`."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="pip install --no-deps bitsandbytes==0.50.2")
+    functional.name2qmap["dynamic"] = pytest.importorskip("torch").tensor(dynamic_map())
+    return functional

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import samples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ def raw(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("block", [64, 256])
 def test_names_types_shapes_and_bytes_are_those_of_bitsandbytes(block: int, double: bool) -> None:
-    bnb = pytest.importorskip("bitsandbytes.functional", reason="pip install --no-deps bitsandbytes==0.50.2")
+    bnb = samples.bitsandbytes()
     torch = pytest.importorskip("torch")
     bits = weights(96, 512)
     x = torch.from_numpy(bits).view(torch.bfloat16)
@@ -86,7 +87,7 @@ def test_bitsandbytes_reads_what_is_stored(double: bool) -> None:
 
 
 def test_what_bitsandbytes_stored_can_be_read() -> None:
-    bnb = pytest.importorskip("bitsandbytes.functional", reason="pip install --no-deps bitsandbytes==0.50.2")
+    bnb = samples.bitsandbytes()
     torch = pytest.importorskip("torch")
     bits = weights(96, 512)
     x = torch.from_numpy(bits).view(torch.bfloat16)

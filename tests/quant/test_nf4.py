@@ -93,7 +93,7 @@ def near_codes(scales: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarra
 
 
 def bnb() -> Any:
-    return pytest.importorskip("bitsandbytes.functional", reason="pip install --no-deps bitsandbytes==0.50.2")
+    return samples.bitsandbytes()
 
 
 def tensor(bits: np.ndarray) -> Any:
@@ -102,7 +102,9 @@ def tensor(bits: np.ndarray) -> Any:
 
 
 def test_the_maps_are_those_of_bitsandbytes() -> None:
-    np.testing.assert_array_equal(dynamic_map(), bnb().create_dynamic_map().numpy())
+    """torch.linspace, of which it makes its map, rounds twice on processors without a fused multiply-add, and so errs."""
+    np.testing.assert_allclose(dynamic_map(), bnb().create_dynamic_map().numpy(), rtol=2**-22, atol=0)
+    assert zlib.crc32(dynamic_map().tobytes()) == 0x1B137AEB  # of bitsandbytes' where it rounds once
     np.testing.assert_array_equal(NF4, bnb().get_4bit_type("nf4", device="cpu").numpy())
 
 
