@@ -16,6 +16,7 @@ test: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(TESTS)
 
 # All of tests/torture, of which `make test` runs a share: a kill at every change of the disk, 100,000 damaged files.
@@ -24,7 +25,7 @@ torture: $(VENV)/ready-test
 
 # The readers under a coverage-guided fuzzer, ten minutes; what it finds is left as crash-*.
 fuzz: $(VENV)/ready-test
-	$(BIN)/python tests/torture/fuzz.py -max_total_time=600 $(VENV)/fuzz-corpus
+	$(BIN)/python -m tests.torture.fuzz -max_total_time=600 $(VENV)/fuzz-corpus
 
 # Are there known vulnerabilities in what is installed? Says so where the database cannot be reached.
 audit: $(VENV)/ready-test

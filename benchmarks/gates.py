@@ -23,7 +23,7 @@ from typing import Any
 from recipes import prompts
 
 from llama4_convert import convert, synth, validate
-from llama4_convert.parity.gates import AT_LEAST, DTYPES, GATE_NAMES
+from llama4_convert.validation.parity.gates import AT_LEAST, DTYPES, GATE_NAMES
 
 RECIPES = ("fp8", "int4", "nf4")
 MODELS = ("trained", "random", "wide")
@@ -69,7 +69,7 @@ def main() -> None:
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
     rows: list[dict[str, Any]] = []
-    trained = Path(str(resources.files("llama4_convert.demo") / "model"))
+    trained = Path(str(resources.files("llama4_convert.samples") / "demo_model"))
     sources: list[tuple[str, str, dict[str, Any]]] = [("trained", "", {})]
     sources += [("random", geometry, {"tiny": True}) for geometry in ("scout", "maverick", "guard")]
     sources += [("wide", geometry, sizes) for geometry, sizes in WIDE.items()]

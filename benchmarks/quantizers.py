@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama4_convert.reference import Checkpoint
+from llama4_convert.reference.checkpoint import Checkpoint
 from quant.formats.compressed_tensors import unpack_int4
 from quant.schemes.fp8 import Fp8
 from quant.schemes.int4 import Int4
@@ -407,7 +407,7 @@ def matrices() -> dict[str, torch.Tensor]:
         "t5": np.random.default_rng(1).standard_t(5, SHAPE).astype(np.float32),
     }
     found = {name: torch.from_numpy(values / 32).bfloat16() for name, values in drawn.items()}
-    checkpoint = Checkpoint.open(Path(str(resources.files("llama4_convert.demo") / "model")))
+    checkpoint = Checkpoint.open(Path(str(resources.files("llama4_convert.samples") / "demo_model")))
     expert = next(tensor for tensor in checkpoint.logical_tensors() if tensor.name == EXPERT)
     found["trained"] = torch.from_numpy(np.array(expert.load(None), order="C")).view(torch.bfloat16)
     return found

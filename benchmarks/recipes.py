@@ -15,8 +15,8 @@ from importlib import resources
 from pathlib import Path
 
 from llama4_convert import convert, validate
-from llama4_convert.demo.train import HELD_OUT
-from llama4_convert.text import TextTokenizer
+from llama4_convert.reference.tokenization import TextTokenizer
+from llama4_convert.samples.train_demo import HELD_OUT
 from quant.recipe import built_in
 
 LENGTH = 384  # tokens a prompt: several chunks of the model's 128
@@ -35,7 +35,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
-    model = Path(str(resources.files("llama4_convert.demo") / "model"))
+    model = Path(str(resources.files("llama4_convert.samples") / "demo_model"))
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -18,7 +18,7 @@ import torch
 from measuring import spread, told
 
 from llama4.loading import DictWeights
-from llama4.moe import mixture
+from llama4.text import mixture
 
 
 def compare(tokens: list[int], dtypes: list[str], rounds: int, tiny: bool = False) -> list[dict[str, Any]]:

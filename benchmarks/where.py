@@ -19,8 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llama4_convert import convert, matrix_encoding, meta_conversion, synth, writer
-from llama4_convert.source import Source
+from llama4_convert import convert, synth
+from llama4_convert.conversion import from_meta
+from llama4_convert.streaming import encode, writer
+from llama4_convert.streaming.source import Source
 
 BUSY: Counter[str] = Counter()
 
@@ -64,10 +66,10 @@ def main() -> None:
         source = Path(folder) / "meta"
         size = synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8)["bytes"]
         os.sync()
-        timed(meta_conversion.MetaJob, "__init__", "planning")
+        timed(from_meta.MetaJob, "__init__", "planning")
         timed(Source, "read", "reading threads: read")
         timed(Source, "check", "reading threads: CRC-32")
-        timed(matrix_encoding.MatrixEncoder, "_encode", "main thread: encode, or wait for the next matrix")
+        timed(encode.MatrixEncoder, "_encode", "main thread: encode, or wait for the next matrix")
         timed(writer.Buffers, "take", "main thread: wait for a buffer")
         timed(writer.FileWriter, "_write", "disk thread: write")
         timed(writer.FileWriter, "commit", "main thread: wait for the end of a file")

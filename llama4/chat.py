@@ -42,7 +42,7 @@ _IMAGE_TOKENS = (
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; `llama4_convert.text.TextTokenizer` is one."""
+    """What is needed of a tokenizer; `llama4_convert.reference.tokenization.TextTokenizer` is one."""
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """The ids of `text` and no others. Whether text that spells a special token becomes it is `allow_special`."""

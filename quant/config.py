@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from quant.recipe import FAMILIES, Scheme
+from quant.recipe import FAMILIES, Recipe, Scheme
 
 
 class Module(NamedTuple):
@@ -100,3 +100,20 @@ def patterns(members: Iterable[Module], modules: Sequence[Module]) -> Iterable[s
 
 def _either(numbers: Iterable[int]) -> str:
     return "(" + "|".join(str(n) for n in sorted(numbers)) + ")"
+
+
+def storage_format(kinds: Collection[str]) -> str | None:
+    """How runtimes know what matrices of these schemes are stored in; None where nothing is quantized."""
+    if not kinds:
+        return None
+    if set(kinds) == {"nf4"}:
+        return "bitsandbytes-nf4"
+    return f"compressed-tensors-{'mixed' if len(kinds) > 1 else next(iter(kinds))}"
+
+
+def parted_group(recipe: Recipe) -> int | None:
+    """Inputs that share a scale and must stay on one GPU: int4's groups, FP8's blocks; None where there are none."""
+    schemes = [rule.scheme for rule in recipe.rules if rule.scheme]
+    groups = [s.group_size for s in schemes if s.kind == "int4"]
+    groups += [128 for s in schemes if s.kind == "fp8" and s.granularity == "block"]
+    return max(groups, default=None)

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "llama4_convert"))  # comm
 torchvision_home = Path(sys.prefix) / "torchvision"
 if torchvision_home.is_dir():
     sys.path.append(str(torchvision_home))
-    import torchvision_shim
+    from tests.support import torchvision_shim
 
     torchvision_shim.install()
 
@@ -44,8 +44,9 @@ def meta_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., M
 
     Read only: whoever wants to damage a checkpoint copies it first.
     """
-    import meta_model
     import torch
+
+    from tests.support import meta_model
 
     @functools.cache
     def model_of(geometry: str, dtype: torch.dtype) -> Any:

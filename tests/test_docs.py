@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import commands
 import pytest
 
-from llama4_convert import cli, convert, synth, validate
+from llama4_convert import convert, synth, validate
+from llama4_convert.commands import cli
+from tests.support import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -205,7 +206,7 @@ def test_the_transcript_of_the_demo(
 
     said = "\n".join(line for line in outcome.err.splitlines() if not line.startswith("warning: "))
     assert without_figures(said) == without_figures(transcript)
-    fields = tomllib.loads((ROOT / "llama4_convert" / "json_fields.toml").read_text())["demo"]
+    fields = tomllib.loads((ROOT / "llama4_convert" / "commands" / "json_fields.toml").read_text())["demo"]
     assert fields.keys() == outcome.json.keys()
 
 
@@ -276,21 +277,21 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name}: {target}"
 
 
-def test_the_rooms_have_every_module_and_no_other() -> None:
+def test_the_design_lists_every_folder_and_no_other() -> None:
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    rooms = text.partition("## Rooms\n\n```\n")[2].partition("\ntests/")[0]
-    told, room = set[str](), ""
-    for line in rooms.splitlines():
-        room = room if line.startswith(" ") else line.partition("/")[0]
-        for folder, names in re.findall(r"(?<!\S)((?:\w+/)?)(\w+|\{[\w,]+\})\.py", line):
-            told |= {f"{room}/{folder}{name}.py" for name in names.strip("{}").split(",")}
-    there = {
-        path.relative_to(ROOT).as_posix()
+    house = text.partition("## The house\n\n```\n")[2].partition("\ntests/")[0]
+    listed, above = set[str](), [""] * 4
+    for indent, name in re.findall(r"^( *)(\w+)/ ", house, re.MULTILINE):
+        depth = len(indent) // 2
+        above[depth] = name
+        listed.add("/".join(above[: depth + 1]))
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
         for room in ("mappings", "llama4", "quant", "llama4_convert")
-        for path in (ROOT / room).rglob("[!_]*.py")
-        if path.parent.name not in ("commands", "demo")  # these are told of as folders
+        for pattern in ("__init__.py", "*.toml")
+        for path in (ROOT / room).rglob(pattern)
     }
-    assert told == there
+    assert listed == folders
 
 
 def test_a_wrong_example_is_noticed() -> None:

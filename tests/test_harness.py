@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import meta_model
-import oracle
 import pytest
 import torch
 from llama_models.checkpoint import convert_moe_weights, reshard_mp
@@ -26,6 +24,8 @@ from transformers import (
     Llama4TextConfig,
     Llama4VisionConfig,
 )
+
+from tests.support import meta_model, oracle
 
 Checkpoint = Callable[..., Any]
 GEOMETRIES = list(meta_model.GEOMETRIES)

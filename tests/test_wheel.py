@@ -26,7 +26,7 @@ def test_the_wheel_works_from_any_directory(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    program = "import sys; sys.argv[0] = 'llama4-convert'; from llama4_convert.cli import main; main()"
+    program = "import sys; sys.argv[0] = 'llama4-convert'; from llama4_convert.commands.cli import main; main()"
     run = subprocess.run(
         [sys.executable, "-c", program, "demo", "out"],
         cwd=tmp_path,

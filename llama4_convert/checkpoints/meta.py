@@ -16,9 +16,10 @@ from typing import Any
 
 from llama4.geometry import Geometry, GeometryError
 from llama4_convert.checkpoints.meta_quantized import QuantizedRecord, with_scales
-from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor
-from llama4_convert.checkpoints.small_files import read_small
+from llama4_convert.checkpoints.pth import PthIndex
+from llama4_convert.checkpoints.tensors import Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.files import read_small
 
 _RANK_FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
 _MANIFEST = "llama4-convert.json"

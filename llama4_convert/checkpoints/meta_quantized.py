@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.checkpoints.pth import PthIndex, Record, StoredTensor, contiguous
+from llama4_convert.checkpoints.pth import PthIndex
+from llama4_convert.checkpoints.tensors import Record, StoredTensor, contiguous
 from llama4_convert.errors import BadInput
 from quant.encoding import Bits
 from quant.formats.meta import FORMATS, MetaFormat, scale_key

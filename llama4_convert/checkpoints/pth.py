@@ -13,75 +13,20 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-from llama4_convert.checkpoints.inert_pickle import Opaque, RefusedPickle, Storage, TensorView, read_state_dict
-from llama4_convert.errors import BadInput, from_os_error
+from isal.isal_zlib import crc32
 
-ITEM_SIZES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "U8": 1,
-    "I8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-}
+from llama4_convert.checkpoints.inert_pickle import Opaque, RefusedPickle, Storage, TensorView, read_state_dict
+from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor
+from llama4_convert.errors import BadInput, from_os_error
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 # Scout's pickle has some 200 KB; anything near this limit is no state dict of a Llama 4.
 _PICKLE_LIMIT = 64 << 20
-
-
-@dataclass(frozen=True)
-class Record:
-    """A zip record: where its bytes lie in the file, and the CRC-32 that the directory promises for them (None: no promise)."""
-
-    name: str
-    offset: int
-    size: int
-    crc: int | None
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a checkpoint file. `offset` and `strides` count elements, `offset` from the start of the record."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    record: Record
-
-    @property
-    def itemsize(self) -> int:
-        return ITEM_SIZES[self.dtype]
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def is_whole_record(self) -> bool:
-        """Whether the tensor is contiguous and fills its record, as torch.save writes what was not a view."""
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-        return self.offset == 0 and self.numel * self.itemsize == self.record.size
-
-
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor of this shape whose elements lie one behind the other."""
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+_READ_BYTES = 1 << 20  # stays in the processor's cache between reading and checking
 
 
 @dataclass(frozen=True)
@@ -104,6 +49,46 @@ class PthIndex:
                 return _read(path, file.fileno(), os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise from_os_error(error, f"reading {path.name}") from error
+
+
+class DamagedRecord(BadInput):
+    """The bytes of a record do not match the CRC of its archive. `path` is the archive's, `record` the record's name."""
+
+    def __init__(self, index: PthIndex, record: Record) -> None:
+        keys = [key for key, tensor in index.tensors.items() if tensor.record.name == record.name]
+        super().__init__(
+            f"{index.path.name}: {keys[0] if keys else record.name} is damaged (its bytes do not match the archive's CRC):"
+            " download the file again"
+        )
+        self.path, self.record = index.path, record.name
+
+
+def check_records(index: PthIndex, records: Iterable[Record], progress: Callable[[int], None]) -> None:
+    """Read records only to compare their CRCs; `progress` counts bytes.
+
+    Raises DamagedRecord, BadInput (the file ends early) or EnvironmentFailed (it cannot be read).
+    """
+    buffer = memoryview(bytearray(_READ_BYTES))
+    try:
+        with open(index.path, "rb", buffering=0) as file:
+            for record in records:
+                file.seek(record.offset)
+                left, crc = record.size, 0
+                while left:
+                    n = file.readinto(buffer[: min(left, _READ_BYTES)])
+                    if not n:
+                        raise BadInput(truncated(index.path))
+                    left, crc = left - n, crc32(buffer[:n], crc)
+                    progress(n)
+                if record.crc is not None and crc != record.crc:
+                    raise DamagedRecord(index, record)
+    except OSError as error:
+        raise from_os_error(error, f"reading {index.path.name}") from error
+
+
+def truncated(path: Path) -> str:
+    """What to say of a file that ends before a record that its directory lists."""
+    return f"{path.name} ends in the middle of a tensor: it changed or is truncated"
 
 
 def _read(path: Path, fd: int, file_size: int) -> PthIndex:

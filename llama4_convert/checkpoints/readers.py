@@ -11,7 +11,8 @@ import numpy as np
 from llama4.weights import Bits
 from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
 from llama4_convert.checkpoints.pth import PthIndex
-from llama4_convert.checkpoints.transformers import ITEM_SIZES, TransformersCheckpoint
+from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

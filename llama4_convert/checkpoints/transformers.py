@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.small_files import is_file_name, read_small
-from llama4_convert.errors import BadInput, UsageError, from_os_error
+from llama4_convert.checkpoints.safetensors_header import SafeTensor, read_header
+from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, contiguous
+from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.files import is_file_name, json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_HEADER_LIMIT = 100_000_000  # the bound that the safetensors library sets itself
-_WIDTHS = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "BF16 F16 I16 U16", 1: "F8_E4M3 F8_E5M2 I8 U8 BOOL"}
-ITEM_SIZES = {dtype: size for size, dtypes in _WIDTHS.items() for dtype in dtypes.split()}
-
-
-@dataclass(frozen=True)
-class SafeTensor:
-    """A tensor of a safetensors file: `offset` is its first byte, counted from the beginning of the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -67,60 +54,79 @@ class TransformersCheckpoint:
         return TransformersCheckpoint(path, config, tuple(path / name for name in names), tensors)
 
 
-def read_header(path: Path) -> dict[str, SafeTensor]:
-    """The tensors of one safetensors file. Strict: no duplicate names, no holes, no overlaps, nothing behind the end."""
-    if not path.is_file():
-        raise BadInput(f"{path.name} is missing: convert again, or download it again")
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-                raise BadInput(f"{path.name} is no safetensors file, or it is cut off: {size:,} bytes")
-            raw = file.read(length)
-    except OSError as error:
-        raise from_os_error(error, f"reading {path.name}") from error
-    try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-        tensors = {key: _tensor(path, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path.name} has a damaged header: {error}") from error
-    end = 8 + length
-    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if tensor.offset != end:
-            raise BadInput(f"{path.name} has a damaged header: {key} does not begin where the tensor before it ends")
-        end += tensor.nbytes
-    if end != size:
-        raise BadInput(f"{path.name} has {size:,} bytes and its header promises {end:,}: it is cut off or damaged")
-    return tensors
+_SAMPLE = 4096  # bytes
 
 
-def _tensor(path: Path, entry: Mapping[str, Any], base: int) -> SafeTensor:
-    (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-        raise ValueError("a size that is no natural number")
-    numel = 1
-    for n in shape:
-        numel *= n
-        if numel > 2**62:
-            raise ValueError("a size beyond any disk")
-    if numel * ITEM_SIZES[entry["dtype"]] != end - begin:
-        raise ValueError("a shape that does not fill its bytes")
-    return SafeTensor(path, entry["dtype"], shape, base + begin, end - begin)
+@dataclass(frozen=True)
+class SafetensorsIndex:
+    """One file: its tensors, each in a record of its own. safetensors has no checksums, so a record has none either."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    records: tuple[Record, ...]
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
+@dataclass(frozen=True)
+class SafetensorsSource:
+    path: Path
+    config: Mapping[str, Any]
+    ranks: tuple[SafetensorsIndex, ...]
 
+    @staticmethod
+    def open(path: Path) -> SafetensorsSource:
+        """Read config.json, the index and every header. Raises UsageError, BadInput or EnvironmentFailed."""
+        checkpoint = TransformersCheckpoint.open(path)
+        kind = checkpoint.config.get("model_type")
+        if kind not in (None, "llama4", "llama4_text"):
+            raise BadInput(f"config.json: model_type is {kind!r:.40}: this is no Llama 4")
+        files = []
+        for file in checkpoint.files:
+            tensors = {
+                key: StoredTensor(t.dtype, t.shape, contiguous(t.shape), 0, Record(key, t.offset, t.nbytes, None))
+                for key, t in checkpoint.tensors.items()
+                if t.file == file and t.dtype in ITEM_SIZES
+            }
+            files.append(SafetensorsIndex(file, tensors, tuple(t.record for t in tensors.values())))
+        return SafetensorsSource(path, checkpoint.config, tuple(files))
 
-def json_object(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(read_small(path))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path.name} is not valid JSON ({error})") from error
-    if not isinstance(body, dict):
-        raise BadInput(f"{path.name} holds no JSON object")
-    return body
+    @property
+    def archives(self) -> tuple[SafetensorsIndex, ...]:
+        """Every file of tensors: what a run opens."""
+        return self.ranks
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {key: tensor for index in self.ranks for key, tensor in index.tensors.items()}
+
+    def without_prefix(self, prefix: str) -> SafetensorsSource:
+        """The same with shorter keys."""
+        ranks = tuple(
+            replace(index, tensors={key.removeprefix(prefix): tensor for key, tensor in index.tensors.items()})
+            for index in self.ranks
+        )
+        return replace(self, ranks=ranks)
+
+    @property
+    def files(self) -> list[Path]:
+        return [index.path for index in self.ranks]
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 a file: of config.json, and of what each weights file says of itself and three samples of each tensor.
+
+        Not of all weights: reading hundreds of GB to recognize them would double the work. A manifest of ours in the source
+        has their digests and is taken in.
+        """
+        found = {}
+        for name in ("config.json", "llama4-convert.json"):
+            if (self.path / name).is_file():
+                found[name] = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+        for index in self.ranks:
+            told = [(k, t.dtype, t.shape, t.record) for k, t in index.tensors.items()]
+            digest = hashlib.sha256(repr((index.path.stat().st_size, told)).encode())
+            with open(index.path, "rb") as file:
+                for record in index.records:
+                    for start in (0, record.size // 2, max(0, record.size - _SAMPLE)):
+                        file.seek(record.offset + start)
+                        digest.update(file.read(min(_SAMPLE, record.size - start)))
+            found[index.path.name] = digest.hexdigest()
+        return found

@@ -1,1 +1,4 @@
-"""The commands, a file a kind. Heavy modules are imported inside of them, so that `--help` is quick."""
+"""The command line, a file a kind of command: options in, a function of the package called, its result printed.
+
+No other folder imports this one. Heavy modules are imported inside the commands, so that `--help` is quick. Begin with `cli.py`.
+"""

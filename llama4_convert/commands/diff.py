@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from llama4_convert import report
+from llama4_convert import formatting
+from llama4_convert.commands import terminal
 from llama4_convert.commands.options import Size, as_json, show
 from llama4_convert.errors import CheckFailed
 
@@ -41,7 +42,7 @@ def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
     """
     from llama4_convert import diff as run
 
-    with report.ProgressBar("diff", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("diff", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(a, b, max_memory=max_memory, start=bar.start, progress=bar.advance)
     show(result, as_json, lambda r: "\n".join(_lines(r)))
     if not result["equal"]:
@@ -52,7 +53,7 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
     said, different = r["config_differences"], r["different"]
     yield f"A        {r['a']}"
     yield f"B        {r['b']}"
-    yield f"config   {report.differ(len(said), 'field') if said else 'no field differs'}"
+    yield f"config   {formatting.differ(len(said), 'field') if said else 'no field differs'}"
     width = max((len(d["field"]) for d in said[:_SHOWN]), default=0)
     yield from _bounded(f"{d['field']:{width}}  {_short(d['a'])} in A, {_short(d['b'])} in B" for d in said)
     seen = f", {'B' if r['reference'] == 'a' else 'A'} as seen from {r['reference'].upper()}" if different else ""
@@ -69,11 +70,11 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
     for side in "ab":
         names = [name for name in r[f"only_in_{side}"] if name not in reasons]
         if names:
-            yield f"only in {side.upper()}: {report.counted(len(names), 'tensor')}"
+            yield f"only in {side.upper()}: {formatting.counted(len(names), 'tensor')}"
             yield from _bounded(names)
         whys = Counter(reasons[name] for name in r[f"only_in_{side}"] if name in reasons)
         for why, n in whys.items():
-            yield f"dropped  {report.counted(n, 'key')} only in {side.upper()}, no difference: {why}"
+            yield f"dropped  {formatting.counted(n, 'key')} only in {side.upper()}, no difference: {why}"
     yield "equal" if r["equal"] else "different"
 
 

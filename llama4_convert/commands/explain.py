@@ -9,7 +9,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from llama4_convert import report
+from llama4_convert import formatting
+from llama4_convert.commands import terminal
 from llama4_convert.commands.options import as_json, request_options, show
 from llama4_convert.errors import ConvertError
 
@@ -64,7 +65,7 @@ def explain(path: Path, tensor: str, everything: bool, as_json: bool, **options:
 
     result = run(path, tensor, **options)
     for text in result["warnings"]:
-        report.warn(text)
+        terminal.warn(text)
     show(result, as_json, lambda r: "\n".join(_lines(r, 1 << 62 if everything else _SHOWN)))
 
 
@@ -88,7 +89,7 @@ def _lines(r: dict[str, Any], most: int) -> Iterator[str]:
     if r["role"] == "output":
         yield f"op       {'; '.join(r['op'])}"
         yield (
-            f"made of  {report.counted(len(r['made_of']), 'piece')}"
+            f"made of  {formatting.counted(len(r['made_of']), 'piece')}"
             if r["made_of"]
             else "made of  nothing of the source"
         )
@@ -96,7 +97,7 @@ def _lines(r: dict[str, Any], most: int) -> Iterator[str]:
     elif r["goes_to"]:
         if r["replicated"]:
             yield "read     from the first rank: all have the same, which is checked"
-        yield f"goes to  {report.counted(len(r['goes_to']), 'tensor')}"
+        yield f"goes to  {formatting.counted(len(r['goes_to']), 'tensor')}"
         yield from _bounded(map(_destination, r["goes_to"]), most, 2)
     if r.get("came_from"):
         yield from _origin(r["came_from"])
@@ -113,7 +114,9 @@ def _place(place: dict[str, Any]) -> str:
     if place["bytes"] is None:
         return f"{place['file']}, no tensor"
     start, end = place["bytes"]
-    return f"{place['file']}  bytes {start}:{end}  {place['dtype']} {place['shape']}, {report.gigabytes(end - start)}"
+    return (
+        f"{place['file']}  bytes {start}:{end}  {place['dtype']} {place['shape']}, {formatting.gigabytes(end - start)}"
+    )
 
 
 def _listed(match: dict[str, Any]) -> str:
@@ -151,7 +154,7 @@ def _destination(to: dict[str, Any]) -> str:
     # Of each logical tensor once, however many ranks it comes from.
     boxes = dict.fromkeys(_box(piece["source_box"]) for piece in to["pieces"])
     first, *others = boxes
-    more = f" (and {report.counted(len(others), 'more part')})" if others else ""
+    more = f" (and {formatting.counted(len(others), 'more part')})" if others else ""
     return f"  {to['tensor']}  {_place(to)}\n    {first}{more}; {'; '.join(to['op'])}"
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from llama4_convert import report
+from llama4_convert import formatting, publishing
+from llama4_convert.commands import terminal
 from llama4_convert.commands.options import as_json, file_path, show
 from llama4_convert.errors import UsageError
 
@@ -49,7 +50,6 @@ def card(
       llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --json > parity.json
       llama4-convert card scout-int4 --validation parity.json --write
     """
-    from llama4_convert import card_file
 
     if (adopt or overwrite) and not write:
         raise UsageError("--adopt and --overwrite are for --write")
@@ -57,10 +57,10 @@ def card(
         raise UsageError("--adopt takes README.md as it is: leave the other options out")
     options: dict[str, Any] = {"validation": validation, "base_model": base_model}
     if write:
-        result = card_file.write_card(path, adopt=adopt, overwrite=overwrite, **options)
+        result = publishing.write_card(path, adopt=adopt, overwrite=overwrite, **options)
         show(result, as_json, lambda r: f"{path / r['file']}: {r['status']}")
         return
-    text = card_file.card(path, **options)
+    text = publishing.card(path, **options)
     show({"output": str(path), "card": text}, as_json, lambda r: r["card"].rstrip("\n"))
 
 
@@ -87,11 +87,10 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
       llama4-convert push scout-int4 me/Llama-4-Scout-int4 --dry-run
       llama4-convert push scout-int4 me/Llama-4-Scout-int4 --create --private
     """
-    from llama4_convert import pushing
 
-    told = pushing.outgoing(path, repository)
+    told = publishing.outgoing(path, repository)
     for text in told["warnings"]:
-        report.warn(text)
+        terminal.warn(text)
     if dry_run:
         show(told, as_json, _would_push)
         return
@@ -100,23 +99,23 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
             raise UsageError(
                 f"nothing was pushed to {repository}: there is no terminal to ask on. Add --yes to push, --dry-run to see what"
             )
-        report.say(_would_push(told))
+        terminal.say(_would_push(told))
         if not click.confirm("Upload?", err=True):
             raise UsageError("nothing was pushed: you said no")
-    with report.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
         quiet = not sys.stderr.isatty()
-        result = pushing.push(
+        result = publishing.push(
             path, repository, verify=not no_verify, quiet=quiet, start=bar.start, progress=bar.advance, **options
         )
     for text in result["warnings"][len(told["warnings"]) :]:
-        report.warn(text)
+        terminal.warn(text)
     show(result, as_json, lambda r: f"{r['url']}: {_size(r)}, on the Hub as the manifest says")
 
 
 def _size(told: dict[str, Any]) -> str:
-    return f"{len(told['files'])} files, {report.gigabytes(told['bytes'])}"
+    return f"{len(told['files'])} files, {formatting.gigabytes(told['bytes'])}"
 
 
 def _would_push(told: dict[str, Any]) -> str:
-    lines = [f"{report.gigabytes(file['size']):>12}  {file['file']}" for file in told["files"]]
+    lines = [f"{formatting.gigabytes(file['size']):>12}  {file['file']}" for file in told["files"]]
     return "\n".join([*lines, f"{_size(told)} to {told['repository']}"])

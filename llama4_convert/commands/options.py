@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from llama4_convert import report
+from llama4_convert import formatting
 from llama4_convert.errors import UsageError
 
 
@@ -24,7 +24,7 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         if isinstance(value, int):
             return value
         try:
-            return report.parse_size(value)
+            return formatting.parse_size(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
-from llama4_convert import report
+from llama4_convert import formatting
+from llama4_convert.commands import terminal
 from llama4_convert.commands.options import as_json, show
 from llama4_convert.errors import CheckFailed
+from llama4_convert.reports import summaries
 
 
 @click.command()
@@ -32,9 +34,9 @@ def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
       llama4-convert inspect scout-hf --stats
     """
     from llama4_convert import inspect as run
-    from llama4_convert.inspection_report import inspect_summary
+    from llama4_convert.reports.inspection import inspect_summary
 
-    with report.ProgressBar("inspect", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("inspect", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(path, stats=stats, start=bar.start, progress=bar.advance)
     show(result, as_json, lambda r: inspect_summary(r, tensors))
 
@@ -63,11 +65,11 @@ def verify(path: Path, as_json: bool, ids: Path | None) -> None:
     """
     from llama4_convert import verify as run
 
-    with report.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(path, ids=ids, start=bar.start, progress=bar.advance)
-    show(result, as_json, report.verify_summary)
+    show(result, as_json, summaries.verify_summary)
     if not result["ok"]:
         bad = [f["file"] for f in result["files"] if not f["ok"]]
         raise CheckFailed(
-            f"{path}: {report.differ(len(bad), 'file')} from what was promised, first {bad[0]}: {result['advice']}"
+            f"{path}: {formatting.differ(len(bad), 'file')} from what was promised, first {bad[0]}: {result['advice']}"
         )

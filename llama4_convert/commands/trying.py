@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from llama4_convert import report
+from llama4_convert.commands import terminal
 from llama4_convert.commands.options import SEED, as_json, file_path, print_out, show
+from llama4_convert.reports import summaries
 
 
 @click.command()
@@ -41,7 +42,7 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     result = run(path, say=(lambda text: None) if as_json else functools.partial(print_out, nl=False), **options)
     print_out(json.dumps(result) if as_json else "")
     if result["tokens"] and not result["text"]:
-        report.warn(f"the model wrote {len(result['tokens'])} tokens, none of which is text (random weights do that)")
+        terminal.warn(f"the model wrote {len(result['tokens'])} tokens, none of which is text (random weights do that)")
 
 
 @click.command()
@@ -78,9 +79,9 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
     """
     from llama4_convert import synth as run
 
-    with report.ProgressBar("synth", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("synth", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(target, start=bar.start, progress=bar.advance, **options)
-    show(result, as_json, lambda r: report.synth_summary(target, r))
+    show(result, as_json, lambda r: summaries.synth_summary(target, r))
 
 
 @click.command()
@@ -93,8 +94,8 @@ def demo(folder: Path, as_json: bool) -> None:
     Example:
       llama4-convert demo
     """
-    from llama4_convert.demo import demo as run
+    from llama4_convert.samples.demo import demo as run
 
-    result = run(folder, say=report.say if as_json else print_out, warn=report.warn)
+    result = run(folder, say=terminal.say if as_json else print_out, warn=terminal.warn)
     if as_json:
         print_out(json.dumps(result))

@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from llama4_convert import report, validation_report
+from llama4_convert.commands import terminal
 from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path, show
 from llama4_convert.errors import CheckFailed, UsageError
+from llama4_convert.reports import validation
 
 
 class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -102,11 +103,11 @@ def validate(
     \b
     Examples:
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original
-      llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --html report.html
+      llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --html summaries.html
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --with transformers
     """
     from llama4_convert import validate as run
-    from llama4_convert.parity.cache import default_folder
+    from llama4_convert.validation.cache import default_folder
 
     if no_cache and cache is not None:
         raise UsageError("--cache and --no-cache contradict each other: leave one out")
@@ -114,12 +115,12 @@ def validate(
         _check_place(html)
     if cache is not None and not cache.name:
         raise UsageError("--cache has no folder: name one, or leave it out")
-    with report.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(
             path,
             gates=dict(gates),
             cache=None if no_cache else cache or default_folder(),
-            warn=report.warn,
+            warn=terminal.warn,
             start=bar.start,
             progress=bar.advance,
             at=bar.at,
@@ -127,21 +128,21 @@ def validate(
         )
     show(result, as_json, _summary)
     if html is not None:
-        from llama4_convert.html.report import write_report
+        from llama4_convert.reports.html.report import write_report
 
         write_report(result, html)
-        report.say(f"{html} has the pictures")
+        terminal.say(f"{html} has the pictures")
     if not result["passed"]:
-        raise CheckFailed(f"{path} is not what {result['reference']} is: {validation_report.validate_verdict(result)}")
+        raise CheckFailed(f"{path} is not what {result['reference']} is: {validation.validate_verdict(result)}")
 
 
 def _summary(result: dict[str, Any]) -> str:
     """The result in words, on a terminal within its width and with a verdict that is seen from afar."""
-    text = validation_report.validate_summary(result)
+    text = validation.validate_summary(result)
     if not sys.stdout.isatty():
         return text
     verdict, color = ("PASSED", "green") if result["passed"] else ("FAILED", "red")
-    text = validation_report.wrapped(text, shutil.get_terminal_size().columns)
+    text = validation.wrapped(text, shutil.get_terminal_size().columns)
     return click.style(verdict, fg=color, bold=True) + text.removeprefix(verdict)
 
 

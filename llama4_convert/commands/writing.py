@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from llama4_convert import report
+from llama4_convert.commands import terminal
 from llama4_convert.commands.options import (
     Size,
     as_json,
@@ -22,6 +22,7 @@ from llama4_convert.commands.options import (
     source_argument,
 )
 from llama4_convert.errors import UsageError
+from llama4_convert.reports import summaries
 
 
 @click.command()
@@ -48,8 +49,8 @@ def plan(source: Path, as_json: bool, **request: Any) -> None:
 
     result = run(source, **request)
     for text in result["warnings"]:
-        report.warn(text)
-    show(result, as_json, report.plan_summary)
+        terminal.warn(text)
+    show(result, as_json, summaries.plan_summary)
 
 
 @click.command()
@@ -102,14 +103,14 @@ def convert(
       llama4-convert convert my-text-tune scout-tuned --vision-from scout-hf
       llama4-convert convert my-tune scout-tuned --config-from scout-hf
     """
-    from llama4_convert.conversion import convert as run
-    from llama4_convert.execution import Bounds
+    from llama4_convert.conversion.convert import convert as run
+    from llama4_convert.streaming.memory import Bounds
 
     if dry_run:
         Bounds(max_memory)  # refused as the run would
         click.get_current_context().invoke(plan, source=source, as_json=as_json, device=device, **request)
         return
-    with report.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+    with terminal.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
         result = run(
             source,
             target,
@@ -117,12 +118,12 @@ def convert(
             max_error=max_error,
             device=device,
             overwrite=overwrite,
-            warn=report.warn,
+            warn=terminal.warn,
             start=bar.start,
             progress=bar.advance,
             **request,
         )
-    show(result, as_json, report.convert_summary)
+    show(result, as_json, summaries.convert_summary)
 
 
 @click.command()
@@ -169,15 +170,15 @@ def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """
     from llama4_convert import export as run
 
-    with report.ProgressBar("export", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
-        result = run(source, target, warn=report.warn, start=bar.start, progress=bar.advance, **options)
-    show(result, as_json, report.export_summary)
+    with terminal.ProgressBar("export", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+        result = run(source, target, warn=terminal.warn, start=bar.start, progress=bar.advance, **options)
+    show(result, as_json, summaries.export_summary)
 
 
 @contextlib.contextmanager
 def _with_overwrite() -> Iterator[None]:
     """Tells the command that replaces what is in the way."""
-    from llama4_convert.output_directory import NeedsOverwrite
+    from llama4_convert.streaming.output_directory import NeedsOverwrite
 
     try:
         yield

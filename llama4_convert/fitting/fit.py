@@ -9,14 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llama4.config import ConfigError, Llama4Config, check_runnable
+from llama4.config import Llama4Config, check_runnable
+from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints import is_meta
-from llama4_convert.checkpoints.transformers import SafeTensor, TransformersCheckpoint
+from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.safetensors_header import SafeTensor
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.fitting.gpus import Gpu, find_gpu, gpus
 from llama4_convert.fitting.judging import judge, recipe_cases
 from llama4_convert.fitting.memory import Weights
-from llama4_convert.fitting.runtimes import Case, gib
+from llama4_convert.fitting.runtimes import Case
+from llama4_convert.formatting import gib
 
 DEFAULT_GPU = "h100-80gb"
 
@@ -86,18 +90,20 @@ def _short(case: Case) -> str:
 
 
 def _meta_cases(path: Path) -> tuple[dict[str | None, Case], str]:
-    from llama4_convert.meta_conversion import MetaJob
-    from llama4_convert.report import parameters
-    from llama4_convert.request import Request
+    from llama4_convert.formatting import parameters
+    from llama4_convert.metadata.variant import infer_variant, max_position_embeddings
+    from llama4_convert.planning.planner import make_plan
 
-    job = MetaJob(Request(path))
-    plan = job.plan
+    plan = make_plan(MetaCheckpoint.open(path))
+    variant, _ = infer_variant(plan.geometry, plan.base_evidence, path)
     weights = Weights.of((tensor.name, tensor.nbytes) for tensor in plan.tensors)
-    base = Case(plan.geometry, weights, None, find_gpu(DEFAULT_GPU), max_context=job.max_position_embeddings)
+    base = Case(
+        plan.geometry, weights, None, find_gpu(DEFAULT_GPU), max_context=max_position_embeddings(variant, plan.geometry)
+    )
     cases = recipe_cases(base, weights)
     return {
         name: replace(case, directory=f"llama4-{name}") for name, case in cases
-    }, f"{job.variant}, {parameters(plan.parameters)}"
+    }, f"{variant}, {parameters(plan.parameters)}"
 
 
 def _directory_cases(path: Path) -> tuple[dict[str | None, Case], str]:
@@ -148,7 +154,7 @@ def _stored(path: Path, checkpoint: TransformersCheckpoint) -> tuple[str | None,
                 if len(scale.shape) == 2 and scale.shape[1] > 1:
                     group = max(group, _inputs_a_scale(plain, scale, 1))
         if kinds:
-            from llama4_convert.quantization import storage_format
+            from quant.config import storage_format
 
             return storage_format(kinds), group or None
     raise UsageError(

@@ -96,7 +96,7 @@ def recipe_cases(case: Case, unquantized: Weights) -> Iterator[tuple[str, Case]]
 
 def stored(recipe: Recipe) -> tuple[str | None, int | None]:
     """`format` and `group` of a case in which the recipe is followed."""
-    from llama4_convert.quantization import parted_group, storage_format
+    from quant.config import parted_group, storage_format
 
     kinds = {rule.scheme.kind for rule in recipe.rules if rule.scheme}
     return storage_format(kinds), parted_group(recipe)

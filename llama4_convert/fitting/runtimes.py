@@ -198,7 +198,3 @@ def _split_refusal(g: Geometry, n: int, format: str | None, group: int | None) -
             kind = "FP8 blocks" if format == "compressed-tensors-fp8" else "int4 groups"
             return f"{kind} of {group} do not divide the {width // n:,} of {what}'s width {width:,} that each of {n} GPUs has"
     return ""
-
-
-def gib(n: int) -> str:
-    return f"{n / (1 << 30):.1f} GiB"

@@ -15,7 +15,6 @@ from llama4_convert.fitting.runtimes import (
     Case,
     Runtime,
     batch,
-    gib,
     has_fp8_kv,
     holds_chunks,
     largest_context,
@@ -24,6 +23,7 @@ from llama4_convert.fitting.runtimes import (
     transformers_piece,
     vllm_piece,
 )
+from llama4_convert.formatting import gib
 
 
 def verdict(case: Case, runtime: Runtime) -> dict[str, Any]:

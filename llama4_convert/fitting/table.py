@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama4_convert.fitting.gpus import gpus
-from llama4_convert.fitting.runtimes import RUNTIMES, gib
+from llama4_convert.fitting.runtimes import RUNTIMES
+from llama4_convert.formatting import gib
 
 
 def fit_summary(fit: dict[str, Any]) -> str:

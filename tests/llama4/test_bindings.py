@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import meta_model
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,8 @@ from llama4.weights import BindingError, LogicalTensor, first_key, parameter_sha
 from llama4_convert import convert
 from llama4_convert.checkpoints import readers
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
-from llama4_convert.reference import Checkpoint
+from llama4_convert.reference.checkpoint import Checkpoint
+from tests.support import meta_model
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
 SPELLINGS = ("published", "module", "mixed")

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision_shim
 from PIL import Image
 from transformers import AutoTokenizer
+
+from tests.support import torchvision_shim
 
 torchvision_shim.install()
 
@@ -27,8 +28,8 @@ from transformers import Llama4Processor as TransformersProcessor  # noqa: E402
 
 from llama4.chat import Inputs, Llama4Processor  # noqa: E402
 from llama4.image import Llama4ImageProcessor  # noqa: E402
-from llama4_convert.text import TextTokenizer  # noqa: E402
-from llama4_convert.tokenizer import tokenizer_files  # noqa: E402
+from llama4_convert.metadata.tokenizer import tokenizer_files  # noqa: E402
+from llama4_convert.reference.tokenization import TextTokenizer  # noqa: E402
 
 MODEL = Path(meta_tokenizer.__file__).parent / "tokenizer.model"
 META_TOKENIZER = meta_tokenizer.Tokenizer.get_instance()

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import meta_model
 import pytest
 import torch
 
 from llama4.generate import generate, sample
 from llama4_convert import convert, load_reference
-from llama4_convert.parity.transformers_runner import load_transformers
+from llama4_convert.validation.parity.transformers_runner import load_transformers
+from tests.support import meta_model
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision_shim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from tests.support import torchvision_shim
 
 torchvision_shim.install()
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import meta_model
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,13 +14,13 @@ from hypothesis import strategies as st
 from llama4.cache import KVCache
 from llama4.config import Llama4Config
 from llama4.loading import DictWeights, LazyWeights
-from llama4.moe import mixture
-from llama4.text import attend, rope_frequencies, rotate
+from llama4.text import attend, mixture, rope_frequencies, rotate
 from llama4.vision import pixel_shuffle, rope_angles_2d
 from llama4.weights import parameter_shapes
 from llama4_convert import load_reference
 from llama4_convert.errors import BadInput
-from llama4_convert.reference import Checkpoint
+from llama4_convert.reference.checkpoint import Checkpoint
+from tests.support import meta_model
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
 WITH_VISION = [n for n in GEOMETRIES if meta_model.GEOMETRIES[n].get("vision_args")]

@@ -9,13 +9,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import meta_model
 import pytest
 import transformers
 
-from llama4.config import ConfigError, Llama4Config, Llama4TextConfig, Llama4VisionConfig, check_runnable
+from llama4.config import Llama4Config, Llama4TextConfig, Llama4VisionConfig, check_runnable
 from llama4.config_differences import Difference, differences
-from llama4_convert.reference import Checkpoint
+from llama4.config_fields import ConfigError
+from llama4_convert.reference.checkpoint import Checkpoint
+from tests.support import meta_model
 
 GEOMETRIES = sorted(meta_model.GEOMETRIES)
 Body = dict[str, Any]

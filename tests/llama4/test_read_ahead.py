@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import meta_model
 import numpy as np
 import pytest
 import torch
 
 from llama4.read_ahead import ReadAhead
 from llama4_convert import load_reference
+from tests.support import meta_model
 
 SIZES = {name: size for size, name in enumerate("abcdef", 1)}
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 
 from llama4_convert import convert
+from tests.support import commands
 
 
 @pytest.fixture

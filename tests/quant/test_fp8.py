@@ -9,13 +9,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import bf16, floats
 
 from quant.schemes import NotFinite
 from quant.schemes.fp8 import BLOCK, VALUES, Fp8, Granularity, Method, Quantized
+from tests.support import samples
+from tests.support.samples import bf16, floats
 
 GRANULARITIES, METHODS = get_args(Granularity), get_args(Method)
 LARGEST = 448

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import bf16, floats, weights
 
 from quant.formats.compressed_tensors import pack_int4, unpack_int4
 from quant.kernels import int4 as kernels
 from quant.schemes import Indivisible, NotFinite
 from quant.schemes.int4 import GROUP_SIZES, Int4, Quantized
+from tests.support.samples import bf16, floats, weights
 
 BLOCK = int(kernels.BLOCK)
 METHODS = ("plain", "search", "signed")

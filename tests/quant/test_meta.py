@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import meta_quantizer
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from quant.formats.meta import MetaFp8, MetaInt4, MetaRows, quantize_fp8, scale_key
 from quant.schemes import Indivisible, NotFinite
+from tests.support import meta_quantizer
 
 
 def bits(tensor: Tensor) -> np.ndarray:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import bf16, floats
 
 from quant.schemes import NotFinite
 from quant.schemes.nf4 import BLOCK_SIZES, NESTED_BLOCK, NF4, Nf4, Quantized, UnfilledBlock, dynamic_map
+from tests.support import samples
+from tests.support.samples import bf16, floats
 
 BLOCK = 64
 

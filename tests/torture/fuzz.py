@@ -1,7 +1,7 @@
 """The readers under a fuzzer that looks for inputs which reach new code (Atheris, which is libFuzzer). For as long as you like:
 
     make fuzz                                                  # ten minutes, from whole files
-    python tests/torture/fuzz.py CORPUS -max_total_time=3600   # goes on in a folder that it fills; libFuzzer's options
+    python -m tests.torture.fuzz CORPUS -max_total_time=3600   # goes on in a folder that it fills; libFuzzer's options
 
 What an input leads to must be what mutants.py says: read, or refused with an error of ours, and no forbidden action. Else the
 input is left as crash-*, and this file with that name as its only argument repeats it. An input's first byte says who reads it.
@@ -17,12 +17,9 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llama4_convert"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 with atheris.instrument_imports(include=["llama4_convert", "llama4", "mappings", "quant"]):
-    from subjects import REFUSED, Watch, subjects
-
     from llama4_convert import synth
+    from tests.support.subjects import REFUSED, Watch, subjects
 
 LIMITS = ["-timeout=5", "-rss_limit_mb=2048", "-max_len=65536"]  # Python and its libraries have half of the memory
 

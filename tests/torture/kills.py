@@ -1,6 +1,6 @@
 """Kills conversions and exports: at each call that changes the disk, or at random moments; then lets the same command go on.
 
-    python tests/torture/kills.py '{"run": "convert", "source": ..., "folder": ..., "options": {...}, "every": 1, "random": 0}'
+    python -m tests.torture.kills '{"run": "convert", "source": ..., "folder": ..., "options": {...}, "every": 1, "random": 0}'
 
 Run as a process of its own, which imports once and forks for each conversion. It prints what it did as JSON, and ends with an
 AssertionError if a promise was broken:
@@ -25,13 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llama4_convert"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from commands import digests
-
-from llama4_convert import convert, export, writer
-from llama4_convert.manifest import Manifest
+from llama4_convert import convert, export
+from llama4_convert.checkpoints.manifest import Manifest
+from llama4_convert.streaming import writer
+from tests.support.commands import digests
 
 RUNS: dict[str, Callable[..., Any]] = {"convert": convert, "export": export}
 # What makes an output a model, and how its weights' names end.

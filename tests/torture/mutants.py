@@ -1,6 +1,6 @@
 """Reads damaged files by the thousand, in one process that watches itself.
 
-    python tests/torture/mutants.py '{"source": ..., "folder": ..., "seed": 0, "count": 10000}'
+    python -m tests.torture.mutants '{"source": ..., "folder": ..., "seed": 0, "count": 10000}'
 
 `source`: Meta's directory of a small model. Each mutant is a seeded change of one file that a stranger may hand us. For each of
 them: it is read, or refused with an error of ours that exits with 2 or 3; nothing is executed, started, opened for writing or
@@ -18,10 +18,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llama4_convert"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from subjects import REFUSED, Watch, subjects
+from tests.support.subjects import REFUSED, Watch, subjects
 
 SECONDS = 5
 MEMORY = 1 << 30

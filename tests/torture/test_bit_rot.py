@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 
 from llama4_convert import convert, export, verify
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.errors import BadInput, EnvironmentFailed
+from tests.support import commands
 
 ALL = bool(os.environ.get("TORTURE"))  # make torture; make test runs a share
 

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import commands
 import pytest
 
 from llama4_convert import convert, synth, verify
+from tests.support import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = 8

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 
 from llama4_convert import convert, export
 from llama4_convert.errors import EnvironmentFailed
+from tests.support import commands
 
 ALL = bool(os.environ.get("TORTURE"))
 # What is run, with which options, and what makes its output a model.

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 
 from llama4_convert import convert, synth
+from tests.support import commands
 
 ALL = bool(os.environ.get("TORTURE"))  # make torture; make test runs a share
 RECIPES = [None, "int4", "int4-signed", "fp8", "mixed", "nf4"]

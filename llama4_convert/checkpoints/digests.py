@@ -1,0 +1,162 @@
+"""Digests that others have published for files: lists of ids as hubs and `sha256sum` write them, and what downloads leave behind.
+
+On the Hugging Face Hub the id of a large file is the SHA-256 of its bytes, and that of a small one git's: the SHA-1 of
+"blob", its size and its bytes. MD5 stands in Meta's checklist.chk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama4_convert.checkpoints.manifest import NAME, Manifest
+from llama4_convert.errors import BadInput, UsageError, from_os_error
+from llama4_convert.files import is_file_name, read_small
+
+_ALGORITHMS = {32: "md5", 40: "git", 64: "sha256"}  # by the number of hexadecimal digits
+_LINE = re.compile(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{40}|[0-9a-fA-F]{64})\s+[*-]?\s*(\S.*)")
+_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_LONGEST_PATH = 1000  # systems end at 1,024 or 4,096 bytes, the directory's own path included
+_DOWNLOADS = Path(".cache", "huggingface", "download")
+
+
+class Digest(NamedTuple):
+    """`algorithm`: "sha256", "git" (the SHA-1 of a blob) or "md5"; `value` in hexadecimal digits."""
+
+    algorithm: str
+    value: str
+
+    @staticmethod
+    def of(value: str) -> Digest:
+        """The algorithm is told by the length."""
+        return Digest(_ALGORITHMS[len(value)], value)
+
+
+Ids = Mapping[str, Digest]  # relative path -> what it must be
+
+
+def read_ids(file: Path, folder: Path) -> Ids:
+    """A list of ids for the files of `folder`, which may be a folder of what the list speaks of (`original`).
+
+    JSON as the Hub's API gives it (`/api/models/NAME/tree/main?recursive=1`, or `/api/models/NAME?blobs=1`), or lines of a digest
+    and a path. Raises UsageError, BadInput or EnvironmentFailed.
+    """
+    if not file.is_file():
+        raise UsageError(f"{file} is no file: give a list of ids as the Hub's API or sha256sum writes it")
+    try:
+        text = read_small(file).decode("utf-8-sig")
+        try:
+            listed = list(_from_json(json.loads(text)))
+        except json.JSONDecodeError:
+            listed = list(_from_lines(text))
+        found = dict(listed)
+        if twice := next((name for name, digest in listed if found[name] != digest), None):
+            raise ValueError(f"{twice!r:.80} has two different ids")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{file.name} is no list of ids ({error!s:.200})") from error
+    prefix = f"{folder.resolve().name}/"
+    inside = {name.removeprefix(prefix): digest for name, digest in found.items() if name.startswith(prefix)}
+    if inside and not any((folder / name).exists() for name in found):
+        found = inside
+    if not found:
+        raise BadInput(f"{file.name} names no file")
+    return found
+
+
+def _from_json(body: Any) -> Iterator[tuple[str, Digest]]:
+    for entry in body["siblings"] if isinstance(body, dict) else body:
+        if entry.get("type", "file") != "file":
+            continue
+        large = entry.get("lfs") or {}
+        value = large.get("oid") or large.get("sha256") or entry.get("oid") or entry["blobId"]
+        yield _checked(entry.get("path") or entry["rfilename"], value)
+
+
+def _from_lines(text: str) -> Iterator[tuple[str, Digest]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if not match:
+            raise ValueError(f"line {number} is not a digest and a path, as sha256sum writes them")
+        yield _checked(match[2], match[1])
+
+
+def _checked(name: str, value: str) -> tuple[str, Digest]:
+    value = value.lower()
+    if not re.fullmatch(r"[0-9a-f]+", value) or len(value) not in _ALGORITHMS:
+        raise ValueError(f"{value!r:.80} is no id")
+    name = name.removeprefix("./")
+    if len(name) > _LONGEST_PATH or not all(map(is_file_name, name.split("/"))):
+        raise ValueError(f"{name!r:.80} is no path in the directory: list them from inside it")
+    return name, Digest.of(value)
+
+
+def ids_of_download(folder: Path) -> dict[str, Digest]:
+    """What the Hub's downloader has left: in a local directory a file of metadata for each, in its cache links to ids."""
+    found: dict[str, Digest] = {}
+    for root, prefix in ((folder, ""), (folder.resolve().parent, f"{folder.resolve().name}/")):
+        for path in sorted((root / _DOWNLOADS / prefix).rglob("*.metadata")):
+            if not path.is_file():
+                continue
+            name = path.relative_to(root / _DOWNLOADS).as_posix().removesuffix(".metadata")
+            lines = read_small(path).decode(errors="replace").split()
+            if len(lines) < 2 or not _ID.fullmatch(lines[1].strip('"')):  # the commit, the id, when
+                raise BadInput(f"{_DOWNLOADS / (name + '.metadata')} is damaged: remove it, or download {name} again")
+            found[name.removeprefix(prefix)] = Digest.of(lines[1].strip('"'))
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            target = Path(os.readlink(path))
+            if target.parent.name == "blobs" and _ID.fullmatch(target.name):
+                found[path.relative_to(folder).as_posix()] = Digest.of(target.name)
+    return found
+
+
+def digests(path: Path, algorithms: Collection[str], progress: Callable[[int], None]) -> dict[str, str]:
+    """Digests of a file, in one pass. Raises EnvironmentFailed if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            running = {name: hashlib.new("sha1" if name == "git" else name) for name in algorithms}
+            if "git" in running:
+                running["git"].update(b"blob %d\0" % size)
+            while data := file.read(1 << 20):
+                for digest in running.values():
+                    digest.update(data)
+                progress(len(data))
+    except OSError as error:
+        raise from_os_error(error, f"reading {path.name}") from error
+    return {name: digest.hexdigest() for name, digest in running.items()}
+
+
+def check_promised(
+    expected: Mapping[Path, Digest], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
+) -> None:
+    """Hold files against what `promised` found of them. Raises BadInput for damage."""
+
+    def damage(path: Path) -> str:
+        digest = expected[path]
+        return "" if digests(path, {digest.algorithm}, progress)[digest.algorithm] == digest.value else path.name
+
+    with ThreadPoolExecutor(threads, "digest") as pool:
+        if bad := [name for name in pool.map(damage, expected) if name]:
+            raise BadInput(
+                f"{bad[0]} is damaged, its digest is not the one that it was made or downloaded with: make or download it"
+                f" again; if you changed it yourself, remove {NAME} or .cache/huggingface beside it"
+            )
+
+
+def promised(files: Sequence[Path]) -> dict[Path, Digest]:
+    """What files of a directory must be, as far as its manifest or what a download has left tells. The first lies in it."""
+    folder = files[0].parent
+    manifest, left = Manifest.read(folder), ids_of_download(folder)
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    made = manifest.files if manifest else {}
+    found = {path: Digest("sha256", made[name]["sha256"]) for path, name in names.items() if name in made}
+    return found or {path: left[name] for path, name in names.items() if name in left}

@@ -1,0 +1,74 @@
+"""The kinds of a model's tensors (experts, attention, embeddings, ...), recognized by their Transformers names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_LAYER = r"(language_model\.)?model\.layers\.\d+\."
+
+# Kind -> the Transformers keys of it; the first that fits decides. The feed-forward kinds are called as recipes call them.
+_KINDS = {
+    kind: re.compile(pattern)
+    for kind, pattern in {
+        "quantization_scales": r".+\.(weight_(?!packed).+|weight\..+|(input|output)_scale)",
+        "embeddings": r"(language_model\.)?model\.embed_tokens\.weight",
+        "attention": _LAYER + r"self_attn\..+",
+        "router": _LAYER + r"feed_forward\.router\..+",
+        "routed_experts": _LAYER + r"feed_forward\.experts\..+",
+        "shared_expert": _LAYER + r"feed_forward\.shared_expert\..+",
+        "dense_mlp": _LAYER + r"feed_forward\.(gate|up|down)_proj\..+",
+        "norms": rf"({_LAYER}.+_layernorm|(language_model\.)?model\.norm)\.weight",
+        "output_head": r"(language_model\.)?lm_head\..+",
+        "projector": r"vision_model\.vision_adapter\..+|multi_modal_projector\..+",
+        "vision": r"vision_model\..+",
+    }.items()
+}
+
+# In the order in which they are listed. What `convert` leaves behind is dropped, what no Llama 4 has is other.
+KINDS = (*(kind for kind in _KINDS if kind != "quantization_scales"), "quantization_scales", "dropped", "other")
+
+
+def kind_of(key: str) -> str:
+    """The kind of a tensor, by its key in Transformers' layout."""
+    return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(key)), "other")
+
+
+def words(kind: str) -> str:
+    """A kind for people."""
+    return kind.replace("_", " ").replace("mlp", "MLP")
+
+
+@dataclass
+class Share:
+    """`parameters`: numbers of the model, each once, whatever they are stored as. `bytes`: what is stored, of all ranks."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+
+    def add(self, tensors: int, parameters: int, nbytes: int) -> None:
+        self.tensors += tensors
+        self.parameters += parameters
+        self.bytes += nbytes
+
+
+def listed(shares: Mapping[str, Share]) -> list[dict[str, Any]]:
+    """[{kind, tensors, parameters, bytes}] of the kinds that there are."""
+    return [{"kind": kind, **asdict(shares[kind])} for kind in KINDS if kind in shares]
+
+
+def active_parameters(parameters: Mapping[str, int], experts: object, top_k: object) -> int | None:
+    """How many numbers a token of text meets, of so many by kind: of the routed experts `top_k`, and nothing of vision.
+
+    Embeddings count whole, as in the published figures. None if the numbers of experts are not known.
+    """
+    total = sum(n for kind, n in parameters.items() if kind not in ("vision", "projector"))
+    routed = parameters.get("routed_experts", 0)
+    if not routed:
+        return total
+    if not (isinstance(experts, int) and isinstance(top_k, int) and 0 < top_k <= experts):
+        return None
+    return total - routed + routed * top_k // experts

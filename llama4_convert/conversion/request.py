@@ -1,0 +1,97 @@
+"""What is asked of a conversion, before its source has been looked at; the recipe and the adapter that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama4_convert.checkpoints.tensors import SAFETENSORS_NAMES
+from llama4_convert.errors import UsageError
+from llama4_convert.metadata import variant
+from llama4_convert.planning.shards import DEFAULT_SHARD_SIZE
+
+if TYPE_CHECKING:
+    from llama4_convert.planning.adapter import Adapter
+    from llama4_convert.planning.plan import Plan
+    from quant.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, before the source has been looked at. Sizes in bytes; None: concluded from the source."""
+
+    source: Path
+    text_only: bool = False
+    variant: str | None = None
+    dtype: str | None = None
+    shard_size: int = DEFAULT_SHARD_SIZE
+    max_position_embeddings: int | None = None
+    allow_rank_mismatch: bool = False
+    recipe: str | None = None  # a built-in one's name, or the path of a TOML file
+    allow_nonfinite: bool = False  # quantize matrices with NaN and infinities, too: as 0 and as the largest magnitude
+    device: str = "cpu"  # where a recipe computes: decides no byte
+    adapter: Path | None = None  # a PEFT LoRA adapter's directory, to be merged
+    vision_from: Path | None = None  # the model that the source, a text-only fine-tune, was made from
+    config_from: Path | None = None  # the model that the source was made from, to repair its config.json by
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in SAFETENSORS_NAMES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(SAFETENSORS_NAMES)}")
+        if self.variant is not None and self.variant not in variant.VARIANTS:
+            raise UsageError(f"variant {self.variant!r} is not one of {', '.join(variant.VARIANTS)}")
+        if self.shard_size < 1:
+            raise UsageError("the shard size must be at least 1 byte")
+        if self.allow_nonfinite and self.recipe is None:
+            raise UsageError("--allow-nonfinite is for --recipe: without one, NaN and infinities are kept as they are")
+        if self.config_from is not None and self.vision_from is not None:
+            raise UsageError("--vision-from repairs config.json as well: leave --config-from out")
+        if self.device != "cpu":
+            _check_device(self)
+        if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
+            raise UsageError("max-position-embeddings must be at least 1")
+
+
+def _check_device(request: Request) -> None:
+    from quant.encoders import encoder_for
+    from quant.recipe import Scheme
+
+    if request.recipe is None:
+        raise UsageError("--device is where a recipe computes: without --recipe nothing is computed")
+    try:
+        encoder_for(Scheme("int4"), request.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def load_recipe(name: str, *, to_meta: bool = False) -> Recipe:
+    """A recipe for the layout that is written. Raises UsageError."""
+    from quant.recipe import RecipeError, load
+
+    try:
+        recipe = load(name)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    if (recipe.format == "meta") != to_meta:
+        layout, command = ("Transformers'", "convert") if to_meta else ("Meta's", "export")
+        raise UsageError(f"recipe {recipe.name} writes {layout} layout: give it to {command}")
+    return recipe
+
+
+def load_adapter(path: Path | None) -> Adapter | None:
+    if path is None:
+        return None
+    from llama4_convert.planning.adapter import Adapter
+
+    return Adapter.open(Path(path))
+
+
+def check_recipe(recipe: Recipe, plan: Plan) -> None:
+    from quant.recipe import RecipeError
+
+    try:
+        recipe.check(plan.geometry.n_layers, plan.geometry.n_experts or 0)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    if not any(planned.scheme for planned in plan.matrices):
+        raise UsageError(f"recipe {recipe.name} quantizes nothing of this model: leave it out")

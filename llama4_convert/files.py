@@ -1,0 +1,128 @@
+"""The small files of a directory that somebody else has made: which names are taken, and how much is read of one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama4_convert.errors import BadInput, EnvironmentFailed, from_os_error
+
+_SMALL_FILE_LIMIT = 64 << 20
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is one of a file beside another: no path, no control character, no longer than file systems take."""
+    alone = Path(name).name == name and name not in ("", "..")
+    return alone and not any(unicodedata.category(c) in ("Cc", "Cs") for c in name) and len(name.encode()) <= 255
+
+
+def read_small(file: Path) -> bytes:
+    """The bytes of a file that is read whole (JSON, tokenizer, licence)."""
+    if not file.is_file():
+        raise BadInput(f"{file.name} is no file, or a link to nothing: download it again")
+    try:
+        with open(file, "rb") as handle:
+            data = handle.read(_SMALL_FILE_LIMIT + 1)
+    except OSError as error:
+        raise from_os_error(error, f"reading {file.name}") from error
+    if len(data) > _SMALL_FILE_LIMIT:
+        raise BadInput(f"{file.name} is larger than {_SMALL_FILE_LIMIT >> 20} MiB, which it never is: wrong file?")
+    return data
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path.name} is not valid JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise BadInput(f"{path.name} holds no JSON object")
+    return body
+
+
+LOCK_NAME = ".llama4-convert.lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder` (which must exist). Raises EnvironmentFailed, naming the owner, if another process does."""
+    path = folder / LOCK_NAME
+    fd = _acquire(path)
+    try:
+        yield
+    finally:
+        # Removed while still held: whoever waits on this file finds it gone and makes a new one (see _acquire).
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.close(fd)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise from_os_error(error, f"taking the lock of {path.parent}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(fd)
+            raise EnvironmentFailed(
+                f"{path.parent} is being written by {owner}: wait for it, or choose another directory"
+            ) from None
+        except OSError as error:
+            os.close(fd)
+            raise from_os_error(error, f"taking the lock of {path.parent}") from error
+        if _is_file_at(path, fd):
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return fd
+        os.close(fd)  # the owner that we waited for has just removed this file
+
+
+def _is_file_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except OSError:
+        return False
+
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_small(path: Path, data: bytes) -> str:
+    """Write a small file atomically: temporary name, fsync, rename, fsync the folder. Returns its SHA-256 in hex."""
+    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
+    # What is there may be a link that somebody planted: never write through it.
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in `path` durable, where the system can fsync a folder."""
+    with contextlib.suppress(OSError):  # FUSE and network file systems refuse; the rename itself has happened
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

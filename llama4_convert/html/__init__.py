@@ -1,1 +1,0 @@
-"""The report of `validate` as one HTML file, from its JSON alone."""

@@ -1,0 +1,310 @@
+"""A PEFT LoRA adapter: what its directory holds, and which tensor of the model each of its keys changes.
+
+Keys are PEFT's: a module's path, then `lora_A.weight` and the like. A module that is wrapped more than once (the fused experts,
+one wrapper for each of their two parameters) has `base_layer` in its path. All else is a tensor that was trained whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4.weights import TensorReader
+from llama4_convert.checkpoints.numbers import count_nonfinite
+from llama4_convert.checkpoints.pth import PthIndex, check_records
+from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
+from llama4_convert.checkpoints.safetensors_header import read_header
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.errors import BadInput, UsageError, from_os_error
+from llama4_convert.planning.adapter_config import AdapterConfig
+from llama4_convert.planning.changes import Change, Changed, Changes, LowRank, Whole, row_blocks
+from mappings import Binding, Box, Placement
+from mappings.matrices import Matrix, linearized
+
+if TYPE_CHECKING:
+    from llama4_convert.planning.plan import Plan
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_TEXT_PREFIX = "language_model."
+_FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.(weight|bias)|embedding_(A|B))")
+_WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.|$)")
+_FUSED = ("gate_up_proj", "down_proj")
+_LISTS = re.compile(
+    r"\.experts\.(gate|up|down)_projs\.(\d+)(?=\.)"
+)  # axolotl's linearized experts: a list a projection
+_READ = 16 << 20  # bytes that are looked through for NaN at once
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An opened adapter. Every tensor is float and finite; which of the model's tensors they change, `changes` finds out."""
+
+    path: Path
+    config: AdapterConfig
+    reader: TensorReader
+    fingerprint: Mapping[str, str]  # SHA-256 of its two files, by name
+
+    @staticmethod
+    def open(path: Path) -> Adapter:
+        """Reads the whole adapter. Raises UsageError, BadInput or EnvironmentFailed."""
+        if not (path / CONFIG).is_file():
+            inside = sorted(found.parent for found in path.glob(f"*/{CONFIG}"))  # PEFT's place for all but "default"
+            hint = f", {inside[0]}" if inside else ""
+            raise UsageError(f"{path} has no {CONFIG}: give the directory of a PEFT adapter{hint}")
+        config = AdapterConfig.read(path / CONFIG)
+        file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if file is None:
+            raise BadInput(f"{path} has neither {' nor '.join(WEIGHTS)}: it comes with {CONFIG}, download it again")
+        reader = _reader(file)
+        for key in reader.keys():  # noqa: SIM118
+            _check_numbers(file, reader, key)
+        if not reader.keys():
+            raise BadInput(f"{file.name} holds no tensor: nothing was trained, or it was saved in another way")
+        return Adapter(path, config, reader, {p.name: _sha256(p) for p in (path / CONFIG, file)})
+
+    def changes(self, binding: Binding) -> Changes:
+        """By logical tensor: what changes it, and where. Raises BadInput naming the key that does not fit the model."""
+        found: dict[str, list[Changed]] = defaultdict(list)
+        for changed in _Bound(self, binding).all():
+            for placement in changed.placements:
+                found[placement.tensor].append(Changed(changed.change, placement))
+        return found
+
+    def told(self, plan: Plan) -> dict[str, Any]:
+        """What a plan makes of it: matrices that a product is added to (an expert's is one), tensors that are replaced."""
+        changes = {piece.change for tensor in plan.changed for piece in tensor.changes}
+        products = [change for change in changes if isinstance(change, LowRank)]
+        return {
+            "matrices_merged": len({(p.a, p.expert) for p in products}),
+            "tensors_replaced": sorted({c.key for c in changes if isinstance(c, Whole) and c.replaces}),
+            "rank": self.config.r,
+            "ranks": sorted({p.rank for p in products}),
+            "sha256": dict(self.fingerprint),
+        }
+
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, str]]:
+        """Wrapped module -> its factors: "A", "B", "bias", "embedding_A", "embedding_B" -> key."""
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for key in sorted(self.reader.keys()):
+            if factor := _FACTOR.fullmatch(key):
+                embedding = f"embedding_{factor[4]}" if factor[4] else None
+                found[factor[1]][embedding or ("bias" if factor[3] == "bias" else factor[2])] = key
+        return found
+
+    @cached_property
+    def whole(self) -> Sequence[str]:
+        """Keys of tensors that were trained as they are: `modules_to_save`, biases, embeddings saved beside their factors."""
+        return [key for key in sorted(self.reader.keys()) if not _FACTOR.fullmatch(key)]
+
+
+def _reader(file: Path) -> TensorReader:
+    if file.suffix == ".bin":
+        return _unpickled(file)
+    return DirectoryReader(TransformersCheckpoint(file.parent, {}, (file,), read_header(file)))
+
+
+def _unpickled(file: Path) -> TensorReader:
+    """A pickle is never executed: what is no plain state dict in a zip is refused."""
+    try:
+        index = PthIndex.read(file)
+    except BadInput as error:
+        raise BadInput(f"{error}; or save the adapter as {WEIGHTS[0]} (save_pretrained does)") from error
+    check_records(index, index.records, lambda n: None)
+    return RankReader(index)
+
+
+def _check_numbers(file: Path, reader: TensorReader, key: str) -> None:
+    dtype, shape = reader.dtype(key), reader.shape(key)
+    if dtype not in ("BF16", "F16", "F32") or not shape:
+        raise BadInput(f"{file.name}: {key} is {dtype} {list(shape)}: adapters hold matrices in bf16, fp16 or fp32")
+    step = max(1, _READ // max(1, 4 * prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        if any(found := count_nonfinite(reader.read(key, (start, start + step)).tobytes(), dtype)):
+            raise BadInput(f"{file.name}: {key} has {found} numbers: its training failed, or it is damaged")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise from_os_error(error, f"reading {path.name}") from error
+
+
+@dataclass(frozen=True)
+class _Placed:
+    change: Change
+    placements: Sequence[Placement]
+
+
+class _Bound:
+    """An adapter held against a model."""
+
+    def __init__(self, adapter: Adapter, binding: Binding) -> None:
+        self.adapter, self.binding, self.reader = adapter, binding, adapter.reader
+        self.experts: dict[str, Matrix] = {m.key: m for key in binding.transformers for m in linearized(binding, key)}
+        self.names: dict[str, str] = {}  # tensor of the model -> key that takes its place, or adds to it
+
+    def all(self) -> Iterator[_Placed]:
+        for key in self.adapter.whole:
+            yield from self._whole(key)
+        for module, keys in self.adapter.modules.items():
+            yield from self._module(module, keys)
+
+    # -- names
+
+    def _find(self, name: str) -> str | None:
+        """The model's name for a tensor: text models and those with a vision tower differ by a prefix."""
+        name = _LISTS.sub(r".experts.\2.\1_proj", name)
+        spellings = (name, _TEXT_PREFIX + name, name.removeprefix(_TEXT_PREFIX))
+        return next((s for s in spellings if s in self.binding.transformers or s in self.experts), None)
+
+    def _claim(self, name: str, key: str, kind: str) -> None:
+        other = self.names.setdefault(f"{kind} {name}", key)
+        if other != key:
+            raise self._error(key, f"changes {name}, and so does {other}")
+
+    def _error(self, key: str, what: str) -> BadInput:
+        return BadInput(f"{self.adapter.path}: {key} {what}")
+
+    def _unknown(self, key: str) -> BadInput:
+        hint = ", which is left out" if "vision_model" in key and not self.binding.shape.n_vision_layers else ""
+        return self._error(key, f"matches no tensor of this model{hint}: is it an adapter of another one?")
+
+    def _placements(self, name: str) -> tuple[tuple[int, ...], list[Placement]]:
+        """Shape of a tensor of the model as an adapter sees it, and where it holds which logical tensors."""
+        if name in self.experts:
+            matrix = self.experts[name]
+            return (matrix.n, matrix.k), [matrix.target]
+        return self.binding.transformers_shape(name), self.binding.transformers_placements(name)
+
+    # -- changes
+
+    def _whole(self, key: str) -> Iterator[_Placed]:
+        name = self._find(_WRAPPERS.sub("", key.removeprefix(_PREFIX)))
+        if name is None:
+            raise self._unknown(key)
+        self._claim(name, key, "whole")
+        shape, placements = self._placements(name)
+        if self.reader.shape(key) != shape:
+            raise self._error(
+                key,
+                f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}"
+                + (
+                    ": the vocabulary was resized, which cannot be merged"
+                    if "embed" in name or "lm_head" in name
+                    else ""
+                ),
+            )
+        for rows, placed in row_blocks(shape, placements):
+            yield _Placed(Whole(self.reader, key, rows, shape), placed)
+
+    def _module(self, module: str, keys: Mapping[str, str]) -> Iterator[_Placed]:
+        kind = "embedding_" if any(part.startswith("embedding_") for part in keys) else ""
+        for this, other in (("A", "B"), ("B", "A")):
+            if kind + this in keys and kind + other not in keys:
+                raise self._error(keys[kind + this], f"has no lora_{kind}{other} beside it")
+        if kind + "A" not in keys or (kind and len(keys) > 2):
+            raise self._error(next(iter(keys.values())), "belongs to no pair of factors")
+        a, b = keys[kind + "A"], keys[kind + "B"]
+        for key in (a, b):
+            if len(self.reader.shape(key)) != 2:
+                raise self._error(key, f"has shape {list(self.reader.shape(key))}: a factor has two dimensions")
+        path = _WRAPPERS.sub("", module.removeprefix(_PREFIX))
+        name = self._find(f"{path}.weight")
+        if name is None and path.endswith(".experts") and not kind:
+            if "bias" in keys:
+                raise self._error(keys["bias"], "is a bias, which experts do not have")
+            yield from self._fused(path, a, b)
+            return
+        if name is None:
+            raise self._unknown(a)
+        if kind and not name.endswith("embed_tokens.weight"):
+            raise self._error(a, f"is no pair of factors for {name}")
+        yield from self._linear(path, name, a, b, is_embedding=bool(kind))
+        if "bias" in keys:
+            yield self._bias(path, name, keys["bias"])
+
+    def _linear(self, path: str, name: str, a: str, b: str, *, is_embedding: bool) -> Iterator[_Placed]:
+        self._claim(name, a, "added")
+        shape, placements = self._placements(name)
+        # PEFT's embedding has its factors the other way round: (B @ A)^T.
+        n, k = reversed(shape) if is_embedding else shape
+        scaling = self._scaling(path, name, a, b, (n, k), 1)
+        for rows, placed in row_blocks(shape, placements):
+            if is_embedding:
+                height = rows[1] - rows[0]
+                turned = [Placement(p.tensor, p.box, 0, (1, height)) for p in placed]
+                yield _Placed(LowRank(self.reader, a, b, scaling, (n, height), columns=rows), turned)
+            else:
+                yield _Placed(LowRank(self.reader, a, b, scaling, (rows[1] - rows[0], k), rows=rows), placed)
+
+    def _bias(self, path: str, weight: str, key: str) -> _Placed:
+        name = self._find(f"{path}.bias")
+        if name is None:
+            raise self._error(key, f"has no bias to be added to: {weight} has none (lora_bias in {CONFIG})")
+        self._claim(name, key, "added")
+        shape, placements = self._placements(name)
+        if self.reader.shape(key) != shape:
+            raise self._error(key, f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}")
+        scaling = self.adapter.config.scaling(path)
+        return _Placed(Whole(self.reader, key, (0, shape[0]), shape, scaling), placements)
+
+    def _fused(self, path: str, a: str, b: str) -> Iterator[_Placed]:
+        """`target_parameters`: E matrices at once. A [r E, x] has an expert's rows together, B [y, r E] has them E apart."""
+        inner, outer = self.reader.shape(a)[1], self.reader.shape(b)[0]
+        for parameter in _FUSED:
+            name = self._find(f"{path}.{parameter}")
+            if name is None:
+                raise self._unknown(a)
+            shape, placements = self._placements(name)
+            if sorted(shape[1:]) == sorted((inner, outer)):
+                break
+        else:
+            raise self._error(a, f"with {b} makes {[outer, inner]}, which no parameter of {path} is")
+        self._claim(name, a, "added")
+        n_experts, rows, columns = shape
+        scaling = self._scaling(f"{path}.{parameter}", name, a, b, (outer, inner), n_experts)
+        as_stored = (outer, inner) == (rows, columns) and (rows != columns or self._square_as_stored())
+        for expert in range(n_experts):
+            placed = []
+            for whole in placements:
+                _, height, width = whole.box.size
+                box = Box((expert, 0, 0), (1, height, width))
+                offset, strides = (whole.offset, (0, columns, 1)) if as_stored else (whole.offset * rows, (0, 1, rows))
+                placed.append(Placement(whole.tensor, box, offset, strides))
+            change = LowRank(self.reader, a, b, scaling, (outer, inner), expert=(expert, n_experts))
+            yield _Placed(change, placed)
+
+    def _square_as_stored(self) -> bool:
+        """Whether B @ A lies as the parameter does, where its shape does not tell: PEFT has changed that once."""
+        version = self.adapter.config.peft_version
+        if version is None:
+            raise BadInput(
+                f"{self.adapter.path / CONFIG}: peft_version is missing, and the experts are square: nothing tells which of their"
+                " sides lora_A belongs to"
+            )
+        return version >= (0, 19, 1)
+
+    def _scaling(self, path: str, name: str, a: str, b: str, shape: tuple[int, int], experts: int) -> float:
+        """alpha / r. Raises BadInput for factors that do not make a matrix of `shape`, or not at the rank that is configured."""
+        (rank_a, inner), (outer, rank_b) = self.reader.shape(a), self.reader.shape(b)
+        rank = self.adapter.config.rank(path)
+        for key, found in ((a, rank_a), (b, rank_b)):
+            if found != rank * experts:
+                what = f"{found // experts if found % experts == 0 else found}"
+                raise self._error(key, f"has rank {what}, but {CONFIG} makes it {rank}")
+        if (outer, inner) != shape:
+            wrong = a if inner != shape[1] else b
+            raise self._error(wrong, f"does not fit: lora_B @ lora_A is {[outer, inner]}, {name} {list(shape)}")
+        return self.adapter.config.scaling(path)

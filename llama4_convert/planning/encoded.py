@@ -1,0 +1,201 @@
+"""Which tensors a matrix becomes under a recipe, and how they are planned: known in every byte before the matrix is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from types import MappingProxyType
+
+from llama4_convert.checkpoints.meta_quantized import CODES, QuantizedRecord
+from llama4_convert.planning.changes import ChangePiece, Changes
+from llama4_convert.planning.locations import Holdings
+from llama4_convert.planning.plan import ExpertScales, Part, Piece, PlannedMatrix, PlannedTensor
+from mappings import Binding, Copy, MappingError, Placement, copies
+from mappings.matrices import Matrix, matrices
+from quant.encoding import Encoder, Linear
+from quant.formats.meta import MetaInt4, MetaWords, scale_key
+from quant.recipe import Recipe, Scheme
+
+
+def is_quantized(recipe: Recipe, key: str, n_layers: int) -> bool:
+    """Whether a recipe of the format meta makes codes of the tensor `key`."""
+    found = re.match(r"layers\.(\d+)\.", key)
+    return bool(found and scale_key(key) and recipe.scheme("routed_experts", int(found[1]), n_layers))
+
+
+def planned_codes(tensor: PlannedTensor, experts: int, file: str) -> tuple[PlannedTensor, PlannedTensor]:
+    """A rank's experts as codes, and their scales; `file` is the rank's. The source's own where it has them of the same rows."""
+    key, n = scale_key(tensor.name), tensor.shape[-1]
+    assert key is not None
+    scales = PlannedTensor(key, "F32", (experts, n), 0, ())
+    k = tensor.numel // (experts * n)
+    codes, pieces = [], []
+    for piece in tensor.pieces:
+        record = piece.source.record
+        if not (isinstance(record, QuantizedRecord) and record.kind == "fp8" and record.k == k):
+            return replace(tensor, dtype=CODES, scales=ExpertScales(key, experts, f"{file}: {key}")), scales
+        codes.append(replace(piece, source=record.codes))
+        first, at = piece.copy.source_offset % record.n, piece.copy.target_offset % n
+        width = piece.numel // (experts * k)
+        copy = Copy((experts, width), record.scales.offset + first, (record.n, 1), at, (n, 1))
+        pieces.append(Piece(record.scales_archive, record.key, record.scales, copy, piece.held, piece.target))
+    return replace(tensor, dtype=CODES, pieces=tuple(codes)), replace(scales, pieces=tuple(pieces))
+
+
+def linear_layers(binding: Binding, recipe: Recipe | None) -> tuple[tuple[Matrix, Scheme | None], ...]:
+    """Every matrix that a recipe could name, and what it says of it. None without one."""
+    if recipe is None:
+        return ()
+    return tuple(
+        (matrix, recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert))
+        for key in binding.transformers
+        for matrix in matrices(binding, key)
+    )
+
+
+def planned_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    targets: Sequence[Placement],
+    holdings: Holdings,
+    dtype: str | None = None,
+    changes: Changes = MappingProxyType({}),
+) -> PlannedTensor:
+    """An output tensor with all pieces of it that the source holds. Raises MappingError where these do not make it up.
+
+    `dtype` casts; None keeps the source's.
+    """
+    pieces: list[Piece] = []
+    changed: list[ChangePiece] = []
+    for target in targets:
+        for held in holdings[target.tensor]:
+            piece = Piece.of(held, target)
+            if piece is not None:
+                pieces.append(piece)
+        for change, placement in changes.get(target.tensor, ()):
+            # Of many experts one is wanted, which the first axis tells at once.
+            apart = placement.box.start[0] >= target.box.start[0] + target.box.size[0]
+            if not apart and (change_copy := copies(target, placement)):
+                changed.append(ChangePiece(change, change_copy))
+    dtypes = {piece.source.dtype for piece in pieces}
+    if len(dtypes) > 1:
+        raise MappingError(
+            f"{name} is made of {' and '.join(sorted({p.key for p in pieces}))}, which differ in dtype"
+            f" ({', '.join(sorted(dtypes))})"
+        )
+    tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces), changes=tuple(changed))
+    _check_conserved(tensor)
+    return tensor
+
+
+def output_tensors(
+    binding: Binding, holdings: Holdings, changes: Changes, dtype: str | None, recipe: Recipe | None, device: str
+) -> list[PlannedTensor]:
+    """Every tensor of a Transformers directory, made of what is held; as the recipe says, where it says something."""
+    linear = {held.key for several in holdings.values() for held in several}
+    tensors: list[PlannedTensor] = []
+    for name in binding.transformers:
+        to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
+        for matrix, scheme in to_encode:
+            # Schemes quantize bf16, which is what checkpoints are published in.
+            to = "BF16" if scheme else dtype
+            gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, to, changes)
+            if scheme and not gathered.changes and _keeps_bits(matrix, scheme, gathered):
+                tensors += _with_bits_kept(matrix, scheme, gathered)
+            else:
+                tensors += _encoded(matrix, scheme, _encoder(scheme, device, gathered.dtype), gathered)
+        if not to_encode:
+            shape = binding.transformers_shape(name)
+            targets = binding.transformers_placements(name)
+            tensors.append(planned_tensor(name, shape, targets, holdings, dtype, changes))
+    return tensors
+
+
+def _to_encode(
+    binding: Binding, key: str, recipe: Recipe, linear: Collection[str]
+) -> Iterator[tuple[Matrix, Scheme | None]]:
+    """The matrices of a Transformers tensor that are stored in another way, and how; None: linearized, no more.
+
+    Experts always: runtimes that read some of them quantized expect none fused.
+    """
+    for matrix in matrices(binding, key, linear):
+        scheme = recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
+        if scheme or matrix.expert is not None:
+            yield matrix, scheme
+
+
+def _encoder(scheme: Scheme | None, device: str, dtype: str) -> Encoder:
+    if scheme is None:
+        return Linear(dtype)
+    from quant.encoders import encoder_for
+
+    return encoder_for(scheme, device)
+
+
+def _encoded(
+    matrix: Matrix, scheme: Scheme | None, encoder: Encoder, gathered: PlannedTensor, keeps_bits: bool = False
+) -> Iterator[PlannedTensor]:
+    """The tensors that a matrix becomes. Raises MappingError if its size does not fit the scheme."""
+    planned = PlannedMatrix(matrix, scheme, encoder, gathered, keeps_bits)
+    try:
+        outputs = encoder.outputs(matrix.n, matrix.k)
+    except ValueError as error:
+        raise MappingError(f"{matrix.module} ({matrix.n} x {matrix.k}): {error}") from error
+    index = 0
+    for output in outputs:
+        name = f"{matrix.module}.{output.suffix}"
+        if output.constant is not None:
+            yield PlannedTensor(name, output.dtype, output.shape, 0, (), Part(planned, 0, output.constant))
+            continue
+        pieces = gathered.pieces if index == 0 else ()
+        yield PlannedTensor(name, output.dtype, output.shape, 0, pieces, Part(planned, index))
+        index += 1
+
+
+def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool:
+    """Whether the source holds codes that the scheme can keep: Meta's int4, or FP8 with one scale for all inputs of an output.
+
+    The down projections of several ranks have an FP8 scale for each rank's share of the inputs; groups of int4 lie inside of one.
+    """
+    records = [piece.source.record for piece in gathered.pieces]
+    if scheme.kind == "fp8" and scheme.granularity == "channel":
+        return all(isinstance(r, QuantizedRecord) and r.kind == "fp8" and r.k == matrix.k for r in records)
+    return (
+        scheme.kind == "int4"
+        and scheme.group_size == MetaInt4.group_size
+        and all(isinstance(r, QuantizedRecord) and r.kind == "int4" for r in records)
+    )
+
+
+def _with_bits_kept(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
+    """Codes and scales as the source has them: the scales in float32, which holds Meta's and is what runtimes widen to."""
+    codes, scales = [], []
+    for piece in gathered.pieces:
+        record = piece.source.record
+        assert isinstance(record, QuantizedRecord)
+        assert matrix.expert is not None
+        k, n, of_scales = record.k, record.n, record.format.scales_shape(record.k, record.n)
+        first, column = divmod(piece.copy.target_offset, matrix.n)
+        step, group = record.format.inputs_a_row, k * n // prod(of_scales)
+        at, to = matrix.expert * (k // step) * n, first // step * matrix.n + column
+        copy = Copy((k // step, n), record.codes.offset + at, (n, 1), to, (matrix.n, 1))
+        codes.append(replace(piece, source=record.codes, copy=copy))
+        at, groups = record.scales.offset + matrix.expert * prod(of_scales), matrix.k // group
+        if groups == 1:
+            copy = Copy((n,), at, (1,), column, (1,))
+        else:
+            copy = Copy((n, k // group), at, (1, n), column * groups + first // group, (groups, 1))
+        scales.append(Piece(record.scales_archive, record.key, record.scales, copy, piece.held, piece.target))
+    stored = replace(gathered, dtype=CODES, shape=(matrix.k // step, matrix.n), pieces=tuple(codes))
+    encoder = Linear(CODES) if scheme.kind == "fp8" else MetaWords()
+    yield from _encoded(matrix, scheme, encoder, stored, keeps_bits=True)
+    yield PlannedTensor(f"{matrix.key}_scale", "F32", (matrix.n, groups), 0, tuple(scales))
+
+
+def _check_conserved(tensor: PlannedTensor) -> None:
+    """Elements in equal elements out: the last line of defence against a table that loses or repeats a slice."""
+    moved = sum(piece.numel for piece in tensor.pieces)
+    if moved != tensor.numel:
+        raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")

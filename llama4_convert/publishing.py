@@ -1,0 +1,319 @@
+"""`push`: an output onto the Hugging Face Hub, through the Hub's own client, in one commit, and held against the manifest there.
+
+One commit, so that nobody finds half a model: the large files are transferred before it, and what has arrived is not sent again
+when an interrupted push is repeated. huggingface_hub is an extra (`hub`), and nothing here runs unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama4_convert.checkpoints.digests import digests
+from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
+from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error, one_line
+from llama4_convert.files import is_file_name, json_object, locked, read_small, write_small
+from llama4_convert.metadata.model_card import CARD, REPOSITORY_ID, Facts, render
+from llama4_convert.version import TOOL
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_WEIGHTS = (".safetensors", ".pth", ".bin", ".pt")
+
+
+def outgoing(path: str | os.PathLike[str], repository: str) -> dict[str, Any]:
+    """What a push would upload: {output, repository, files: [{file, size}], bytes, warnings}. Touches no network.
+
+    The files of the manifest and the manifest itself, never another. Raises UsageError, BadInput or CheckFailed.
+    """
+    path = Path(path)
+    if not REPOSITORY_ID.fullmatch(repository) or "/" not in repository:
+        raise UsageError(f"{repository!r:.80} is no repository: write OWNER/NAME")
+    manifest = Manifest.read(path) if path.is_dir() else None
+    if manifest is None:
+        raise UsageError(f"{path} has no {NAME}: only what this tool has written is pushed")
+    if manifest.marker not in manifest.files:
+        raise UsageError(f"{path} is unfinished: run its conversion again, it goes on where it stopped")
+    if lost := sorted(manifest.files.keys() - manifest.intact(path, manifest.files)):
+        hint = "card --write, with --adopt if you have edited it" if lost[0] == "README.md" else "verify says more"
+        raise CheckFailed(f"{path}: {lost[0]} is missing or of another size than the manifest says: {hint}")
+    files = [{"file": name, "size": entry["size"]} for name, entry in sorted(manifest.files.items())]
+    files.append({"file": NAME, "size": (path / NAME).stat().st_size})
+    found = []
+    if "LICENSE" not in manifest.files:
+        found.append("there is no LICENSE among the files: Llama's licence asks that it goes with every copy")
+    if not repository.partition("/")[2].lower().startswith("llama"):
+        found.append(
+            "the repository's name does not begin with \"Llama\", as Llama's licence asks of what derives from it"
+        )
+    size = sum(file["size"] for file in files)
+    return {"output": str(path), "repository": repository, "files": files, "bytes": size, "warnings": found}
+
+
+def push(
+    path: str | os.PathLike[str],
+    repository: str,
+    *,
+    revision: str | None = None,
+    message: str | None = None,
+    create: bool = False,
+    private: bool = False,
+    verify: bool = True,
+    quiet: bool = False,
+    start: Callable[[int, int], None] = lambda total, done: None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Upload a finished output to `repository` ("OWNER/NAME"), and compare what the Hub then has with the manifest.
+
+    `revision` is a branch, "main" by default. `create` makes repository and branch if they are missing, `private` that
+    repository private. `verify` reads every byte first; `start(total, done)` and `progress(n)` count these. The token is the
+    client's own (HF_TOKEN, `hf auth login`). Returns what `outgoing` does, and {revision, commit, url}.
+    Raises UsageError, BadInput, EnvironmentFailed, or CheckFailed where the directory or the Hub's copy is not the manifest's.
+    """
+    if private and not create:
+        raise UsageError("--private is for --create: it says how a repository is made")
+    path = Path(path)
+    told = outgoing(path, repository)
+    api = _client(quiet)
+    is_there = _is_there(api, repository)
+    if not is_there and not create:
+        raise UsageError(f"{repository} is not there, or your token may not see it: --create makes it")
+    if verify:
+        _verify(path, start, progress)
+    with _one_line(f"pushing to {repository}"):
+        if not is_there:
+            api.create_repo(repository, private=private, exist_ok=True)
+        if create and revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        oid, url = _commit(api, path, told, revision, message or f"Upload with {TOOL}")
+        theirs, strays = _tree(api, repository, oid, {file["file"] for file in told["files"]})
+    _compare(path, theirs, repository)
+    if strays:
+        told["warnings"].append(
+            f"{repository} holds other weights, which readers may take: {', '.join(sorted(strays)[:3])}"
+        )
+    return {**told, "revision": revision or "main", "commit": oid, "url": url}
+
+
+def _client(quiet: bool) -> HfApi:
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise EnvironmentFailed("push needs the Hub's client: pip install 'llama4-convert[hub]'") from error
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would say is told here, in one line
+    if quiet:
+        disable_progress_bars()
+    return HfApi(library_name="llama4-convert")
+
+
+@contextmanager
+def _one_line(doing: str) -> Iterator[None]:
+    """What the client raises, as one line of ours."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError  # type: ignore[attr-defined]
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{doing}: there is no such branch: --create makes it") from error
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # The client wraps what went wrong while a large file was sent.
+        cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+        if not isinstance(cause, HfHubHTTPError):
+            raise EnvironmentFailed(f"{doing}: {one_line(cause, 200)}: {_AGAIN}") from error
+        code = cause.response.status_code
+        raise EnvironmentFailed(f"{doing}: the Hub answers {code}: {_ADVICE.get(code, _AGAIN)}") from error
+
+
+_AGAIN = "run the same command again, what is there already is not sent twice"
+_ADVICE = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    403: "your token may not write there: make one that may",
+    404: "is the name right, and may your token see it?",
+    429: "too many requests: wait, then run the same command again",
+}
+
+
+def _is_there(api: HfApi, repository: str) -> bool:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _one_line(f"asking for {repository}"):
+        try:
+            api.repo_info(repository)
+        except RepositoryNotFoundError as error:
+            if error.response.status_code == 404:
+                return False
+            raise
+    return True
+
+
+def _verify(path: Path, start: Callable[[int, int], None], progress: Callable[[int], None]) -> None:
+    from llama4_convert.inspection.verify import verify
+
+    result = verify(path, start=start, progress=progress)
+    if bad := [file for file in result["files"] if not file["ok"]]:
+        raise CheckFailed(
+            f"{path}: {bad[0]['file']} is not what the manifest says ({bad[0]['note']}): nothing was pushed"
+        )
+
+
+def _commit(api: HfApi, path: Path, told: dict[str, Any], revision: str | None, message: str) -> tuple[str, str]:
+    """All files in one commit; those that the Hub has already are left out by the client. Returns its id and its page."""
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(file["file"], path / file["file"]) for file in told["files"]]
+    commit = api.create_commit(told["repository"], operations, commit_message=message, revision=revision)
+    return str(commit.oid), str(commit.commit_url)
+
+
+def _tree(api: HfApi, repository: str, revision: str, names: set[str]) -> tuple[dict[str, tuple[str, str]], set[str]]:
+    """Of files called `names`, (algorithm, id) as the Hub has them; and the weights beside them that are not ours."""
+    from huggingface_hub.hf_api import RepoFile
+
+    ours, strays = {}, set()
+    for entry in api.list_repo_tree(repository, recursive=True, revision=revision):
+        if not isinstance(entry, RepoFile):
+            continue
+        if entry.path in names:
+            ours[entry.path] = ("sha256", entry.lfs.sha256) if entry.lfs else ("git", entry.blob_id)
+        elif entry.path.endswith(_WEIGHTS):
+            strays.add(entry.path)
+    return ours, strays
+
+
+def _compare(path: Path, theirs: dict[str, tuple[str, str]], repository: str) -> None:
+    """Raises CheckFailed where the Hub's id of a file is not the one that the manifest makes it."""
+    manifest = Manifest.read(path)
+    if manifest is None:
+        raise BadInput(f"{path / NAME} has gone while it was pushed: push again")
+    for name in [*manifest.files, NAME]:
+        algorithm, value = theirs.get(name, ("", ""))
+        expected = manifest.files[name]["sha256"] if name in manifest.files else None
+        if algorithm != "sha256" or expected is None:
+            # Git's id is not in the manifest: of bytes that are what it says.
+            found = digests(path / name, {"sha256", "git"}, lambda n: None)
+            if expected not in (None, found["sha256"]):
+                raise CheckFailed(
+                    f"{path / name} changed while it was pushed: convert or make its card again, then push again"
+                )
+            expected = found.get(algorithm)
+        if value != expected:
+            what = "is another than the manifest's" if value else "is not there"
+            raise CheckFailed(f"{repository}: {name} {what}: push again")
+
+
+def card(
+    path: str | os.PathLike[str],
+    *,
+    validation: str | os.PathLike[str] | None = None,
+    base_model: str | None = None,
+) -> str:
+    """The card of a finished output. `validation`: a file with what `validate --json` printed of it; `base_model`: the Hub's id
+    of the model that this one was made of, where its sizes do not tell. Raises UsageError, BadInput or EnvironmentFailed.
+    """
+    path = Path(path)
+    return _card(path, _manifest(path), validation, base_model)
+
+
+def write_card(
+    path: str | os.PathLike[str],
+    *,
+    validation: str | os.PathLike[str] | None = None,
+    base_model: str | None = None,
+    adopt: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Make README.md of a finished output anew, and its entry in the manifest. Returns {output, file, sha256, status}.
+
+    `status` is "written" or "unchanged". A README.md that somebody has edited is refused: `overwrite` replaces it, `adopt` keeps
+    it as it is and takes it into the manifest. Raises UsageError, BadInput or EnvironmentFailed.
+    """
+    from llama4_convert.checkpoints.digests import digests
+
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory")
+    try:
+        with locked(path):
+            manifest, file = _manifest(path), path / CARD
+            found = digests(file, {"sha256"}, lambda n: None)["sha256"] if file.is_file() else None
+            listed = manifest.files.get(CARD, {}).get("sha256")
+            data = read_small(file) if adopt else _card(path, manifest, validation, base_model).encode()
+            new = hashlib.sha256(data).hexdigest()
+            # Equal to the new one: a run before this was killed between the card and the manifest.
+            if found not in (None, listed, new) and not overwrite:
+                raise UsageError(
+                    f"{file} was edited: --overwrite replaces it, --adopt takes it into the manifest as it is"
+                )
+            status = "unchanged" if found == new == listed else "written"
+            if status == "written":
+                if found != new:
+                    write_small(file, data)
+                manifest.add(CARD, new, len(data))
+                manifest.write(path)
+    except OSError as error:
+        raise from_os_error(error, f"writing {path / CARD}") from error
+    return {"output": str(path), "file": CARD, "sha256": new, "status": status}
+
+
+def _manifest(path: Path) -> Manifest:
+    manifest = Manifest.read(path) if path.is_dir() else None
+    if manifest is None:
+        raise UsageError(f"{path} has no {NAME}: a card is made for what `convert` has written")
+    if manifest.marker != INDEX:
+        raise UsageError(f"{path} is in Meta's layout: a card is for Transformers directories")
+    if manifest.marker not in manifest.files:
+        raise UsageError(f"{path} is unfinished: run its conversion again, it goes on where it stopped")
+    return manifest
+
+
+def _card(path: Path, manifest: Manifest, validation: str | os.PathLike[str] | None, base_model: str | None) -> str:
+    from llama4_convert.inspection.inspect import inspect
+
+    if base_model is not None and not REPOSITORY_ID.fullmatch(base_model):
+        raise UsageError(f"{base_model!r:.80} is no id of a model on the Hub: write OWNER/NAME")
+    told = _read_validation(Path(validation), path) if validation is not None else None
+    counts = inspect(path)
+    return render(
+        Facts(
+            manifest,
+            json_object(path / "config.json"),
+            counts["parameters"],
+            counts["active_parameters"],
+            told,
+            base_model,
+        )
+    )
+
+
+def _read_validation(file: Path, path: Path) -> Mapping[str, Any]:
+    """What `validate --json` printed of `path`. Raises BadInput if it is something else."""
+    told = json_object(file)
+    kinds = {
+        "passed": bool,
+        "gates_failed": list,
+        "tensors_quantized": dict,
+        "config_differences": list,
+        "tensors_different": list,
+    }
+    kinds |= {"tensors_compared": int, "runner": str, "dtype": str, "path": str}
+    for name, kind in kinds.items():
+        if not isinstance(told.get(name), kind):
+            raise BadInput(f"{file.name} is not what `validate --json` prints: no {name}")
+    if not all(
+        isinstance(one, dict) and type(one.get("matrices")) is int for one in told["tensors_quantized"].values()
+    ):
+        raise BadInput(f"{file.name} is not what `validate --json` prints: tensors_quantized has no matrices")
+    if not all(isinstance(gate, str) and is_file_name(gate) for gate in told["gates_failed"]):
+        raise BadInput(f"{file.name} is not what `validate --json` prints: gates_failed has no names")
+    if Path(told["path"]).resolve().name != path.resolve().name:
+        raise UsageError(f"{file.name} is of another directory ({told['path']!r:.80}): validate {path} itself")
+    return told

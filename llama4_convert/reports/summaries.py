@@ -1,0 +1,125 @@
+"""What the command line prints: sizes, progress and summaries. Library code never prints; it is called back from here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from llama4_convert.formatting import counted, gigabytes, parameters
+
+
+def plan_summary(plan: dict[str, Any]) -> str:
+    lines = [
+        f"{plan['source']}: {counted(plan['ranks'], 'rank')}, {parameters(plan['parameters'])}, {plan['dtype']}",
+        f"variant  {plan['variant']} ({plan['variant_reason']}), context {plan['max_position_embeddings']:,} tokens",
+        f"output   {counted(len(plan['tensors']), 'tensor')} in {counted(len(plan['files']), 'file')},"
+        f" {gigabytes(plan['output_bytes'])}",
+        f"memory   {plan['peak_memory_bytes'] / (1 << 20):.0f} MiB of its own",
+    ]
+    lines += dropped_lines(plan["dropped"])
+    lines += fine_tune_lines(plan)
+    if "quantization" in plan:
+        lines += quantization_summary(plan["quantization"])
+    if "fit" in plan:
+        from llama4_convert.fitting.table import fit_summary
+
+        lines.append(fit_summary(plan["fit"]))
+    return "\n".join(lines)
+
+
+def dropped_lines(dropped: list[dict[str, str]]) -> list[str]:
+    """A line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for entry in dropped:
+        reasons.setdefault(entry["why"], []).append(entry["name"])
+    more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in reasons.items()}
+    return [f"dropped  {names[0]}{more[why]}: {why}" for why, names in reasons.items()]
+
+
+def convert_summary(result: dict[str, Any]) -> str:
+    if result["status"] == "already complete":
+        return f"{result['output']} is complete already: nothing was touched"
+    weights = [f for f in result["files"] if f["file"].startswith("model-")]
+    kept = result["files_kept_from_earlier_run"]
+    resumed = f" ({kept} kept from the run before)" if kept else ""
+    dropped = dropped_lines(result["dropped"])
+    line = (
+        f"{result['output']}: {parameters(result['parameters'])}, {gigabytes(result['output_bytes'])} in"
+        f" {counted(len(weights), 'file')}{resumed}, variant {result['variant']} ({result['variant_reason']})"
+    )
+    told = quantization_summary(result["quantization"]) if "quantization" in result else []
+    return "\n".join([line, *dropped, *fine_tune_lines(result), *told])
+
+
+def fine_tune_lines(told: dict[str, Any]) -> list[str]:
+    """What an adapter does, and how much of a config.json was repaired (the warnings say what)."""
+    lines = []
+    if adapter := told.get("adapter"):
+        ranks = ", ".join(map(str, adapter["ranks"]))
+        merged = f"{adapter['matrices_merged']:,} matrices of rank {ranks}" if adapter["ranks"] else "no matrices"
+        replaced = len(adapter["tensors_replaced"])
+        lines.append(f"adapter  {merged} merged" + (f", {replaced} tensors replaced" if replaced else ""))
+    if repaired := told.get("repaired"):
+        lines.append(f"repaired {', '.join(one['field'] for one in repaired)}")
+    return lines
+
+
+def export_summary(result: dict[str, Any]) -> str:
+    if result["status"] == "already complete":
+        return f"{result['output']} is complete already: nothing was touched"
+    kept = result["files_kept_from_earlier_run"]
+    resumed = f" ({kept} kept from the run before)" if kept else ""
+    size = f"{parameters(result['parameters'])}, {gigabytes(result['output_bytes'])}"
+    line = f"{result['output']}: {size} in {counted(result['ranks'], 'rank file')}{resumed}"
+    lines = [line, *dropped_lines(result["dropped"])]
+    if told := result.get("quantization"):
+        kept = f", {told['kept_bits']} with the source's own codes and scales" if told["kept_bits"] else ""
+        error = f"relative squared error {told['relative_mse']:.4g}"
+        lines.append(f"recipe   {told['recipe']}: {told['matrices']} matrices quantized, {error}{kept}")
+    return "\n".join(lines)
+
+
+def quantization_summary(told: dict[str, Any]) -> list[str]:
+    """Lines on what a recipe does to the bytes, and, once it is done, on the error that it made."""
+    kinds = ", ".join(
+        f"{kind.replace('_', ' ')} {gigabytes(told['bytes_before'][kind])} to {gigabytes(size)}"
+        for kind, size in told["bytes_after"].items()
+        if kind != "other"
+    )
+    lines = [f"recipe   {told['recipe']}: {kinds}; {told['bits_per_quantized_weight']:.3g} bits a quantized weight"]
+    if told["kept_bits"]:
+        lines.append(f"kept     {told['kept_bits']} matrices have the source's codes and scales, bit by bit")
+    if told.get("families"):
+        families = ", ".join(
+            f"{family.replace('_', ' ')} {summed['relative_mse']:.4g}" for family, summed in told["families"].items()
+        )
+        lines.append(f"error    relative squared error {families}; of single matrices the largest:")
+        lines += [f"         {w['relative_mse']:<8.4g}  {w['module']}" for w in told["worst"]]
+    return lines
+
+
+def verify_summary(result: dict[str, Any]) -> str:
+    lines = []
+    for file in result["files"]:
+        status = "ok" if file["ok"] else "MISSING" if file["note"].startswith(("missing", "not written")) else "DAMAGED"
+        if not file["ok"] and file["note"].startswith("not recorded"):
+            status = "UNKNOWN"
+        lines.append(f"{status:7}  {file['file']}" + (f"  ({file['note']})" if file["note"] else ""))
+    held = Counter(" and ".join(_PROMISES[what] for what in file["against"]) for file in result["files"] if file["ok"])
+    lines += [f"{counted(n, 'file')} as {what or 'nothing tells: they were only read'}" for what, n in held.items()]
+    return "\n".join(lines)
+
+
+_PROMISES = {
+    "manifest": "the SHA-256 in llama4-convert.json says",
+    "checklist": "the MD5 in checklist.chk says",
+    "CRC": "the CRCs inside say",
+    "list": "the published ids say",
+}
+
+
+def synth_summary(target: Path, result: dict[str, Any]) -> str:
+    kind = "all zeros" if result["sparse"] else "random"
+    size = f"{parameters(result['parameters'])}, {kind}, {gigabytes(result['bytes'])}"
+    return f"{target}: {size} in {len(result['files'])} files"

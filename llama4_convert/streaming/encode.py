@@ -1,0 +1,115 @@
+"""Matrices that a recipe encodes: gathered whole, encoded, and held until each of their parts is written."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Executor, wait
+from itertools import pairwise
+
+import numpy as np
+
+from llama4_convert.checkpoints.numbers import count_nonfinite, make_finite
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
+from llama4_convert.errors import BadInput
+from llama4_convert.planning.plan import Part, PlannedFile, PlannedMatrix
+from llama4_convert.progress import Progress
+from llama4_convert.streaming.fill import Fillers
+from llama4_convert.streaming.memory import GATHER_AHEAD
+from quant.encoding import Encoded
+from quant.schemes import NotFinite
+
+_GATHER = 16 << 20  # of a matrix, between two reports of progress
+
+
+class MatrixEncoder:
+    """Gathers matrices whole, encodes them, and holds their parts until each is written.
+
+    While one matrix is encoded the next one is gathered, on another thread: encoding waits for no disk. Only where no other
+    tensor lies between the two: all reading stays in the order of the plan, and nothing else reads meanwhile.
+    """
+
+    def __init__(
+        self, file: PlannedFile, fillers: Fillers, thread: Executor, progress: Progress, allow_nonfinite: bool
+    ) -> None:
+        """`thread` gathers ahead. `allow_nonfinite`: NaN and infinities are quantized, as 0 and the largest magnitude."""
+        self.fillers, self.result, self.thread = fillers, fillers.result, thread
+        self.progress, self.allow_nonfinite = progress, allow_nonfinite
+        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._following = _following(file)
+        self._held: dict[str, list[memoryview | None]] = {}
+        self._ahead: bytearray | None = None  # the following matrix, gathered
+        self._spare = bytearray()  # reused: matrices of a layer are of a size
+
+    def take(self, part: Part) -> bytes | memoryview:
+        """The bytes of one part, once. Raises BadInput for a matrix with numbers that are not finite."""
+        if part.constant is not None:
+            return part.constant
+        module = part.matrix.matrix.module
+        if module not in self._held:
+            self._held[module] = self._encode(part.matrix)
+        parts = self._held[module]
+        taken, parts[part.index] = parts[part.index], None
+        if not any(p is not None for p in parts):
+            del self._held[module]
+        assert taken is not None
+        return taken
+
+    def _encode(self, planned: PlannedMatrix) -> list[memoryview | None]:
+        gathered, self._ahead = self._ahead or self._gather(planned), None
+        following = self._following.get(planned.matrix.module)
+        ahead = self.thread.submit(self._gather, following) if following else None
+        try:
+            encoded = self._encoded(planned, gathered)
+        finally:
+            if ahead:
+                wait([ahead])
+        self._spare = gathered
+        self._ahead = ahead.result() if ahead else None
+        if planned.scheme and not planned.keeps_bits:
+            self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
+        return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
+
+    def _encoded(self, planned: PlannedMatrix, gathered: bytearray) -> Encoded:
+        tensor, matrix = planned.gathered, planned.matrix
+        bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
+        if planned.scheme is None or planned.keeps_bits:
+            if (
+                planned.scheme is None or planned.scheme.kind != "int4"
+            ):  # whose codes are all finite, whatever they are called
+                self.result.count(tensor.name, count_nonfinite(gathered, tensor.dtype))
+            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+        try:
+            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+        except NotFinite as error:
+            if not self.allow_nonfinite:
+                found = count_nonfinite(gathered, tensor.dtype)
+                raise BadInput(
+                    f"{tensor.name} has {found} of {tensor.numel:,} numbers, which {planned.scheme.kind} cannot hold:"
+                    " leave it out of the recipe, or take them as 0 and the largest magnitude with --allow-nonfinite --overwrite"
+                ) from error
+            self.result.count(tensor.name, make_finite(gathered, tensor.dtype))
+            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+
+    def _gather(self, planned: PlannedMatrix) -> bytearray:
+        tensor = planned.gathered
+        into, self._spare = self._spare, bytearray()
+        if len(into) != tensor.nbytes:
+            into = bytearray()  # never both
+            into = bytearray(tensor.nbytes)
+        fill = self.fillers.of(tensor)
+        for start in range(0, tensor.nbytes, _GATHER):
+            n = min(_GATHER, tensor.nbytes - start)
+            fill(start, memoryview(into)[start : start + n])
+            self.progress(n)
+        return into
+
+
+def _following(file: PlannedFile) -> dict[str, PlannedMatrix]:
+    """By module: the matrix to be read next, where a matrix is what is read next, and two of them may be in memory."""
+    return {
+        one.matrix.module: other
+        for one, other in pairwise(file.reads())
+        if isinstance(one, PlannedMatrix)
+        and isinstance(other, PlannedMatrix)
+        and max(one.gathered.nbytes, other.gathered.nbytes) <= GATHER_AHEAD
+    }

@@ -1,0 +1,71 @@
+"""How much memory a run takes: its buffers, and what a recipe or an adapter needs beside them."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
+from llama4_convert.errors import UsageError
+from llama4_convert.planning.plan import Plan
+from llama4_convert.streaming.writer import Buffers
+
+# Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch.
+BASE_MEMORY = 64 << 20
+COMPILER_MEMORY = 96 << 20  # numba, and what it compiles
+MERGER_MEMORY = 256 << 20  # torch, which multiplies an adapter's factors
+TOKENIZER_MEMORY, TOKENIZER_FACTOR = 80 << 20, 10  # of converting a tokenizer.model: at least, and times its bytes
+
+
+def planned_buffers(max_memory: int) -> Buffers:
+    """Buffers that keep a run within `max_memory` bytes: three, of up to 16 MiB."""
+    size = min(16 << 20, max(64 << 10, max_memory // 16))
+    return Buffers(3, size - size % mmap.PAGESIZE)
+
+
+def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
+    """Bytes of own memory above an idle interpreter that a run takes, as measured (docs/benchmarks.md).
+
+    The buffers and what a recipe needs, or the conversion of a tokenizer.model of `tokenizer_bytes` (0: none), which ends
+    before they are filled: 113 MiB for Llama 4's 3.6 MB.
+    """
+    run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
+    matrices, tensors = plan.matrices, plan.tensors
+    experts = [t.numel // t.scales.experts for t in tensors if t.scales]
+    if matrices or experts or any(isinstance(p.source.record, QuantizedRecord) for t in tensors for p in t.pieces):
+        run += COMPILER_MEMORY
+    if experts:  # one in bf16 and in codes, and the scales of a rank
+        run += 3 * max(experts) + max(f.size for f in plan.files if f.made_with)
+    if matrices:
+        # Gathered, and encoded to half its bytes at most, or as many where it only becomes linear; the next one gathered.
+        largest = max(
+            m.gathered.nbytes * (4 if m.scheme is None else 3) // 2
+            + (m.gathered.nbytes if m.gathered.nbytes <= GATHER_AHEAD else 0)
+            for m in matrices
+        )
+        run += largest
+    if plan.changed:
+        run += MERGER_MEMORY + plan.change_bytes
+    return max(run, TOKENIZER_MEMORY + TOKENIZER_FACTOR * tokenizer_bytes)
+
+
+DEFAULT_MEMORY = 1 << 30
+
+# Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
+LEAST_MEMORY = 64 << 20
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`max_memory` in bytes of own memory above an idle interpreter; `max_error`: of a matrix, relative and squared."""
+
+    max_memory: int = DEFAULT_MEMORY
+    max_error: float | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_memory < LEAST_MEMORY:
+            raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
+
+
+GATHER_AHEAD = 96 << 20  # the largest matrix that is gathered while another is encoded: Scout's experts have 80 MiB

@@ -1,1 +1,0 @@
-"""Random checkpoints in the format of Meta's original files: full size, cut down, or tiny."""

@@ -1,0 +1,82 @@
+"""Where two checkpoints say different things of themselves: fields of config.json, token ids, the chat template.
+
+Neither is taken as right. What one of them does not say (Meta's layout has no chat template, a directory no tokenizer) is no
+difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llama4.config_differences import Difference, differences
+from llama4_convert.errors import one_line
+from llama4_convert.reference.checkpoint import Checkpoint
+from llama4_convert.validation import config_check
+from llama4_convert.validation.chat_template import DIALOGS, rendered
+
+_TOKENS = ("image_token_index", "boi_token_index", "eoi_token_index")
+
+
+def config_differences(a: Checkpoint, b: Checkpoint) -> list[Difference]:
+    """`expected` is what `a` says and `found` what `b` says. Raises BadInput."""
+    found = [d for d in differences(a.config, b.config) if d.field not in _TOKENS or d.found is not None]
+    for name, one, other in (("bos_token_id", a.bos_id, b.bos_id), ("pad_token_id", a.pad_id, b.pad_id)):
+        if one is not None is not other and one != other:
+            found.append(Difference(name, one, other))
+    return [*found, *_wording(a, b), *_stops(a, b), *_chat_template(a, b)]
+
+
+def _wording(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+    """Fields that follow from the tensors (the dtype, the kind of model): different where one of the two says them wrongly."""
+    for name in dict.fromkeys([*a.wording, *b.wording]):
+        one, other = a.wording.get(name), b.wording.get(name)  # each: what it should be, what it is
+        wrong = any(said and said[0] != said[1] for said in (one, other))
+        is_a, is_b = (
+            mine[1] if mine else theirs[0] if theirs else None for mine, theirs in ((one, other), (other, one))
+        )
+        if wrong and is_a != is_b:
+            yield Difference(name, is_a, is_b)
+
+
+def _stops(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+    """Meta's tokenizer has every token that may end a generation, a directory those of its variant."""
+    one, other = set(a.stop_ids), set(b.stop_ids)
+    if a.layout == b.layout:
+        alike = one == other
+    else:
+        meta, variant = (one, other) if a.layout == "meta" else (other, one)
+        alike = not meta or (bool(variant) and variant <= meta)
+    if not alike and (a.layout != "meta" or b.layout != "meta" or (one and other)):
+        yield Difference("eos_token_id", list(a.stop_ids), list(b.stop_ids))
+
+
+def _chat_template(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+    if a.layout != b.layout:
+        meta, directory = (a, b) if a.layout == "meta" else (b, a)
+        for found in config_check.chat_template(meta, directory):
+            yield found if a is meta else found._replace(expected=found.found, found=found.expected)
+        return
+    one, other = config_check.template_of(a), config_check.template_of(b)
+    if one == other:
+        return
+    if one is None or other is None:
+        yield Difference("chat_template", *(None if text is None else "present" for text in (one, other)))
+        return
+    for texts in zip(_rendered(one), _rendered(other), strict=True):
+        if texts[0] != texts[1]:
+            at = next((i for i, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
+            yield Difference("chat_template", *(text[at : at + 40] for text in texts))
+            return
+
+
+def _rendered(template: str) -> list[str]:
+    try:
+        return rendered(template)
+    except ValueError as error:
+        return [one_line(error, 120)] * len(DIALOGS)
+
+
+def told(difference: Difference) -> dict[str, Any]:
+    """For JSON."""
+    return {"field": difference.field, "a": difference.expected, "b": difference.found}

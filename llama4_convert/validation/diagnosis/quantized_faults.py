@@ -1,0 +1,340 @@
+"""How a quantized matrix is wrong: scales that are not its codes', codes that are packed in another way. Pure, on arrays.
+
+What a whole matrix may lose hides wrong scales and single wrong codes: `suspicion` looks for these in the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from llama4_convert.checkpoints.quantized import QuantizedMatrix
+from llama4_convert.validation.diagnosis.altered import Floats, floats, group_gain
+from llama4_convert.validation.diagnosis.block_order import Axis, blocks, told
+from llama4_convert.validation.diagnosis.rearranged import (
+    Array,
+    Diagnosis,
+    Same,
+    divisors,
+    listed,
+    relative_error,
+    some_of,
+)
+
+# Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
+_SCALES = Same(0.003)
+# Orders of eight codes in a word that other packers use: reversed, as AWQ deals them out, halves of bytes exchanged.
+_WORDS = {
+    "in the reverse order": (7, 6, 5, 4, 3, 2, 1, 0),
+    "in AWQ's order": (0, 2, 4, 6, 1, 3, 5, 7),
+    "in AWQ's order undone": (0, 4, 1, 5, 2, 6, 3, 7),
+    "with the halves of each byte exchanged": (1, 0, 3, 2, 5, 4, 7, 6),
+    "with the bytes in the other order": (6, 7, 4, 5, 2, 3, 0, 1),
+}
+
+
+# A group's ratio to the weights is 1 less its error. Over the groups it varies by some percent, by wrong scales five times so.
+_USUAL_SPREAD = 0.05
+_LARGEST_RATIO, _SMALLEST_RATIO = 1.3, 0.4
+# Half a step of the codes, as parts of a scale or of the number itself, and a fifth more.
+_HALF_STEP = 0.6
+_E4M3_MANTISSA, _LEAST_EXPONENT = 3, -6
+_NF4_ROUNDING = 0.01  # of the largest weight of a block; levels lie 0.08 to 0.3 apart
+_NF4_CELLS = 256  # of [-1, 1], ten or more between two levels
+_FP8_BLOCK = 128
+_CODES = 8  # of int4 in a word
+# Middle error of codes as parts of their scale: who rounds errs to either side, so that it is near 0.
+_LARGEST_BIAS = 0.2
+_WRONG_SCALE = 0.1  # who rounds to the nearest is off by some percent
+_ROWS = 256  # that a middle is taken of
+_BAND = 1 << 20  # numbers whose codes are looked at at a time
+_FEWEST = 1024  # weights whose errors have a middle
+Spread = Callable[[Array], Array]
+_FEW = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
+
+
+def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> Diagnosis | None:
+    """Scales that are not the codes', or a few codes that no rounding makes, in a matrix whose error is not too large."""
+    stored, gain, spread = _scales(a, b, matrix, parts)
+    known = gain[gain != 0]
+    if matrix.kind == "nf4":
+        # Scales are quantized too, in steps of the largest of 256 of them: those of small weights can err by as much as they are.
+        power = np.square(a).reshape(gain.size, -1).sum(1).reshape(gain.shape)
+        known = gain[power >= 0.1 * np.quantile(power, 0.9)]
+    if known.size > 8 and (
+        1.4826 * np.median(np.abs(known - np.median(known))) > _USUAL_SPREAD
+        or known.max() > _LARGEST_RATIO
+        or known.min() < _SMALLEST_RATIO
+    ):
+        return Diagnosis("scale", f"scale: {_ratios(gain)}")
+    if matrix.kind == "int4" and (told_of := _other_zero(a, b, stored)):
+        return told_of
+    places = _wrong_codes(a, b, stored, spread, matrix)
+    groups = _groups_of(places, stored, a.shape)
+    if len(places) > 4 and len(groups) <= max(1, len(places) // 8):
+        return Diagnosis("scale", _few_scales(groups, gain))
+    if not 0 < len(places) <= max(4, _FEW * a.size):
+        return None
+    row, column = (int(i) for i in places[0])
+    words = f"element [{row}, {column}] is read as {b[row, column]:.4g} for {a[row, column]:.4g}"
+    many = (
+        f"{len(places)} flipped bits, or codes overwritten"
+        if len(places) > 1
+        else "a flipped bit, or a code overwritten"
+    )
+    return Diagnosis("flipped_bit", f"{many}: no rounding makes them; {words}")
+
+
+def _wrong_codes(a: Floats, b: Floats, stored: Floats, spread: Spread, matrix: QuantizedMatrix) -> Array:
+    """Places of codes that are not the nearest to their weights, [n, 2]."""
+    if matrix.kind == "int4":
+        error = np.abs(a - b)
+        size = a.shape[1] // stored.shape[1]
+        far = np.flatnonzero(error.reshape(*stored.shape, size) > _HALF_STEP * np.abs(stored)[..., None])
+        scale = stored.ravel()[far // size]
+        weights, codes = a.ravel()[far] / scale, b.ravel()[far] / scale
+        nearest = np.clip(np.rint(weights), -8, 7)  # what lies beyond the last code is far from it, and right
+        wrong = np.abs(weights - codes) > np.abs(weights - nearest) + 2 * (_HALF_STEP - 0.5)
+        return np.stack(np.unravel_index(far[wrong], a.shape), 1)
+    far = np.empty(0, np.intp)
+    if matrix.kind == "fp8":
+        far = _in_bands(_wrong_fp8_codes, a, b, np.broadcast_to(spread(np.abs(stored)), a.shape))
+    if matrix.kind == "nf4":
+        blocks = (-1, a.size // stored.size)
+        far = _in_bands(_wrong_nf4_codes, a.reshape(blocks), b.reshape(blocks), stored.reshape(-1, 1))
+    return np.stack(np.unravel_index(far, a.shape), 1)
+
+
+def _wrong_fp8_codes(a: Floats, b: Floats, scale: Floats) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponents = np.maximum(np.frexp(np.abs(b) / scale)[1] - 1, _LEAST_EXPONENT) - _E4M3_MANTISSA
+    wrong: Array = (np.abs(a - b) > _HALF_STEP * np.ldexp(scale, exponents)) & (np.abs(b) < 447 * scale)
+    return wrong
+
+
+def _wrong_nf4_codes(a: Floats, b: Floats, scale: Floats) -> Array:
+    """Of blocks [n, size]. A code belongs to its block's largest weight, not to its scale, which is quantized in turn."""
+    low, high = _nf4_limits()
+    top = np.abs(a).max(1, keepdims=True)
+    known = (top > 0) & (scale > 0)
+    weights, read = a / np.where(known, top, 1), b / np.where(known, scale, 1)
+    with np.errstate(invalid="ignore"):
+        cell = np.clip((read + 1) * (_NF4_CELLS / 2), 0, _NF4_CELLS - 1).astype(np.uint8)
+    wrong: Array = known & ((weights < low[cell]) | (weights > high[cell]))
+    return wrong
+
+
+@cache
+def _nf4_limits() -> tuple[Floats, Floats]:
+    """Between what weights the level nearest to each cell of [-1, 1] is right, with half the rounding to either side."""
+    from quant.schemes.nf4 import NF4
+
+    middles = (NF4[1:] + NF4[:-1]) / 2
+    level = np.searchsorted(middles, (np.arange(_NF4_CELLS) + 0.5) / (_NF4_CELLS / 2) - 1)
+    low = np.concatenate([[-np.inf], middles - _NF4_ROUNDING / 2]).astype(np.float32)
+    high = np.concatenate([middles + _NF4_ROUNDING / 2, [np.inf]]).astype(np.float32)
+    return low[level], high[level]
+
+
+def _in_bands(wrong: Callable[[Floats, Floats, Floats], Array], a: Floats, b: Floats, scale: Floats) -> Array:
+    """Flat places, of some rows at a time: what each takes beside is a few times their size."""
+    step = max(1, _BAND // a.shape[1])
+    found = [
+        np.flatnonzero(wrong(a[i : i + step], b[i : i + step], scale[i : i + step])) + i * a.shape[1]
+        for i in range(0, len(a), step)
+    ]
+    return np.concatenate(found)
+
+
+def _other_zero(a: Floats, b: Floats, stored: Floats) -> Diagnosis | None:
+    """Codes that all err to one side, as they do with a zero point that is one off, or where they were cut and not rounded."""
+    if a.size < _FEWEST:
+        return None
+    some = some_of(len(a), _ROWS)
+    scale = stored[some]
+    steps = (b[some] - a[some]).reshape(*scale.shape, -1) / np.where(scale == 0, np.inf, scale)[..., None]
+    bias = float(np.median(steps))
+    if not abs(bias) > _LARGEST_BIAS:  # NaN neither
+        return None
+    return Diagnosis(
+        "packing", f"packing: the codes are {bias:+.2g} from the right ones in the median, as of another zero point"
+    )
+
+
+def _groups_of(places: Array, stored: Floats, shape: tuple[int, int]) -> Array:
+    """The scales of these places, [n, 2], each once."""
+    size = np.array([shape[0] // stored.shape[0] or 1, shape[1] // stored.shape[1] or 1])
+    return np.unique(places // size, axis=0)
+
+
+def _few_scales(places: Array, gain: Floats) -> str:
+    group = f", group {listed(places[:, 1])}" if gain.shape[1] > 1 else ""
+    ratios = gain[places[:, 0], places[:, 1]]
+    return f"scale: {len(places)} of {gain.size:,} scales, of row {listed(places[:, 0])}{group}: {_ratios(ratios)}"
+
+
+def _ratios(gain: Floats) -> str:
+    return f"its scales are {gain.min():.3g} to {gain.max():.3g} times what they should be"
+
+
+def wrong_scales(
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+) -> Diagnosis | None:
+    """Whether each group of `b` is `a`'s times a factor: then the codes are right, and the scales that they need are known."""
+    stored, gain, spread = _scales(a, b, matrix, parts)
+    expected = a * spread(gain)
+    if not np.isfinite(gain).all() or relative_error(b, expected) > same.limit:
+        return None
+    if (np.square(expected - b).sum(1) > 2 * same.limit * np.square(b).sum(1)).any():
+        return None  # rows that no scale puts right
+    with np.errstate(all="ignore"):
+        right = stored / gain
+    codes = "the codes are right"
+    if np.ptp(gain) <= 0.15 * np.abs(gain).mean() or gain.size == 1:
+        return Diagnosis("scale", f"scale: all its scales are {gain.mean():.3g} times what they should be; {codes}")
+    if not np.isfinite(right).all():
+        return Diagnosis("scale", f"scale: {np.count_nonzero(gain == 0):,} of its scales are zero; {codes}")
+    if stored.size > 1 and np.ptp(stored) == 0:
+        return Diagnosis("scale", f"scale: all its scales are one value, {stored.flat[0]:.3g}; {codes}")
+    wrong = np.argwhere(np.abs(gain - np.median(gain)) > _WRONG_SCALE * abs(np.median(gain)))
+    if len(wrong) * 50 <= max(50, gain.size):
+        return Diagnosis("scale", f"{_few_scales(wrong, gain)}; {codes}")
+    if 1 not in right.shape:
+        for moved in (right.T.reshape(right.shape), right.reshape(right.shape[::-1]).T):
+            if _explains(moved, right, stored):
+                return Diagnosis("scale_axis", f"scale on the wrong axis: the scales' data lie transposed; {codes}")
+    for turned, lines in ((False, "row"), (True, "column")):
+        x, y = (right.T, stored.T) if turned else (right, stored)
+        for shift in (1, -1, 2, -2):
+            if len(x) > abs(shift) and _explains(np.roll(x, shift, 0), x, y):
+                return Diagnosis("scale", f"scale: the scales are shifted by {shift} {lines}(s); {codes}")
+        found = blocks(x, y, _SCALES, [*divisors(len(x)), len(x)]) if x.shape[1] > 1 and len(x) > 1 else None
+        if found and len(set(found.order.tolist())) == found.n:
+            return Diagnosis("scale", f"scale: the scales' {told(found, Axis(lines)).cause}; {codes}")
+    for shift in (1, -1, 2, -2):
+        if _explains(np.roll(right.ravel(), shift).reshape(right.shape), right, stored):
+            return Diagnosis("scale", f"scale: the scales are shifted by {shift}; {codes}")
+    return Diagnosis("scale", f"scale: {_ratios(gain)}; {codes}")
+
+
+def _explains(moved: Floats, right: Floats, stored: Floats) -> bool:
+    return relative_error(moved, stored) < min(0.15 * relative_error(right, stored), 0.02)
+
+
+def _scales(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> tuple[Floats, Floats, Spread]:
+    """The scales as they are read, what they are times what they should be, and how to have either for each weight."""
+    decoder: Any = matrix.decoder
+    n, k = a.shape
+    if matrix.kind == "nf4":
+        block = decoder.scheme.block_size
+        scales: Floats = decoder.scales(parts)
+        of_block = group_gain(a.reshape(-1, block), b.reshape(-1, block), block)
+        shape = (n, k // block) if k % block == 0 else of_block.shape
+        return scales.reshape(shape), of_block.reshape(shape), lambda x: np.repeat(x, block).reshape(n, k)
+    stored = floats(parts["weight_scale"], "F32" if parts["weight_scale"].itemsize == 4 else "BF16")
+    if matrix.kind == "int4":
+        size = decoder.scheme.group_size
+        return stored, group_gain(a, b, size), lambda x: np.repeat(x, size, 1)
+    if matrix.settings["granularity"] == "block":
+        power = np.maximum(_block_sums(a * a), 1e-30)
+        gain = (_block_sums(a * b) / power).astype(np.float32)
+        return stored, gain, lambda x: np.repeat(np.repeat(x, _FP8_BLOCK, 0)[:n], _FP8_BLOCK, 1)[:, :k]
+    if matrix.settings["granularity"] == "tensor":
+        gain = group_gain(a.reshape(1, -1), b.reshape(1, -1), a.size)
+    else:
+        gain = group_gain(a, b, k)
+    return stored.reshape(gain.shape), gain, lambda x: x
+
+
+def _block_sums(x: Floats) -> Floats:
+    rows, columns = (np.arange(0, n, _FP8_BLOCK) for n in x.shape)
+    sums: Floats = np.add.reduceat(np.add.reduceat(x, rows, 0), columns, 1)
+    return sums
+
+
+def wrong_packing(
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+) -> Diagnosis | None:
+    """Codes in another order within their words, or with another zero."""
+    n, k = a.shape
+    some = slice(0, 64)
+    if matrix.kind != "fp8" and k % 8 == 0:
+        for words, order in _WORDS.items():
+            for turn in (np.array(order), np.argsort(order)):
+                moved = a[some].reshape(-1, k // 8, 8)[:, :, turn].reshape(-1, k)
+                if same.near(moved, b[some]) and same(a.reshape(n, k // 8, 8)[:, :, turn].reshape(n, k), b):
+                    return Diagnosis("packing", f"packing: the codes lie {words}")
+    if matrix.kind == "fp8":
+        import torch
+
+        if n == k and matrix.settings["granularity"] != "block":
+            turned = {**parts, "weight": np.ascontiguousarray(parts["weight"].T)}
+            if same(a, floats(matrix.decoder.decode(turned, n, k), "BF16")):
+                return Diagnosis("packing", "packing: the codes lie transposed, and their scales do not")
+        if matrix.settings["granularity"] == "channel":
+            codes = torch.from_numpy(np.ascontiguousarray(parts["weight"]).view(np.uint8))
+            scale = _scales(a, b, matrix, parts)[0]
+            if same(a, codes.view(torch.float8_e5m2).float().numpy() * scale):
+                return Diagnosis("reinterpreted", "reinterpreted: the codes are float8_e5m2's, read as float8_e4m3fn")
+    if matrix.kind == "int4":
+        if other := _other_words(a, b, matrix, parts, same):
+            return other
+        flipped = {**parts, "weight_packed": parts["weight_packed"] ^ np.uint32(0x88888888)}
+        if same(a, floats(matrix.decoder.decode(flipped, n, k), "BF16")):
+            return Diagnosis(
+                "packing", "packing: the codes count from 8 as zero where 0 is meant (unsigned for signed)"
+            )
+    return None
+
+
+def _other_words(
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+) -> Diagnosis | None:
+    """Words as other tools lay them out, under the unchanged shape. Told by the first outputs."""
+    (n, k), some = a.shape, slice(0, 8 * _CODES)
+    _, _, spread = _scales(a, b, matrix, parts)
+    scale = spread(floats(np.ascontiguousarray(parts["weight_scale"][some]), "BF16"))
+    places = np.arange(0, 4 * _CODES, 4, dtype=np.uint32)
+
+    def codes(words: Array) -> Floats:
+        numbers: Floats = ((words[..., None] >> places) & 15).astype(np.float32) - 8
+        return numbers
+
+    words = parts["weight_packed"].view(np.uint32)
+    if same.near(a[some], codes(words.reshape(-1, n)[:, some].T).reshape(-1, k) * scale):
+        return Diagnosis("packing", "packing: the words lie transposed, [in / 8, out] as GPTQ writes them")
+    if n % _CODES == 0:
+        dealt = codes(words.reshape(k, -1)[:, :_CODES])[..., list(_WORDS["in AWQ's order undone"])]
+        if same.near(a[some], dealt.reshape(k, -1).T * scale):
+            return Diagnosis("packing", "packing: the words are AWQ's, [in, out / 8]")
+    return None
+
+
+def damaged(a: Floats, shapes: Mapping[str, tuple[int, ...]], read: Any, same: Mapping[str, Same]) -> Diagnosis | None:
+    """Whether the scales of an int4 or FP8 matrix lie transposed, shape and all; `read` reads a part by its suffix."""
+    from quant.encoders import FloatQuantized, PackQuantized
+    from quant.schemes.fp8 import Fp8
+    from quant.schemes.int4 import GROUP_SIZES, Int4
+
+    n, k = a.shape
+    scale = shapes.get("weight_scale")
+    if scale is None or len(scale) != 2:
+        return None
+    kinds: list[tuple[str, Any, str]] = []
+    if shapes.get("weight_packed") == (n, k // 8):
+        kinds += [
+            ("int4", PackQuantized(Int4(size)), "weight_packed") for size in GROUP_SIZES if scale == (k // size, n)
+        ]
+    elif shapes.get("weight") == (n, k):
+        schemes = (Fp8("channel"), Fp8("block"))
+        kinds += [("fp8", FloatQuantized(one), "weight") for one in schemes if one.shapes(n, k)[1] == scale[::-1]]
+    for kind, decoder, codes in kinds:
+        parts = {codes: read(codes), "weight_scale": np.ascontiguousarray(read("weight_scale").T)}
+        right = "; transposed they fit" if same[kind](a, floats(decoder.decode(parts, n, k), "BF16")) else ""
+        return Diagnosis(
+            "scale_axis", f"scale on the wrong axis: the scales are {list(scale)}, not {list(scale[::-1])}{right}"
+        )
+    return None

@@ -1,0 +1,177 @@
+"""What a diagnosis looks at: a wrong tensor of both sides, read so that it fits into memory and can be compared.
+
+Matrices are read whole, an expert at a time; the two of the vocabulary in slices of rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from llama4.config import Llama4Config
+from llama4.weights import BindingError, Bits, LogicalTensor
+from llama4_convert.checkpoints.quantized import QuantizedReader
+from llama4_convert.validation.diagnosis import rearranged
+from llama4_convert.validation.diagnosis.altered import Floats, Region, floats
+from llama4_convert.validation.diagnosis.block_order import Axis
+from llama4_convert.validation.diagnosis.rearranged import Array, Same
+from llama4_convert.validation.diagnosis.sketches import sketch, sketch_of_rows
+
+# The two vocabulary matrices have 2 GB each in Scout: they are read in slices of rows, all others whole.
+SLICED = {"tok_embeddings", "output"}
+SLICE = 4096
+FLOATS = {"BF16", "F16", "F32", "F64"}
+_COLUMNS = 64  # of a sliced matrix that stand for all
+
+
+def slices(name: str, height: int) -> Iterator[tuple[int, int] | None]:
+    """Row ranges to read one after another, to one behind the last, where nothing should be; None for all at once."""
+    if name not in SLICED:
+        yield None
+    else:
+        yield from ((start, start + SLICE) for start in range(0, height + 1, SLICE))
+
+
+@dataclass
+class Case:
+    """A wrong tensor: x is what the reference holds and y what was found, raw bits of one dtype, or numbers if it is lossy.
+
+    Of a sliced matrix x and y are the first rows; `thin` has some columns of all rows.
+    """
+
+    name: str
+    same: Same
+    dtype: str
+    x: Array
+    y: Array
+    axes: tuple[Axis, Axis]
+    head_dim: int = 0
+    thin: tuple[Array, Array] | None = None
+    sparse: Region | None = None  # of a sliced matrix: some of the rows and columns that differ
+
+    @cached_property
+    def region(self) -> Region:
+        return self.sparse or Region.of(self.x, self.y, self.dtype, self.same)
+
+    def turned(self) -> Iterator[tuple[Array, Array, Axis]]:
+        """For tests of rows: as it is, and for its columns."""
+        yield *(self.thin or (self.x, self.y)), self.axes[0]
+        if self.x.shape[1] > 1:
+            yield self.x.T, self.y.T, self.axes[1]
+
+
+class Sides:
+    """The tensors of the reference and of a candidate. `limits`: what each scheme may lose, as a relative squared error."""
+
+    def __init__(
+        self,
+        ours: Mapping[str, LogicalTensor],
+        found: Mapping[str, LogicalTensor],
+        config: Llama4Config,
+        quantized: QuantizedReader | None,
+        limits: Mapping[str, float],
+    ) -> None:
+        self.ours, self.found, self.config = ours, found, config
+        self.quantized, self.limits = quantized, limits
+
+    def same(self, name: str) -> Same:
+        found = self.found[name]
+        matrix = self.quantized.quantized.get(found.keys[0]) if self.quantized else None
+        return Same(self.limits[matrix.kind] if matrix else 0.0)
+
+    def load(self, name: str, same: Same) -> tuple[Array, Array]:
+        """The reference's and the candidate's, comparable. Not for sliced ones."""
+        return self.reference(name, same, self.found[name].dtype), self.candidate(name, same)
+
+    def reference(self, name: str, same: Same, dtype: str) -> Array:
+        ours = self.ours[name]
+        bits = np.ascontiguousarray(ours.load(None))
+        return floats(bits, ours.dtype) if same.limit else cast(bits, ours.dtype, dtype)
+
+    def candidate(self, name: str, same: Same) -> Array:
+        found = self.found[name]
+        bits = np.ascontiguousarray(found.load(None))
+        return floats(bits, found.dtype) if same.limit else bits
+
+    def case(self, name: str) -> Case:
+        axis, heads, head_dim = _heads(name, self.config)
+        rows = Axis("row", heads if axis == 0 else 0, of_experts=name.endswith(".router"))
+        axes = rows, Axis("column", heads if axis == 1 else 0)
+        same, dtype = self.same(name), self.found[name].dtype
+        if name in SLICED:
+            return self._sliced(name, dtype, axes)
+        x, y = self.load(name, same)
+        if x.shape == y.shape or x.ndim == y.ndim == 1:
+            x, y = rearranged.as_matrix(x), rearranged.as_matrix(y)
+        return Case(name, same, dtype, x, y, axes, head_dim if axis == 0 else 0)
+
+    def _sliced(self, name: str, dtype: str, axes: tuple[Axis, Axis]) -> Case:
+        """Both read once, for some columns of all rows, and where they differ."""
+        ours, found = self.ours[name], self.found[name]
+        thin: tuple[list[Array], list[Array]] = ([], [])
+        first: tuple[Array, Array] | None = None
+        differing: list[Array] = []
+        pieces: list[tuple[Array, Array]] = []
+        start = 0
+        while True:
+            span = (start, start + SLICE)
+            x, y = cast(ours.load(span), ours.dtype, dtype), found.load(span)
+            if y.ndim != 2 or x.shape[1] != y.shape[1]:
+                return Case(name, Same(), dtype, x, y, axes)
+            first = first or (x, y)
+            columns = rearranged.some_of(x.shape[1], _COLUMNS)
+            for part, bits in zip(thin, (x, y), strict=True):
+                part.append(bits[:, columns])
+            n = min(len(x), len(y))
+            rows = np.flatnonzero((x[:n] != y[:n]).any(1))
+            if sum(map(len, differing)) < SLICE:
+                pieces.append((x[rows], y[rows]))
+            differing.append(rows + start)
+            if max(len(x), len(y)) < SLICE:
+                break
+            start += SLICE
+        whole = np.concatenate(thin[0]), np.concatenate(thin[1])
+        if whole[0].shape != whole[1].shape:
+            return Case(name, Same(), dtype, whole[0], whole[1], axes)
+        a, b = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        inner = Region.of(a, b, dtype)
+        region = Region(
+            np.concatenate(differing), inner.columns, (len(whole[0]), first[0].shape[1]), dtype, inner.x, inner.y
+        )
+        return Case(name, Same(), dtype, first[0], first[1], axes, thin=whole, sparse=region)
+
+    def sketch(self, tensor: LogicalTensor) -> Floats:
+        if tensor.name in SLICED:
+            return sketch_of_rows(tensor, (self.vocabulary, self.config.text_config.hidden_size))
+        return sketch(rearranged.as_matrix(tensor.load(None)), tensor.dtype)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.text_config.vocab_size
+
+
+def cast(bits: Bits, source: str, target: str) -> Bits:
+    """As a conversion with `--dtype` rounds. Raises BindingError for what is no float."""
+    if source == target:
+        return bits
+    from llama4.loading import DTYPES, to_bits, to_tensor
+
+    if target not in DTYPES:
+        raise BindingError(f"a tensor of dtype {target}")
+    return to_bits(to_tensor(bits, source).to(DTYPES[target]))
+
+
+def _heads(name: str, config: Llama4Config) -> tuple[int, int, int]:
+    """The axis that attention heads share, their number and size; no heads: 0, 0, 0."""
+    text, vision = config.text_config, config.vision_config
+    if found := re.fullmatch(r"layers\.\d+\.attention\.([qkvo])", name):
+        heads = text.num_key_value_heads if found[1] in "kv" else text.num_attention_heads
+        return int(found[1] == "o"), heads, text.head_dim
+    if vision and (found := re.fullmatch(r"vision\.layers\.\d+\.w(?:([qkv])\.\w+|o\.weight)", name)):
+        heads = vision.num_attention_heads
+        return int(found[1] is None), heads, vision.hidden_size // heads
+    return 0, 0, 0
