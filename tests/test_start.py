@@ -10,7 +10,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "numba", "matplotlib"}
 # What computes with torch or compiles with numba, and may import it: the model, parity with it, the kernels and what calls them.
 MODEL = "loading text cache vision image chat model generate"
-TORCH = {*(f"llama4/{name}.py" for name in MODEL.split()), "quant/torch_backend/", "llama4_convert/validation/parity/"}
+TORCH = {
+    *(f"llama4/{name}.py" for name in MODEL.split()),
+    "quant/torch_backend/",
+    *(f"llama4_convert/validation/{name}" for name in ("parity/", "validate.py", "cache.py")),
+}
 NUMBA = {"quant/kernels/", "quant/schemes/", "quant/encoders.py", "quant/formats/bitsandbytes.py"}
 
 

@@ -40,7 +40,7 @@ def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
       llama4-convert diff scout-hf scout-int4
       llama4-convert diff scout-hf scout-fp8 --json
     """
-    from llama4_convert import diff as run
+    from llama4_convert.validation.diff import diff as run
 
     with terminal.ProgressBar("diff", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(a, b, max_memory=max_memory, start=bar.start, progress=bar.advance)

@@ -61,7 +61,7 @@ def explain(path: Path, tensor: str, everything: bool, as_json: bool, **options:
       llama4-convert explain Llama-4-Scout-17B-16E-Instruct/original layers.0.feed_forward.experts.5.gate --recipe int4
       llama4-convert explain scout-hf layers.0.attention.wqkv.weight --ranks 8
     """
-    from llama4_convert import explain as run
+    from llama4_convert.conversion.explain import explain as run
 
     result = run(path, tensor, **options)
     for text in result["warnings"]:

@@ -53,7 +53,7 @@ def fit(path: Path, as_json: bool, **options: Any) -> None:
       llama4-convert fit scout-fp8 --gpu h100-80gb --gpus 2 --context 131072
       llama4-convert fit Llama-4-Scout-17B-16E-Instruct/original --gpu all
     """
-    from llama4_convert import fit as run
+    from llama4_convert.fitting.fit import fit as run
     from llama4_convert.fitting.table import fit_table
 
     result = run(path, **options)

@@ -33,7 +33,7 @@ def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
       llama4-convert inspect scout-hf --tensors
       llama4-convert inspect scout-hf --stats
     """
-    from llama4_convert import inspect as run
+    from llama4_convert.inspection.inspect import inspect as run
     from llama4_convert.reports.inspection import inspect_summary
 
     with terminal.ProgressBar("inspect", quiet=as_json and not sys.stderr.isatty()) as bar:
@@ -63,7 +63,7 @@ def verify(path: Path, as_json: bool, ids: Path | None) -> None:
       llama4-convert verify Llama-4-Scout-17B-16E-Instruct/original
       llama4-convert verify scout-fp8 --ids tree.json
     """
-    from llama4_convert import verify as run
+    from llama4_convert.inspection.verify import verify as run
 
     with terminal.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(path, ids=ids, start=bar.start, progress=bar.advance)

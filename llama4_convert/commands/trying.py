@@ -37,7 +37,7 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     Example:
       llama4-convert generate scout-hf --prompt "The capital of France is"
     """
-    from llama4_convert import generate as run
+    from llama4_convert.reference.generation import generate as run
 
     result = run(path, say=(lambda text: None) if as_json else functools.partial(print_out, nl=False), **options)
     print_out(json.dumps(result) if as_json else "")
@@ -77,7 +77,7 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
     Example:
       llama4-convert synth scout-2-layers --geometry scout --layers 2
     """
-    from llama4_convert import synth as run
+    from llama4_convert.samples.synthetic.synth import synth as run
 
     with terminal.ProgressBar("synth", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(target, start=bar.start, progress=bar.advance, **options)

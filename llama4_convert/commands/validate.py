@@ -103,11 +103,11 @@ def validate(
     \b
     Examples:
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original
-      llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --html summaries.html
+      llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --html report.html
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --with transformers
     """
-    from llama4_convert import validate as run
     from llama4_convert.validation.cache import default_folder
+    from llama4_convert.validation.validate import validate as run
 
     if no_cache and cache is not None:
         raise UsageError("--cache and --no-cache contradict each other: leave one out")

@@ -45,7 +45,7 @@ def plan(source: Path, as_json: bool, **request: Any) -> None:
       llama4-convert plan Llama-4-Scout-17B-16E-Instruct/original
       llama4-convert plan Llama-4-Scout-17B-16E-Instruct/original --recipe int4 --gpu h100-80gb --context 131072
     """
-    from llama4_convert import plan as run
+    from llama4_convert.conversion.convert import plan as run
 
     result = run(source, **request)
     for text in result["warnings"]:
@@ -104,7 +104,7 @@ def convert(
       llama4-convert convert my-tune scout-tuned --config-from scout-hf
     """
     from llama4_convert.conversion.convert import convert as run
-    from llama4_convert.streaming.memory import Bounds
+    from llama4_convert.streaming.bounds import Bounds
 
     if dry_run:
         Bounds(max_memory)  # refused as the run would
@@ -168,7 +168,7 @@ def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
       llama4-convert export Llama-4-Scout-17B-16E-Instruct/original scout-one-file --ranks 1
       llama4-convert export scout-hf scout-meta-fp8 --recipe meta-fp8
     """
-    from llama4_convert import export as run
+    from llama4_convert.conversion.to_meta import export as run
 
     with terminal.ProgressBar("export", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
         result = run(source, target, warn=terminal.warn, start=bar.start, progress=bar.advance, **options)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import UsageError
 from llama4_convert.progress import Progress, Start, Warn
+from llama4_convert.streaming.bounds import DEFAULT_MEMORY, Bounds
 from llama4_convert.streaming.execution import execute
-from llama4_convert.streaming.memory import DEFAULT_MEMORY, Bounds
 
 if TYPE_CHECKING:
     from llama4_convert.conversion.job import ConversionJob

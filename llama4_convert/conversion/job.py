@@ -14,8 +14,9 @@ from llama4_convert.conversion.request import Request
 from llama4_convert.metadata.config_repair import Repair
 from llama4_convert.metadata.model_card import CARD, Facts, render
 from llama4_convert.planning.adapter import Adapter
+from llama4_convert.streaming.bounds import DEFAULT_MEMORY
 from llama4_convert.streaming.job import Job
-from llama4_convert.streaming.memory import DEFAULT_MEMORY, peak_memory
+from llama4_convert.streaming.memory import peak_memory
 
 _NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
 

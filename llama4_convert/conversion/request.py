@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from llama4_convert.checkpoints.tensors import SAFETENSORS_NAMES
 from llama4_convert.errors import UsageError
 from llama4_convert.metadata import variant
-from llama4_convert.planning.shards import DEFAULT_SHARD_SIZE
 
 if TYPE_CHECKING:
     from llama4_convert.planning.adapter import Adapter
     from llama4_convert.planning.plan import Plan
     from quant.recipe import Recipe
+
+DEFAULT_SHARD_SIZE = 5_000_000_000  # bytes
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,10 @@ from llama4_convert.planning.locations import Holdings, of_meta, of_transformers
 from llama4_convert.planning.plan import Plan, PlannedFile, PlannedTensor
 from llama4_convert.planning.record_order import streamed_records, unread_records
 from llama4_convert.progress import Progress, Start, Warn
+from llama4_convert.streaming.bounds import DEFAULT_MEMORY, Bounds
 from llama4_convert.streaming.execution import execute
 from llama4_convert.streaming.job import Contents, Job
-from llama4_convert.streaming.memory import DEFAULT_MEMORY, Bounds, peak_memory
+from llama4_convert.streaming.memory import peak_memory
 from llama4_convert.version import TOOL
 from mappings import Binding, MappingError
 from quant.error import relative_mse, sqnr_db

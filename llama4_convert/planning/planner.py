@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints.meta import MetaCheckpoint
@@ -14,7 +15,7 @@ from llama4_convert.planning.encoded import linear_layers, output_tensors
 from llama4_convert.planning.locations import of_meta, of_transformers
 from llama4_convert.planning.plan import Plan, gathered
 from llama4_convert.planning.record_order import streamed_records, unread_records
-from llama4_convert.planning.shards import DEFAULT_SHARD_SIZE, files_of, groups_of
+from llama4_convert.planning.shards import files_of, groups_of
 from mappings import MappingError
 from quant.recipe import Recipe
 
@@ -24,7 +25,7 @@ def make_plan(
     *,
     text_only: bool = False,
     dtype: str | None = None,
-    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_size: float = inf,
     allow_rank_mismatch: bool = False,
     recipe: Recipe | None = None,
     device: str = "cpu",
@@ -68,7 +69,7 @@ def make_plan(
 def plan_directory(
     source: SafetensorsSource,
     recipe: Recipe | None,
-    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_size: float = inf,
     device: str = "cpu",
     adapter: Adapter | None = None,
 ) -> Plan:

@@ -29,9 +29,9 @@ def groups_of(tensors: Sequence[PlannedTensor], streamed: frozenset[RecordKey]) 
     return groups
 
 
-def files_of(groups: Sequence[list[PlannedTensor]], shard_size: int) -> tuple[PlannedFile, ...]:
+def files_of(groups: Sequence[list[PlannedTensor]], shard_size: float) -> tuple[PlannedFile, ...]:
     contents: list[list[PlannedTensor]] = []
-    room = 0
+    room = 0.0
     for group in groups:
         size = sum(t.nbytes for t in group)
         if not contents or size > room:
@@ -74,6 +74,3 @@ def _file(name: str, tensors: list[PlannedTensor]) -> PlannedFile:
         placed.append(replace(tensor, offset=position))
         position += tensor.nbytes
     return PlannedFile(name, header, tuple(placed))
-
-
-DEFAULT_SHARD_SIZE = 5_000_000_000  # bytes

@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import llama4_convert
-from llama4_convert import convert, generate, verify
+from llama4_convert.conversion.convert import convert
 from llama4_convert.errors import CheckFailed, from_os_error
+from llama4_convert.inspection.verify import verify
+from llama4_convert.reference.generation import generate
 from llama4_convert.reports.validation import validate_verdict
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def demo(
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Copy the small model to `folder`, convert it, check and use the result. Raises CheckFailed at the first fault."""
+
     folder = Path(folder)
     meta, output = folder / "meta", folder / "transformers"
     size = _copy_model(meta)
@@ -101,7 +103,9 @@ def _copy_model(meta: Path) -> int:
 
 
 def _validate(meta: Path, output: Path, runner: str) -> dict[str, Any]:
-    result = llama4_convert.validate(output, reference=meta, runner=runner)
+    from llama4_convert.validation.validate import validate
+
+    result = validate(output, reference=meta, runner=runner)
     if not result["passed"]:
         raise CheckFailed(f"{output} is not what {meta} is: {validate_verdict(result)}")
     return result

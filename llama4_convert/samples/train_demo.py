@@ -619,7 +619,8 @@ Measured on these very files, with the project's reference model computing in fl
 The held-out topics are {held}; paragraphs of theirs that other texts repeat were cut from those.
 
 To make it again: `python -m llama4_convert.samples.train_demo OUT`, with CPython {version}. It trains in four stages: the
-whole model on text and captioned pictures, a new vision tower on pictures that it classifies, and twice both together a little further. Another
+whole model on text and captioned pictures, a new vision tower on pictures that it classifies, and twice both together a
+little further. Another
 version of Python, torch or tokenizers, or another number of threads, gives a similar model and not the same one. The
 seconds are those of two cores that other work used too.
 

@@ -13,7 +13,7 @@ from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error
 from llama4_convert.files import LOCK_NAME, PARTIAL_SUFFIX, locked
 from llama4_convert.progress import Progress, Start, Warn
-from llama4_convert.streaming.memory import LEAST_MEMORY, Bounds
+from llama4_convert.streaming.bounds import LEAST_MEMORY, Bounds
 from llama4_convert.streaming.output_directory import (
     NeedsOverwrite,
     check_no_obstacle,

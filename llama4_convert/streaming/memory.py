@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 
 from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
-from llama4_convert.errors import UsageError
 from llama4_convert.planning.plan import Plan
 from llama4_convert.streaming.writer import Buffers
 
+GATHER_AHEAD = 96 << 20  # the largest matrix that is gathered while another is encoded: Scout's experts have 80 MiB
 # Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch.
 BASE_MEMORY = 64 << 20
 COMPILER_MEMORY = 96 << 20  # numba, and what it compiles
@@ -47,25 +46,3 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     if plan.changed:
         run += MERGER_MEMORY + plan.change_bytes
     return max(run, TOKENIZER_MEMORY + TOKENIZER_FACTOR * tokenizer_bytes)
-
-
-DEFAULT_MEMORY = 1 << 30
-
-# Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
-LEAST_MEMORY = 64 << 20
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """`max_memory` in bytes of own memory above an idle interpreter; `max_error`: of a matrix, relative and squared."""
-
-    max_memory: int = DEFAULT_MEMORY
-    max_error: float | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_memory < LEAST_MEMORY:
-            raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
-
-
-GATHER_AHEAD = 96 << 20  # the largest matrix that is gathered while another is encoded: Scout's experts have 80 MiB

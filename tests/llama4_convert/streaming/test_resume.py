@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from llama4_convert import convert, files, verify
+from llama4_convert import convert, verify
 from llama4_convert.conversion.convert import job_of
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError
+from llama4_convert.files import LOCK_NAME, locked
 from llama4_convert.streaming import writer
 from tests.support import commands
 
@@ -162,14 +163,14 @@ def test_a_killed_run_goes_on(source: Path, straight: dict[str, str], tmp_path: 
         check=True,
     )
     assert b"warning" not in last.stderr
-    assert commands.digests(target).keys() - {files.LOCK_NAME} == straight.keys()
-    assert {n: d for n, d in commands.digests(target).items() if n != files.LOCK_NAME} == straight
+    assert commands.digests(target).keys() - {LOCK_NAME} == straight.keys()
+    assert {n: d for n, d in commands.digests(target).items() if n != LOCK_NAME} == straight
 
 
 def test_ctrl_c_exits_130_with_a_hint(source: Path, straight: dict[str, str], tmp_path: Path) -> None:
     # Shells start background jobs with SIGINT ignored, and children inherit that: undone here, as on a terminal.
     slow = (
-        "import signal, time; from llama4_convert import cli, source\n"
+        "import signal, time; from llama4_convert.commands import cli; from llama4_convert.streaming import source\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "check = source.Source.check\n"
         "def slowly(*a): print('begun', flush=True); time.sleep(0.2); check(*a)\n"
@@ -385,7 +386,7 @@ def test_one_owner_at_a_time(source: Path, straight: dict[str, str], tmp_path: P
     """Eight at once: the others are told who owns the directory, at once."""
     target = tmp_path / "out"
     target.mkdir()
-    with files.locked(target):
+    with locked(target):
         others = [
             subprocess.Popen(
                 command("convert", source, target, "--shard-size", commands.SHARD),
@@ -399,14 +400,14 @@ def test_one_owner_at_a_time(source: Path, straight: dict[str, str], tmp_path: P
             assert process.returncode == 4
             assert f"is being written by process {os.getpid()} on " in err.decode()
             assert err.count(b"\n") == 1
-        assert list(target.iterdir()) == [target / files.LOCK_NAME]
+        assert list(target.iterdir()) == [target / LOCK_NAME]
     convert(source, target, shard_size=commands.SHARD)
     assert commands.digests(target) == straight
 
 
 def test_the_lock_is_taken_before_the_source_is_read(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with files.locked(tmp_path / "out"), pytest.raises(EnvironmentFailed, match="is being written by"):
+    with locked(tmp_path / "out"), pytest.raises(EnvironmentFailed, match="is being written by"):
         convert(tmp_path / "a source that takes long to read", tmp_path / "out")
 
 

@@ -1,0 +1,25 @@
+"""What a caller bounds of a run. It imports nothing heavy: an output directory is locked before numpy is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama4_convert.errors import UsageError
+
+DEFAULT_MEMORY = 1 << 30
+
+# Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
+LEAST_MEMORY = 64 << 20
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`max_memory` in bytes of own memory above an idle interpreter; `max_error`: of a matrix, relative and squared."""
+
+    max_memory: int = DEFAULT_MEMORY
+    max_error: float | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_memory < LEAST_MEMORY:
+            raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
