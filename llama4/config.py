@@ -19,7 +19,36 @@ from llama4.geometry import Geometry, RopeScaling, VisionGeometry
 _VISION_NORM_EPS = 1e-5
 _ROPE_THETA, _VISION_ROPE_THETA = 500000.0, 10000.0
 _HIDDEN_ACT, _VISION_HIDDEN_ACT = "silu", "gelu"
-_MOST = 1024  # layers, experts: far beyond any Llama 4; a damaged number must not make lists of its length
+_MAX_LIST_LENGTH = 1024  # layers, experts: far beyond any Llama 4; a damaged number must not make lists of its length
+
+# Fields with one meaning: in config.json -> in `Geometry`, as Meta calls them.
+_TEXT_IN_GEOMETRY = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "expert_dim",
+    "intermediate_size_mlp": "dense_dim",
+    "num_experts_per_tok": "top_k",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "use_qk_norm": "use_qk_norm",
+    "attn_temperature_tuning": "attn_temperature_tuning",
+    "floor_scale": "floor_scale",
+    "attn_scale": "attn_scale",
+}
+_VISION_IN_GEOMETRY = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "mlp_dim",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "vision_output_dim": "output_dim",
+    "pixel_shuffle_ratio": "pixel_shuffle_ratio",
+}
 
 
 @dataclass(frozen=True)
@@ -68,36 +97,22 @@ class Llama4TextConfig:
         layers = range(g.n_layers)
         rotates = tuple(g.uses_rope(layer) for layer in layers)
         return Llama4TextConfig(
-            vocab_size=g.vocab_size,
-            hidden_size=g.dim,
-            num_hidden_layers=g.n_layers,
-            num_attention_heads=g.n_heads,
-            num_key_value_heads=g.n_kv_heads,
+            **{field: getattr(g, name) for field, name in _TEXT_IN_GEOMETRY.items()},
             head_dim=g.head_dim,
-            intermediate_size=g.expert_dim,
-            intermediate_size_mlp=g.dense_dim,
             num_local_experts=g.n_experts,
-            num_experts_per_tok=g.top_k,
             interleave_moe_layer_step=g.moe_step if g.moe_layers else 0,
             moe_layers=tuple(g.moe_layers),
-            rms_norm_eps=g.norm_eps,
-            rope_theta=g.rope_theta,
-            rope_scaling=g.rope_scaling,
             no_rope_layer_interval=None if all(rotates) else g.nope_interval,
             no_rope_layers=rotates,
             layer_types=tuple("chunked_attention" if g.is_chunked(layer) else "full_attention" for layer in layers),
             attention_chunk_size=g.chunk_size if any(g.is_chunked(layer) for layer in layers) else None,
-            use_qk_norm=g.use_qk_norm,
-            attn_temperature_tuning=g.attn_temperature_tuning,
-            floor_scale=g.floor_scale,
-            attn_scale=g.attn_scale,
         )
 
     @staticmethod
     def from_json(body: Mapping[str, Any], tied: bool = False) -> Llama4TextConfig:
         """From the `text_config` of a config.json (or the whole, of a text model). Raises ConfigError."""
         c = ConfigFields(body, "")
-        n_layers, n_heads = c.whole("num_hidden_layers", 48, most=_MOST), c.whole("num_attention_heads", 40)
+        n_layers, n_heads = c.whole("num_hidden_layers", 48, most=_MAX_LIST_LENGTH), c.whole("num_attention_heads", 40)
         hidden = c.whole("hidden_size", 5120)
         interval = c.whole("no_rope_layer_interval", 0)
         rotates = tuple(bool(x) for x in c.integers("no_rope_layers") or ())
@@ -129,7 +144,7 @@ class Llama4TextConfig:
             head_dim=c.whole("head_dim", 128 if "head_dim" not in body else hidden // n_heads),
             intermediate_size=c.whole("intermediate_size", 8192),
             intermediate_size_mlp=c.whole("intermediate_size_mlp", 16384),
-            num_local_experts=c.whole("num_local_experts", 16, least=0, most=_MOST),
+            num_local_experts=c.whole("num_local_experts", 16, least=0, most=_MAX_LIST_LENGTH),
             num_experts_per_tok=c.whole("num_experts_per_tok", 1),
             interleave_moe_layer_step=step if step <= n_layers else 0,
             moe_layers=moe_layers,
@@ -182,16 +197,7 @@ class Llama4VisionConfig:
 
     @staticmethod
     def from_geometry(v: VisionGeometry) -> Llama4VisionConfig:
-        return Llama4VisionConfig(
-            hidden_size=v.dim,
-            num_hidden_layers=v.n_layers,
-            num_attention_heads=v.n_heads,
-            intermediate_size=v.mlp_dim,
-            image_size=v.image_size,
-            patch_size=v.patch_size,
-            vision_output_dim=v.output_dim,
-            pixel_shuffle_ratio=v.pixel_shuffle_ratio,
-        )
+        return Llama4VisionConfig(**{field: getattr(v, name) for field, name in _VISION_IN_GEOMETRY.items()})
 
     @staticmethod
     def from_json(body: Mapping[str, Any]) -> Llama4VisionConfig:
@@ -204,7 +210,7 @@ class Llama4VisionConfig:
         # Transformers' code never reads norm_eps, but other readers do.
         return Llama4VisionConfig(
             hidden_size=c.whole("hidden_size", 768),
-            num_hidden_layers=c.whole("num_hidden_layers", 34, most=_MOST),
+            num_hidden_layers=c.whole("num_hidden_layers", 34, most=_MAX_LIST_LENGTH),
             num_attention_heads=c.whole("num_attention_heads", 16),
             intermediate_size=c.whole("intermediate_size", 5632),
             image_size=c.side("image_size", 448),
@@ -236,38 +242,14 @@ class Llama4Config:
     def to_geometry(self) -> Geometry:
         """In Meta's words, as far as these have them: layers that follow no interval are counted as if they did."""
         c, v = self.text_config, self.vision_config
+        vision = VisionGeometry(**{name: getattr(v, f) for f, name in _VISION_IN_GEOMETRY.items()}) if v else None
         return Geometry(
-            dim=c.hidden_size,
-            n_layers=c.num_hidden_layers,
-            n_heads=c.num_attention_heads,
-            n_kv_heads=c.num_key_value_heads,
-            vocab_size=c.vocab_size,
+            **{name: getattr(c, field) for field, name in _TEXT_IN_GEOMETRY.items()},
             n_experts=c.num_local_experts if c.moe_layers else 0,
-            top_k=c.num_experts_per_tok,
             moe_step=c.interleave_moe_layer_step or 1,
-            expert_dim=c.intermediate_size,
-            dense_dim=c.intermediate_size_mlp,
-            norm_eps=c.rms_norm_eps,
-            rope_theta=c.rope_theta,
-            rope_scaling=c.rope_scaling,
-            use_qk_norm=c.use_qk_norm,
             nope_interval=c.no_rope_layer_interval,
             chunk_size=c.attention_chunk_size,
-            attn_temperature_tuning=c.attn_temperature_tuning,
-            floor_scale=c.floor_scale,
-            attn_scale=c.attn_scale,
-            vision=None
-            if v is None
-            else VisionGeometry(
-                image_size=v.image_size,
-                patch_size=v.patch_size,
-                dim=v.hidden_size,
-                n_layers=v.num_hidden_layers,
-                n_heads=v.num_attention_heads,
-                mlp_dim=v.intermediate_size,
-                output_dim=v.vision_output_dim,
-                pixel_shuffle_ratio=v.pixel_shuffle_ratio,
-            ),
+            vision=vision,
         )
 
     @staticmethod

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llama4.geometry import RopeScaling
+from llama4.geometry import InvalidModel, RopeScaling
 
 DEFAULT_CONTEXT = 131072
 
 
-class ConfigError(ValueError):
+class ConfigError(InvalidModel):
     """A config.json that no Llama 4 can be built from; the message names the field."""
 
 

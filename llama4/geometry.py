@@ -18,7 +18,11 @@ _MAX_INTEGER = 2**40
 _MAX_NUMBER = 1e30
 
 
-class GeometryError(ValueError):
+class InvalidModel(ValueError):
+    """What a checkpoint says of itself, or holds, makes no Llama 4: a GeometryError, a ConfigError or a BindingError."""
+
+
+class GeometryError(InvalidModel):
     """`params.json` is incomplete, of the wrong type, or contradicts itself; the message names the field."""
 
 

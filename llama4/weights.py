@@ -7,14 +7,16 @@ projections and an expert at a time, so that two checkpoints can be held against
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama4.config import Llama4Config, Llama4TextConfig, Llama4VisionConfig
+from llama4.geometry import InvalidModel
 
 Bits = NDArray[np.unsignedinteger[Any]]
 Rows = tuple[int, int]
@@ -50,12 +52,37 @@ class LogicalTensor:
     """The raw bits in the model's shape; `rows` cuts the first dimension."""
 
 
-class BindingError(ValueError):
+class BindingError(InvalidModel):
     """A layout lacks a tensor that the configuration calls for; the message names the keys that were looked for."""
 
 
 class ShapeError(BindingError):
     """A tensor has not the shape that the configuration calls for; the message names the key."""
+
+
+class ExpertMatrix(NamedTuple):
+    """One of the three matrices of a routed expert."""
+
+    layer: int
+    expert: int
+    part: str  # "gate", "up" or "down"
+
+    @property
+    def experts(self) -> str:
+        """What the names of all experts of the layer begin with."""
+        return f"layers.{self.layer}.feed_forward.experts"
+
+
+_EXPERT_MATRIX = re.compile(r"layers\.(\d+)\.feed_forward\.experts\.(\d+)\.(gate|up|down)")
+
+
+def expert_of(name: str) -> ExpertMatrix | None:
+    """The routed expert's matrix that a name stands for; None for any other tensor.
+
+    `name` is logical, or a key of a Transformers directory that has a tensor for each expert.
+    """
+    found = _EXPERT_MATRIX.search(name)
+    return ExpertMatrix(int(found[1]), int(found[2]), found[3]) if found else None
 
 
 def absent(name: str, error: BindingError) -> LogicalTensor:

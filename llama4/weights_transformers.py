@@ -16,11 +16,11 @@ from llama4.weights import (
     TensorReader,
     absent,
     cut,
+    expert_of,
     parameter_shapes,
 )
 
 _TEXT_PREFIX = "language_model."  # where there is a vision tower
-_EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts)\.(\d+)\.(gate|up|down)")
 
 # Endings and stems of logical names, and what Transformers calls them.
 _TEXT_NAMES = {
@@ -70,8 +70,8 @@ def transformers_key(name: str, has_vision: bool) -> str:
         key = f"vision_model.model.layers.{layer[1]}.{_VISION_NAMES[layer[2]]}" if layer else _VISION_NAMES[stem]
         return f"{key}.{kind}" if kind else key
     prefix = _TEXT_PREFIX if has_vision else ""
-    if expert := _EXPERT.fullmatch(name):
-        return f"{prefix}model.{expert[1]}.{'down_proj' if expert[3] == 'down' else 'gate_up_proj'}"
+    if expert := expert_of(name):
+        return f"{prefix}model.{expert.experts}.{'down_proj' if expert.part == 'down' else 'gate_up_proj'}"
     if layer := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
         return f"{prefix}model.layers.{layer[1]}.{_TEXT_NAMES[layer[2]]}"
     return prefix + _TEXT_NAMES[name]
@@ -100,16 +100,16 @@ def _bind(reader: TensorReader, config: Llama4Config, name: str, has_vision: boo
     key = transformers_key(name, has_vision)
     if name == "output" and key not in keys and config.text_config.tie_word_embeddings:
         key = transformers_key("tok_embeddings", has_vision)
-    expert = _EXPERT.fullmatch(name)
+    expert = expert_of(name)
     if expert is None:
         if key not in keys:
             raise BindingError(f"no tensor {key}")
         return LogicalTensor(name, (key,), reader.dtype(key), partial(reader.read, key))
     if key in keys:
-        load = partial(expert_of_fused, reader, key, int(expert[2]), expert[3])
+        load = partial(expert_of_fused, reader, key, expert.expert, expert.part)
         return LogicalTensor(name, (key,), reader.dtype(key), load)
     stem = key.rpartition(".")[0]
-    linear = f"{stem}.{expert[2]}.{expert[3]}_proj.weight"
+    linear = f"{stem}.{expert.expert}.{expert.part}_proj.weight"
     if linear not in keys:
         raise BindingError(f"no tensor {key} or {linear}")
     return LogicalTensor(name, (linear,), reader.dtype(linear), partial(reader.read, linear))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from llama4.weights import Bits
+from llama4.weights import BindingError, Bits
 from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
@@ -19,8 +20,20 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _BAND = 1 << 20
 
 
+class QuantizedTensor(Protocol):
+    """What computes a tensor's numbers from codes and scales."""
+
+    @property
+    def kind(self) -> str:
+        """The scheme, as recipes call it: "int4"."""
+        ...
+
+
 class RankReader:
     """The tensors of one rank file; quantized ones as what they stand for."""
+
+    damaged: Mapping[str, BindingError] = {}
+    unknown_method: str | None = None
 
     def __init__(self, index: PthIndex) -> None:
         self.index = index
@@ -73,7 +86,15 @@ class RankReader:
 
 
 class DirectoryReader:
-    """The tensors of a Transformers directory."""
+    """The tensors of a Transformers directory.
+
+    Of a quantized directory (`QuantizedReader`): which keys are dequantized as they are read, which of them cannot be and what
+    reading them raises, and the `quant_method` of config.json, if it is none that is read here.
+    """
+
+    quantized: Mapping[str, QuantizedTensor] = {}
+    damaged: Mapping[str, BindingError] = {}
+    unknown_method: str | None = None
 
     def __init__(self, checkpoint: TransformersCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -108,6 +129,9 @@ class DirectoryReader:
             read = _read(tensor.file, first + line * width * item, n * width, item)
             lines[line : line + n] = read.reshape(n, width)[:, left:right]
         return made
+
+
+CheckpointReader = RankReader | DirectoryReader
 
 
 def _clamped(rows: tuple[int, int] | None, height: int) -> tuple[int, int]:

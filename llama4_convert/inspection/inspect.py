@@ -61,7 +61,7 @@ def inspect(
     else:
         directory = TransformersCheckpoint.open(path)
         reader = _directory_reader(directory)
-        told, quantized = _transformers(directory, reader), getattr(reader, "quantized", ())
+        told, quantized = _transformers(directory, reader), reader.quantized
         readers = {key: [reader] for key in reader.keys()}  # noqa: SIM118
     nonfinite: list[dict[str, Any]] = []
     told["manifest"] = None

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from llama4 import weights_meta, weights_transformers
 from llama4.config import Llama4Config
-from llama4.config_fields import ConfigError
-from llama4.weights import BindingError, LogicalTensor, TensorReader
+from llama4.geometry import InvalidModel
+from llama4.weights import BindingError, LogicalTensor
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
+from llama4_convert.checkpoints.readers import CheckpointReader, DirectoryReader, RankReader
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
@@ -41,7 +41,7 @@ class Checkpoint:
     stop_ids: tuple[int, ...]  # tokens that end a generation
     bos_id: int | None
     pad_id: int | None
-    readers: tuple[TensorReader, ...]  # one a rank, or the directory's
+    readers: tuple[CheckpointReader, ...]  # one a rank, or the directory's
     wording: Mapping[str, Any] = field(default_factory=dict)  # what config.json says beside the configuration
     is_text_only: bool = False  # a directory that says it is a text model's, not one whose vision tower is lost
 
@@ -56,19 +56,18 @@ class Checkpoint:
             return (
                 _open_meta(MetaCheckpoint.open(path)) if meta else _open_transformers(TransformersCheckpoint.open(path))
             )
-        except (ConfigError, BindingError) as error:
+        except InvalidModel as error:
             raise BadInput(f"{path}: {'params.json' if meta else 'config.json'}: {error}") from error
 
     @property
     def quantized(self) -> Mapping[str, str]:
         """Keys that are dequantized as they are read, each with its scheme: "int4"."""
-        matrices = getattr(self.readers[0], "quantized", {})
-        return {key: matrix.kind for key, matrix in matrices.items()}
+        return {key: tensor.kind for key, tensor in self.readers[0].quantized.items()}
 
     @property
     def unknown_quantization(self) -> str | None:
         """The method of a quantized directory whose matrices we cannot read, as its config.json calls it."""
-        return getattr(self.readers[0], "unknown_method", None)
+        return self.readers[0].unknown_method
 
     def lossy_beside(self, reference: Checkpoint) -> Mapping[str, str]:
         """Which of `quantized` cannot be the reference's bit by bit: none if that is quantized in the same layout and ranks.
@@ -110,7 +109,7 @@ def load_reference(
     """
     try:
         return model_of(Checkpoint.open(path), dtype=dtype, device=device, keep_bytes=keep_bytes)
-    except (BindingError, ConfigError) as error:
+    except InvalidModel as error:
         raise BadInput(f"{path}: {error}: download it again, or convert it again") from error
 
 
@@ -133,7 +132,7 @@ def model_of(
     from llama4.model import build
 
     config = config or checkpoint.config
-    for error in getattr(checkpoint.readers[0], "damaged", {}).values():
+    for error in checkpoint.readers[0].damaged.values():
         raise error  # now, not when the first token comes to that expert
     tensors = list(checkpoint.logical_tensors(config))
     if dtype is None:

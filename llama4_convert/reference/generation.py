@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.config import Llama4Config
-from llama4.config_fields import ConfigError
+from llama4.geometry import InvalidModel
 from llama4_convert.errors import BadInput, UsageError, one_line
 from llama4_convert.reference.checkpoint import Checkpoint, model_of
 from llama4_convert.reference.tokenization import TextTokenizer
@@ -45,7 +45,6 @@ def generate(
 
     from llama4.generate import NotANumber
     from llama4.generate import generate as steps
-    from llama4.weights import BindingError
 
     checkpoint = Checkpoint.open(path)
     processor = open_processor(checkpoint, checkpoint.config)
@@ -77,7 +76,7 @@ def generate(
             ):
                 ids.append(int(step))
                 say(stream.push(ids[-1]) if ids[-1] not in checkpoint.stop_ids else "")
-    except (BindingError, ConfigError, NotANumber) as error:
+    except (InvalidModel, NotANumber) as error:
         raise BadInput(f"{path}: {error}: download it again, or convert it again") from error
     except (ValueError, IndexError) as error:  # numbers out of range; a tokenizer with more tokens than the model
         raise UsageError(f"{path}: {error}") from error

@@ -8,7 +8,6 @@ a side, since they must begin somewhere: that with more of its numbers (not quan
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, LogicalTensor, absent, parameter_shapes
+from llama4.weights import BindingError, LogicalTensor, absent, expert_of, parameter_shapes
 from llama4.weights_transformers import transformers_key
 from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
 from llama4_convert.checkpoints.quantized import QuantizedMatrix, QuantizedReader
@@ -43,7 +42,6 @@ from llama4_convert.validation.weight_check import (
 from mappings import load_table
 
 MAX_MEMORY = 4 << 30
-_EXPERT = re.compile(r"layers\.(\d+)\.feed_forward\.experts\.(\d+)\.(gate|up|down)")
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 _MOST_EXPERTS = 1024  # an axis longer than that is none of experts
 _SLICE = 32 << 20  # bytes of a tensor that no Llama 4 has, read at a time
@@ -122,7 +120,7 @@ class Side:
             experts = [text.num_local_experts, beyond.num_local_experts if beyond.moe_layers else 0]
             keys = self.reader.keys()
             for key in keys:
-                shape = () if key in getattr(self.reader, "damaged", {}) else self.reader.shape(key)
+                shape = () if key in self.reader.damaged else self.reader.shape(key)
                 if key.endswith(_FUSED) and len(shape) == 3 and shape[0] <= _MOST_EXPERTS:
                     experts.append(shape[0])
             text = replace(text, num_local_experts=max(experts))
@@ -136,10 +134,10 @@ class Side:
 
     def _held(self, tensor: LogicalTensor) -> LogicalTensor:
         """`absent` where the fused tensor ends before this expert."""
-        expert = _EXPERT.fullmatch(tensor.name)
+        expert = expert_of(tensor.name)
         if expert and tensor.keys and self.checkpoint.layout == "transformers" and tensor.keys[0].endswith("_proj"):
             shape = self.reader.shape(tensor.keys[0])
-            if len(shape) == 3 and shape[0] <= int(expert[2]):
+            if len(shape) == 3 and shape[0] <= expert.expert:
                 return absent(tensor.name, BindingError(f"{tensor.keys[0]} has {shape[0]} experts"))
         return tensor
 
@@ -156,14 +154,9 @@ class Side:
         dtypes = Counter(self.tensors[name].dtype for name in self.names)
         return ITEM_SIZES[dtypes.most_common(1)[0][0]] if dtypes else 0
 
-    @cached_property
-    def _matrices(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = getattr(self.reader, "quantized", {})
-        return found
-
     def encoding(self, name: str) -> tuple[str, Any] | None:
         """The scheme of a quantized matrix, and what decides its numbers beside it."""
-        matrix = self._matrices.get(self.tensors[name].keys[0])
+        matrix = self.reader.quantized.get(self.tensors[name].keys[0])
         if isinstance(matrix, QuantizedMatrix):
             return matrix.kind, matrix.settings
         # In Meta's layout each rank has scales of its own.
@@ -190,9 +183,9 @@ class Side:
         fused = {transformers_key(name, has_vision) for name in self.names & other.names}
         keys = []
         for name in missing:
-            key, expert = transformers_key(name, has_vision), _EXPERT.fullmatch(name)
+            key, expert = transformers_key(name, has_vision), expert_of(name)
             if expert and key in fused:
-                key = f"{key.rpartition('.')[0]}.{expert[2]}.{expert[3]}_proj.weight"
+                key = f"{key.rpartition('.')[0]}.{expert.expert}.{expert.part}_proj.weight"
             keys.append(key)
         return dict.fromkeys(keys) | {key: why for key, why in self.extras.items() if key not in other.extras}
 
