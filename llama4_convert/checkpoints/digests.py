@@ -138,7 +138,7 @@ def digests(path: Path, algorithms: Collection[str], progress: Callable[[int], N
 def check_promised(
     expected: Mapping[Path, Digest], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
 ) -> None:
-    """Hold files against what `promised` found of them. Raises BadInput for damage."""
+    """Hold files against what `expected_digests` found of them. Raises BadInput for damage."""
 
     def damage(path: Path) -> str:
         digest = expected[path]
@@ -152,7 +152,7 @@ def check_promised(
             )
 
 
-def promised(files: Sequence[Path]) -> dict[Path, Digest]:
+def expected_digests(files: Sequence[Path]) -> dict[Path, Digest]:
     """What files of a directory must be, as far as its manifest or what a download has left tells. The first lies in it."""
     folder = files[0].parent
     manifest, left = Manifest.read(folder), ids_of_download(folder)

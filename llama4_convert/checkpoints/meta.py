@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.geometry import Geometry, GeometryError
-from llama4_convert.checkpoints.meta_quantized import QuantizedRecord, with_scales
+from llama4_convert.checkpoints.meta_quantized import DequantizedView, with_scales
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.tensors import Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError
@@ -59,10 +59,10 @@ class MetaCheckpoint:
                 yield number, record
 
     @property
-    def quantized(self) -> dict[str, QuantizedRecord]:
+    def quantized(self) -> dict[str, DequantizedView]:
         """Keys that hold codes, with rank 0's."""
         tensors = self.ranks[0].tensors.items()
-        return {key: tensor.record for key, tensor in tensors if isinstance(tensor.record, QuantizedRecord)}
+        return {key: tensor.record for key, tensor in tensors if isinstance(tensor.record, DequantizedView)}
 
     @property
     def unused_scales(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ _ITEM = 2  # bytes of a number in bf16
 
 
 @dataclass(frozen=True)
-class QuantizedRecord(Record):
+class DequantizedView(Record):
     """Numbers in bf16 that are made of `codes` as they are read. Name and CRC are those of the codes; `size` is what is made."""
 
     format: MetaFormat
@@ -69,9 +69,9 @@ class QuantizedRecord(Record):
         return row * self.n, self.codes_until(stop)
 
 
-def as_stored(tensor: StoredTensor) -> StoredTensor:
+def stored_codes(tensor: StoredTensor) -> StoredTensor:
     """What lies in the file: of numbers that are made of codes the codes."""
-    return tensor.record.codes if isinstance(tensor.record, QuantizedRecord) else tensor
+    return tensor.record.codes if isinstance(tensor.record, DequantizedView) else tensor
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Dequantizer:
 
     _scales: dict[Path, tuple[str, int, NDArray[np.float32]]] = field(default_factory=dict)
 
-    def numbers(self, record: QuantizedRecord, start: int, codes: NDArray[np.uint8]) -> Bits:
+    def numbers(self, record: DequantizedView, start: int, codes: NDArray[np.uint8]) -> Bits:
         """bf16 bits [rows * inputs_a_row, n] of whole rows of codes, of which the first lies at byte `start`."""
         step, n = record.format.inputs_a_row, record.n
         rows, row, end = codes.reshape(-1, n), start // n, (start + codes.size) // n
@@ -95,7 +95,7 @@ class Dequantizer:
             row = stop
         return result
 
-    def _scales_of(self, record: QuantizedRecord, expert: int) -> NDArray[np.float32]:
+    def _scales_of(self, record: DequantizedView, expert: int) -> NDArray[np.float32]:
         key, number, scales = self._scales.get(record.scales_file, ("", -1, None))
         if scales is None or (key, number) != (record.key, expert):
             scales = record.scales_of(expert)
@@ -155,7 +155,7 @@ def _dequantized(
             f"{where} is {found.dtype} {list(found.shape)}, but {key} in {index.path.name} makes it F32 {list(expected)}:"
             " they are of different checkpoints, or damaged: download both again"
         )
-    record = QuantizedRecord(
+    record = DequantizedView(
         name=codes.record.name,
         offset=codes.record.offset,
         size=codes.numel * format.inputs_a_row * _ITEM,

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from llama4.weights import BindingError, Bits
-from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
+from llama4_convert.checkpoints.meta_quantized import DequantizedView, Dequantizer
 from llama4_convert.checkpoints.pth import PthIndex
-from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 
@@ -40,10 +40,10 @@ class RankReader:
         self._dequantizer = Dequantizer()
 
     @property
-    def quantized(self) -> dict[str, QuantizedRecord]:
+    def quantized(self) -> dict[str, DequantizedView]:
         """Those that are dequantized as they are read."""
         records = ((key, tensor.record) for key, tensor in self.index.tensors.items())
-        return {key: record for key, record in records if isinstance(record, QuantizedRecord)}
+        return {key: record for key, record in records if isinstance(record, DequantizedView)}
 
     def keys(self) -> Collection[str]:
         return self.index.tensors.keys()
@@ -65,7 +65,7 @@ class RankReader:
         shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
         if 0 in shape:
             return np.empty(shape, _BITS[tensor.itemsize])
-        if isinstance(tensor.record, QuantizedRecord):
+        if isinstance(tensor.record, DequantizedView):
             return self._dequantized(tensor.record, start, shape)
         span = sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) + 1
         first = tensor.offset + (start * tensor.strides[0] if shape else 0)
@@ -74,7 +74,7 @@ class RankReader:
         strides = tuple(s * tensor.itemsize for s in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
-    def _dequantized(self, record: QuantizedRecord, first: int, shape: tuple[int, ...]) -> Bits:
+    def _dequantized(self, record: DequantizedView, first: int, shape: tuple[int, ...]) -> Bits:
         """Entries from `first` on of the first dimension."""
         entry = prod(shape[1:]) * 2
         start, stop = first * entry, (first + shape[0]) * entry
@@ -112,13 +112,14 @@ class DirectoryReader:
         """Raw bits."""
         tensor = self.checkpoint.tensors[key]
         item = ITEM_SIZES[tensor.dtype]
+        file, offset = self.checkpoint.paths[key], tensor.record.offset
         if not tensor.shape:
-            return _read(tensor.file, tensor.offset, 1, item).reshape(())
+            return _read(file, offset, 1, item).reshape(())
         start, stop = _clamped(rows, tensor.shape[0])
         row = prod(tensor.shape[1:])
-        first, count = tensor.offset + start * row * item, (stop - start) * row
+        first, count = offset + start * row * item, (stop - start) * row
         if columns is None:
-            return _read(tensor.file, first, count, item).reshape(stop - start, *tensor.shape[1:])
+            return _read(file, first, count, item).reshape(stop - start, *tensor.shape[1:])
         # In bands that stay in the processor's cache: what is not wanted takes no memory.
         width, (left, right) = tensor.shape[-1], _clamped(columns, tensor.shape[-1])
         made = np.empty((stop - start, *tensor.shape[1:-1], right - left), _BITS[item])
@@ -126,7 +127,7 @@ class DirectoryReader:
         band = max(1, _BAND // max(1, width * item))
         for line in range(0, len(lines), band):
             n = min(band, len(lines) - line)
-            read = _read(tensor.file, first + line * width * item, n * width, item)
+            read = _read(file, first + line * width * item, n * width, item)
             lines[line : line + n] = read.reshape(n, width)[:, left:right]
         return made
 

@@ -5,19 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-ITEM_SIZES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "U8": 1,
-    "I8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-}
+_DTYPES_BY_SIZE = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "BF16 F16 I16 U16", 1: "F8_E4M3 F8_E5M2 I8 U8 BOOL"}
+# dtype, as safetensors spells it -> bytes a number
+ITEM_SIZES = {dtype: size for size, dtypes in _DTYPES_BY_SIZE.items() for dtype in dtypes.split()}
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,10 @@ class StoredTensor:
         return prod(self.shape)
 
     @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    @property
     def is_whole_record(self) -> bool:
         """Whether the tensor is contiguous and fills its record, as torch.save writes what was not a view."""
         step = 1
@@ -56,7 +50,7 @@ class StoredTensor:
             if size != 1 and stride != step:
                 return False
             step *= size
-        return self.offset == 0 and self.numel * self.itemsize == self.record.size
+        return self.offset == 0 and self.nbytes == self.record.size
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,24 +5,44 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.safetensors_header import SafeTensor, read_header
-from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, contiguous
+from llama4_convert.checkpoints.safetensors_header import read_header
+from llama4_convert.checkpoints.tensors import Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import is_file_name, json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class SafetensorsIndex:
+    """One file: its tensors, each in a record of its own. safetensors has no checksums, so a record has none either."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(tensor.record for tensor in self.tensors.values())
+
+    @staticmethod
+    def read(path: Path) -> SafetensorsIndex:
+        """Raises BadInput or EnvironmentFailed."""
+        return SafetensorsIndex(path, read_header(path))
 
 
 @dataclass(frozen=True)
 class TransformersCheckpoint:
+    """An opened directory. Every tensor of its files is one that the index promises, and the other way round."""
+
     path: Path
-    config: Mapping[str, Any]
-    files: tuple[Path, ...]
-    tensors: Mapping[str, SafeTensor]
+    config: Mapping[str, Any]  # config.json
+    files: tuple[SafetensorsIndex, ...]
 
     @staticmethod
     def open(path: Path) -> TransformersCheckpoint:
@@ -42,73 +62,41 @@ class TransformersCheckpoint:
         for name in names:
             if not is_file_name(name):
                 raise BadInput(f"{INDEX} names a file that is not in the directory: {name!r:.80}")
-        tensors: dict[str, SafeTensor] = {}
-        for name in names:
-            for key, tensor in read_header(path / name).items():
-                if weight_map is not None and weight_map.get(key) != name:
-                    raise BadInput(f"{INDEX} does not say that {key} is in {name}, where it is")
-                tensors[key] = tensor
-        absent = sorted((weight_map or {}).keys() - tensors.keys())
-        if absent:
-            raise BadInput(f"{INDEX} promises {absent[0]} in {(weight_map or {})[absent[0]]}, which lacks it")
-        return TransformersCheckpoint(path, config, tuple(path / name for name in names), tensors)
-
-
-_SAMPLE = 4096  # bytes
-
-
-@dataclass(frozen=True)
-class SafetensorsIndex:
-    """One file: its tensors, each in a record of its own. safetensors has no checksums, so a record has none either."""
-
-    path: Path
-    tensors: Mapping[str, StoredTensor]
-    records: tuple[Record, ...]
-
-
-@dataclass(frozen=True)
-class SafetensorsSource:
-    path: Path
-    config: Mapping[str, Any]
-    ranks: tuple[SafetensorsIndex, ...]
+        files = tuple(SafetensorsIndex.read(path / name) for name in names)
+        if weight_map is not None:
+            _check_index(weight_map, files)
+        return TransformersCheckpoint(path, config, files)
 
     @staticmethod
-    def open(path: Path) -> SafetensorsSource:
-        """Read config.json, the index and every header. Raises UsageError, BadInput or EnvironmentFailed."""
+    def open_llama4(path: Path) -> TransformersCheckpoint:
+        """As `open`; raises BadInput, too, where config.json names another kind of model."""
         checkpoint = TransformersCheckpoint.open(path)
         kind = checkpoint.config.get("model_type")
         if kind not in (None, "llama4", "llama4_text"):
             raise BadInput(f"config.json: model_type is {kind!r:.40}: this is no Llama 4")
-        files = []
-        for file in checkpoint.files:
-            tensors = {
-                key: StoredTensor(t.dtype, t.shape, contiguous(t.shape), 0, Record(key, t.offset, t.nbytes, None))
-                for key, t in checkpoint.tensors.items()
-                if t.file == file and t.dtype in ITEM_SIZES
-            }
-            files.append(SafetensorsIndex(file, tensors, tuple(t.record for t in tensors.values())))
-        return SafetensorsSource(path, checkpoint.config, tuple(files))
+        return checkpoint
 
     @property
     def archives(self) -> tuple[SafetensorsIndex, ...]:
         """Every file of tensors: what a run opens."""
-        return self.ranks
+        return self.files
 
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        return {key: tensor for index in self.ranks for key, tensor in index.tensors.items()}
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return {key: tensor for index in self.files for key, tensor in index.tensors.items()}
 
-    def without_prefix(self, prefix: str) -> SafetensorsSource:
+    @cached_property
+    def paths(self) -> Mapping[str, Path]:
+        """Key -> the file that holds the tensor."""
+        return {key: index.path for index in self.files for key in index.tensors}
+
+    def without_prefix(self, prefix: str) -> TransformersCheckpoint:
         """The same with shorter keys."""
-        ranks = tuple(
-            replace(index, tensors={key.removeprefix(prefix): tensor for key, tensor in index.tensors.items()})
-            for index in self.ranks
+        shortened = (
+            {key.removeprefix(prefix): tensor for key, tensor in index.tensors.items()} for index in self.files
         )
-        return replace(self, ranks=ranks)
-
-    @property
-    def files(self) -> list[Path]:
-        return [index.path for index in self.ranks]
+        files = tuple(SafetensorsIndex(i.path, tensors) for i, tensors in zip(self.files, shortened, strict=True))
+        return replace(self, files=files)
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 a file: of config.json, and of what each weights file says of itself and three samples of each tensor.
@@ -120,13 +108,23 @@ class SafetensorsSource:
         for name in ("config.json", "llama4-convert.json"):
             if (self.path / name).is_file():
                 found[name] = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
-        for index in self.ranks:
-            told = [(k, t.dtype, t.shape, t.record) for k, t in index.tensors.items()]
-            digest = hashlib.sha256(repr((index.path.stat().st_size, told)).encode())
+        for index in self.files:
+            listed = [(k, t.dtype, t.shape, t.record) for k, t in index.tensors.items()]
+            digest = hashlib.sha256(repr((index.path.stat().st_size, listed)).encode())
             with open(index.path, "rb") as file:
                 for record in index.records:
-                    for start in (0, record.size // 2, max(0, record.size - _SAMPLE)):
+                    for start in (0, record.size // 2, max(0, record.size - _SAMPLE_BYTES)):
                         file.seek(record.offset + start)
-                        digest.update(file.read(min(_SAMPLE, record.size - start)))
+                        digest.update(file.read(min(_SAMPLE_BYTES, record.size - start)))
             found[index.path.name] = digest.hexdigest()
         return found
+
+
+def _check_index(weight_map: Mapping[str, Any], files: tuple[SafetensorsIndex, ...]) -> None:
+    present = {key for index in files for key in index.tensors}
+    for index in files:
+        for key in index.tensors:
+            if weight_map.get(key) != index.path.name:
+                raise BadInput(f"{INDEX} does not say that {key} is in {index.path.name}, where it is")
+    for key in sorted(weight_map.keys() - present):
+        raise BadInput(f"{INDEX} promises {key} in {weight_map[key]}, which lacks it")

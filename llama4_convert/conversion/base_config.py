@@ -11,7 +11,7 @@ from typing import Any
 
 from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints import is_meta
-from llama4_convert.checkpoints.transformers import SafetensorsSource
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.from_meta import MetaJob
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
@@ -41,7 +41,7 @@ class BaseConfig:
         generation = path / GENERATION
         return BaseConfig(path, json_object(path / _CONFIG), read_small(generation) if generation.is_file() else None)
 
-    def repaired(self, source: SafetensorsSource) -> tuple[SafetensorsSource, list[Repair]]:
+    def repaired(self, source: TransformersCheckpoint) -> tuple[TransformersCheckpoint, list[Repair]]:
         """`source` with a repaired configuration; as a text model's, if its tensors are. Raises BadInput."""
         tensors = source.tensors
         try:

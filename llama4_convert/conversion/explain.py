@@ -19,7 +19,7 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor
-from llama4_convert.checkpoints.transformers import SafetensorsSource
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.convert import job_of
 from llama4_convert.conversion.origin import origin
 from llama4_convert.conversion.request import Request
@@ -89,7 +89,7 @@ def _span(shape: Iterable[int], strides: Iterable[int], itemsize: int) -> int:
 def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subject:
     request = Request(path, **options)
     if not is_meta(path) and ranks is None and request.recipe is None:
-        source = SafetensorsSource.open(path)
+        source = TransformersCheckpoint.open_llama4(path)
         if "quantization_config" in source.config:  # nothing is made of it; but it can be told what it was made of
             return _Subject(source, None, None)
     if ranks is None and (request.recipe or is_meta(path)):
@@ -110,10 +110,10 @@ def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subj
 class _Subject:
     """A checkpoint, and what would be made of it by `command` (None: nothing)."""
 
-    def __init__(self, source: MetaCheckpoint | SafetensorsSource, job: Job | None, command: str | None) -> None:
+    def __init__(self, source: MetaCheckpoint | TransformersCheckpoint, job: Job | None, command: str | None) -> None:
         self.source, self.plan, self.command = source, job.plan if job else None, command
         self.warnings = list(self.plan.warnings) if self.plan else []
-        self.manifest = Manifest.read(source.path) if isinstance(source, SafetensorsSource) else None
+        self.manifest = Manifest.read(source.path) if isinstance(source, TransformersCheckpoint) else None
         if isinstance(source, MetaCheckpoint):
             assert self.plan is not None
             self.config = Llama4Config.from_geometry(self.plan.geometry)
@@ -147,7 +147,8 @@ class _Subject:
     def inputs(self) -> dict[str, list[_Input]]:
         """By name, of each rank; also what was dropped when this directory was made, which is nowhere any more."""
         found: dict[str, list[_Input]] = {}
-        for index in self.source.ranks:
+        files = self.source.ranks if isinstance(self.source, MetaCheckpoint) else self.source.files
+        for index in files:
             for name, stored in index.tensors.items():
                 found.setdefault(name, []).append(_Input(index.path.name, stored))
             for name in getattr(index, "others", ()):

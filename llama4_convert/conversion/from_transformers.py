@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.digests import Digest, promised
+from llama4_convert.checkpoints.digests import Digest, expected_digests
 from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
-from llama4_convert.checkpoints.transformers import SafetensorsSource
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.base_config import BaseConfig
 from llama4_convert.conversion.job import ConversionJob, each_alone, is_notice
 from llama4_convert.conversion.quantization import quantization_config
@@ -38,23 +38,24 @@ _META_ONLY = {
 }
 
 
-def promises(source: SafetensorsSource) -> tuple[dict[Path, Digest], list[str]]:
+def promises(source: TransformersCheckpoint) -> tuple[dict[Path, Digest], list[str]]:
     """Of the files that decide what is written, what they must be; and a warning if that is not known of all weights."""
     others = (source.path / name for name in _DECIDING)
-    found = promised([*source.files, *(path for path in others if path.is_file())])
-    left = len([path for path in source.files if path not in found])
+    weights = [index.path for index in source.files]
+    found = expected_digests([*weights, *(path for path in others if path.is_file())])
+    left = len([path for path in weights if path not in found])
     if not left:
         return found, []
     some = f"{left} of {len(source.files)} files" if left < len(source.files) else "its files"
     return found, [f"the source has no checksums: nothing says what {some} should be, and they are taken as they are"]
 
 
-def open_directory(request: Request) -> SafetensorsSource:
+def open_directory(request: Request) -> TransformersCheckpoint:
     """The request's source. Raises UsageError for options that are not for it."""
     for name, option in _META_ONLY.items():
         if getattr(request, name):
             raise UsageError(f"{option} is for Meta's layout: a Transformers directory keeps what it says")
-    source = SafetensorsSource.open(request.source)
+    source = TransformersCheckpoint.open_llama4(request.source)
     if "quantization_config" in source.config:
         raise UsageError(f"{request.source} is quantized already: take what it was made from")
     return source

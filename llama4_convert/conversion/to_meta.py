@@ -25,7 +25,7 @@ from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.pth_writer import PthArchive
 from llama4_convert.checkpoints.state_dict_pickle import PthTensor
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
-from llama4_convert.checkpoints.transformers import SafetensorsSource
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.from_transformers import promises
 from llama4_convert.conversion.job import each_alone, notices
 from llama4_convert.conversion.request import load_recipe
@@ -133,7 +133,7 @@ class ExportJob(Job):
         self.params = source.small_files["params.json"]
 
     def _of_transformers(self, request: ExportRequest) -> None:
-        self.source = source = SafetensorsSource.open(request.source)
+        self.source = source = TransformersCheckpoint.open_llama4(request.source)
         self.promised, self.warnings = promises(source)
         if "quantization_config" in source.config:
             raise UsageError(f"{request.source} is quantized: export what it was made from")

@@ -15,7 +15,7 @@ from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
-from llama4_convert.checkpoints.transformers import SafetensorsIndex, SafetensorsSource
+from llama4_convert.checkpoints.transformers import SafetensorsIndex, TransformersCheckpoint
 from llama4_convert.conversion.from_meta import MetaJob
 from llama4_convert.conversion.from_transformers import open_directory, promises, small_files
 from llama4_convert.conversion.job import ConversionJob, each_alone
@@ -56,7 +56,7 @@ class Base:
     path: Path
     config: Llama4Config
     body: Mapping[str, Any]  # its config.json, or what a conversion would write
-    ranks: Sequence[PthIndex | SafetensorsIndex]
+    archives: Sequence[PthIndex | SafetensorsIndex]
     vision: Holdings
     compare: Sequence[tuple[str, int]]  # see `Plan`
     fingerprint: Mapping[str, str]
@@ -103,22 +103,18 @@ def _of_meta(path: Path) -> Base:
 
 
 def _of_transformers(path: Path) -> Base:
-    source = SafetensorsSource.open(path)
+    source = TransformersCheckpoint.open_llama4(path)
     found, binding = bind_directory(source)
     holdings = of_transformers(binding, source)
     vision = {name: held for name, held in holdings.items() if name.startswith(_VISION)}
-    return Base(path, found, source.config, source.ranks, vision, (), source.fingerprint(), lambda: small_files(path))
+    return Base(path, found, source.config, source.files, vision, (), source.fingerprint(), lambda: small_files(path))
 
 
 @dataclass(frozen=True)
 class _Files:
     """What a run opens: the base's files first, since copies that ranks hold are compared with rank 0's."""
 
-    ranks: Sequence[PthIndex | SafetensorsIndex]
-
-    @property
-    def archives(self) -> Sequence[PthIndex | SafetensorsIndex]:
-        return self.ranks
+    archives: Sequence[PthIndex | SafetensorsIndex]
 
 
 class VisionJob(ConversionJob):
@@ -144,17 +140,17 @@ class VisionJob(ConversionJob):
         except ConfigError as error:
             raise BadInput(f"{request.source}: config.json: {error}") from error
         self.text = replace(self.text, config=self.text_config)
-        self.source = _Files((*base.ranks, *self.text.ranks))
+        self.source = _Files((*base.archives, *self.text.files))
         self.plan = self._plan()
         if self.recipe:
             check_recipe(self.recipe, self.plan)
         self.variant, self.variant_reason = "as the source", f"the text model is {request.source.name}'s"
         self.max_position_embeddings = int(self.text_config.get("max_position_embeddings") or 131072)
         self.promised, self.warnings = promises(self.text)
-        if isinstance(base.ranks[0], SafetensorsIndex):
+        if isinstance(base.archives[0], SafetensorsIndex):
             read = sorted({held.file for several in base.vision.values() for held in several})
-            files = tuple(index for i in read if isinstance(index := base.ranks[i], SafetensorsIndex))
-            more, warnings = promises(SafetensorsSource(base.path, base.body, files))
+            files = tuple(index for i in read if isinstance(index := base.archives[i], SafetensorsIndex))
+            more, warnings = promises(TransformersCheckpoint(base.path, base.body, files))
             self.promised, self.warnings = {**self.promised, **more}, [*dict.fromkeys([*self.warnings, *warnings])]
         self._files = self._made_files()
         self.warnings += [one.sentence(base.path.name) for one in self.repaired]
@@ -164,7 +160,7 @@ class VisionJob(ConversionJob):
             text, text_binding = bind_directory(self.text)
             full = replace(self.base.config, text_config=text.text_config)
             binding = load_table().bind(shape_of_config(full))
-            n = len(self.base.ranks)
+            n = len(self.base.archives)
             holdings: dict[str, Sequence[Holding]] = dict(self.base.vision)
             for name, several in of_transformers(text_binding, self.text).items():
                 holdings[name] = [replace(held, file=held.file + n) for held in several]
@@ -253,7 +249,7 @@ class VisionJob(ConversionJob):
         return Manifest(TOOL, source, options, [], {})
 
 
-def _text_of(source: SafetensorsSource) -> SafetensorsSource:
+def _text_of(source: TransformersCheckpoint) -> TransformersCheckpoint:
     """The same with the keys of a text model. Raises UsageError if it is more than that."""
     if vision := vision_keys(source.tensors):
         raise UsageError(

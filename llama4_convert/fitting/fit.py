@@ -13,7 +13,7 @@ from llama4.config import Llama4Config, check_runnable
 from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.safetensors_header import SafeTensor
+from llama4_convert.checkpoints.tensors import StoredTensor
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.fitting.gpus import Gpu, find_gpu, gpus
@@ -163,7 +163,7 @@ def _stored(path: Path, checkpoint: TransformersCheckpoint) -> tuple[str | None,
     )
 
 
-def _inputs_a_scale(weight: SafeTensor, scale: SafeTensor, a_word: int) -> int:
+def _inputs_a_scale(weight: StoredTensor, scale: StoredTensor, a_word: int) -> int:
     if len(weight.shape) != 2 or len(scale.shape) != 2 or not scale.shape[1]:
         return 0
     return -(-weight.shape[1] * a_word // scale.shape[1])

@@ -132,7 +132,7 @@ class Weights:
 
 def _quantized(geometry: Geometry, family: str, recipe: Recipe) -> tuple[int, int]:
     """(numbers that the recipe quantizes in the family, bytes that they become)."""
-    from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+    from llama4_convert.checkpoints.tensors import ITEM_SIZES
     from quant.encoders import encoder_for
     from quant.recipe import Scheme
 

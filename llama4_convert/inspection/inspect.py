@@ -13,9 +13,9 @@ from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.meta_quantized import as_stored
-from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+from llama4_convert.checkpoints.meta_quantized import stored_codes
 from llama4_convert.checkpoints.tensor_kinds import Share, active_parameters, kind_of, listed
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 from llama4_convert.inspection.composition import quantization, spelling
@@ -127,9 +127,9 @@ def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
     # A key's kind is that of what it becomes.
     kinds = {piece.key: kind_of(tensor.name) for tensor in plan.tensors for piece in tensor.pieces}
     shares, dtypes = defaultdict[str, Share](Share), defaultdict[str, Share](Share)
-    stored = {key: as_stored(tensor) for key, tensor in first.tensors.items()}
+    stored = {key: stored_codes(tensor) for key, tensor in first.tensors.items()}
     for key, tensor in stored.items():
-        nbytes = sum(as_stored(index.tensors[key]).numel * tensor.itemsize for index in checkpoint.ranks)
+        nbytes = sum(stored_codes(index.tensors[key]).numel * tensor.itemsize for index in checkpoint.ranks)
         shares[kinds.get(key, "dropped")].add(1, 0, nbytes)
         dtypes[tensor.dtype].add(1, 0, nbytes)
     for scales in checkpoint.scales:
@@ -193,7 +193,7 @@ def _meta_quantization(checkpoint: MetaCheckpoint) -> dict[str, Any] | None:
         group["matrices"] += record.experts
         for index in checkpoint.ranks:
             tensor = index.tensors[key]
-            codes = as_stored(tensor)
+            codes = stored_codes(tensor)
             group["parameters"] += tensor.numel
             group["bytes"] += codes.numel * codes.itemsize
     if not groups:

@@ -20,8 +20,7 @@ from llama4.weights import TensorReader
 from llama4_convert.checkpoints.numbers import count_nonfinite
 from llama4_convert.checkpoints.pth import PthIndex, check_records
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
-from llama4_convert.checkpoints.safetensors_header import read_header
-from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.checkpoints.transformers import SafetensorsIndex, TransformersCheckpoint
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.planning.adapter_config import AdapterConfig
 from llama4_convert.planning.changes import Change, Changed, Changes, LowRank, Whole, row_blocks
@@ -110,7 +109,7 @@ class Adapter:
 def _reader(file: Path) -> TensorReader:
     if file.suffix == ".bin":
         return _unpickled(file)
-    return DirectoryReader(TransformersCheckpoint(file.parent, {}, (file,), read_header(file)))
+    return DirectoryReader(TransformersCheckpoint(file.parent, {}, (SafetensorsIndex.read(file),)))
 
 
 def _unpickled(file: Path) -> TensorReader:

@@ -8,14 +8,14 @@ from llama4.config import Llama4Config
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
-from llama4_convert.checkpoints.transformers import SafetensorsSource
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from mappings import Binding, MappingError, ModelShape, load_table
 
 
-def bind_directory(source: SafetensorsSource) -> tuple[Llama4Config, Binding]:
+def bind_directory(source: TransformersCheckpoint) -> tuple[Llama4Config, Binding]:
     """The table bound to a Transformers directory. Raises ConfigError, and MappingError for a tensor that is no float."""
     config = Llama4Config.from_json(source.config)
-    for index in source.ranks:
+    for index in source.files:
         for key, stored in index.tensors.items():
             if stored.dtype not in TORCH_NAMES:
                 raise MappingError(f"{key} is {stored.dtype}: take a directory in bf16, fp16 or fp32")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 from types import MappingProxyType
 
-from llama4_convert.checkpoints.meta_quantized import CODES, QuantizedRecord
+from llama4_convert.checkpoints.meta_quantized import CODES, DequantizedView
 from llama4_convert.planning.changes import ChangePiece, Changes
 from llama4_convert.planning.locations import Holdings
 from llama4_convert.planning.plan import ExpertScales, Part, Piece, PlannedMatrix, PlannedTensor
@@ -34,7 +34,7 @@ def planned_codes(tensor: PlannedTensor, experts: int, file: str) -> tuple[Plann
     codes, pieces = [], []
     for piece in tensor.pieces:
         record = piece.source.record
-        if not (isinstance(record, QuantizedRecord) and record.kind == "fp8" and record.k == k):
+        if not (isinstance(record, DequantizedView) and record.kind == "fp8" and record.k == k):
             return replace(tensor, dtype=CODES, scales=ExpertScales(key, experts, f"{file}: {key}")), scales
         codes.append(replace(piece, source=record.codes))
         first, at = piece.copy.source_offset % record.n, piece.copy.target_offset % n
@@ -161,11 +161,11 @@ def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool
     """
     records = [piece.source.record for piece in gathered.pieces]
     if scheme.kind == "fp8" and scheme.granularity == "channel":
-        return all(isinstance(r, QuantizedRecord) and r.kind == "fp8" and r.k == matrix.k for r in records)
+        return all(isinstance(r, DequantizedView) and r.kind == "fp8" and r.k == matrix.k for r in records)
     return (
         scheme.kind == "int4"
         and scheme.group_size == MetaInt4.group_size
-        and all(isinstance(r, QuantizedRecord) and r.kind == "int4" for r in records)
+        and all(isinstance(r, DequantizedView) and r.kind == "int4" for r in records)
     )
 
 
@@ -174,7 +174,7 @@ def _with_bits_kept(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> 
     codes, scales = [], []
     for piece in gathered.pieces:
         record = piece.source.record
-        assert isinstance(record, QuantizedRecord)
+        assert isinstance(record, DequantizedView)
         assert matrix.expert is not None
         k, n, of_scales = record.k, record.n, record.format.scales_shape(record.k, record.n)
         first, column = divmod(piece.copy.target_offset, matrix.n)

@@ -9,7 +9,7 @@ from math import prod
 
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import StoredTensor
-from llama4_convert.checkpoints.transformers import SafetensorsSource
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from mappings import Binding, MappingError, Placement
 from mappings.matrices import linearized
 
@@ -39,11 +39,11 @@ def of_meta(binding: Binding, source: MetaCheckpoint, spelling: Mapping[str, str
     return found
 
 
-def of_transformers(binding: Binding, source: SafetensorsSource) -> Holdings:
+def of_transformers(binding: Binding, source: TransformersCheckpoint) -> Holdings:
     """Fused experts or linearized ones. Raises MappingError for a key that is unknown, missing or of another shape."""
     single = {m.key: m for key in binding.transformers for m in linearized(binding, key)}
     found: dict[str, list[Holding]] = defaultdict(list)
-    for file, index in enumerate(source.ranks):
+    for file, index in enumerate(source.files):
         for key, stored in index.tensors.items():
             expected: tuple[int, ...]
             if key in single:

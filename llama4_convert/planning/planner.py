@@ -7,7 +7,7 @@ from math import inf
 
 from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.transformers import SafetensorsSource
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 from llama4_convert.planning.adapter import Adapter
 from llama4_convert.planning.binding import bind_directory, bind_source, check_replicas, check_tensors
@@ -67,7 +67,7 @@ def make_plan(
 
 
 def plan_directory(
-    source: SafetensorsSource,
+    source: TransformersCheckpoint,
     recipe: Recipe | None,
     shard_size: float = inf,
     device: str = "cpu",

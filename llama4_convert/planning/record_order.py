@@ -17,16 +17,16 @@ from llama4_convert.planning.plan import Piece, RecordKey
 
 
 class SourceFiles(Protocol):
-    """What a source is read from: its ranks, or its shards."""
+    """What a source is read from: its ranks (and files of scales), or its shards."""
 
     @property
-    def ranks(self) -> Sequence[PthIndex | SafetensorsIndex]: ...
+    def archives(self) -> Sequence[PthIndex | SafetensorsIndex]: ...
 
 
 def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) -> frozenset[RecordKey]:
     """The records that are read once, whole and front to back, in this order, so that their CRC can be checked on the way."""
     users: Counter[RecordKey] = Counter()
-    for rank, index in enumerate(source.ranks):
+    for rank, index in enumerate(source.archives):
         users.update((rank, tensor.record.name) for tensor in index.tensors.values())
     reads: dict[RecordKey, list[Piece]] = defaultdict(list)
     for pieces in order:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 
-from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
+from llama4_convert.checkpoints.meta_quantized import DequantizedView
 from llama4_convert.planning.plan import Plan
 from llama4_convert.streaming.writer import Buffers
 
@@ -31,7 +31,7 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
     run = 3 * planned_buffers(max_memory).size + BASE_MEMORY
     matrices, tensors = plan.matrices, plan.tensors
     experts = [t.numel // t.scales.experts for t in tensors if t.scales]
-    if matrices or experts or any(isinstance(p.source.record, QuantizedRecord) for t in tensors for p in t.pieces):
+    if matrices or experts or any(isinstance(p.source.record, DequantizedView) for t in tensors for p in t.pieces):
         run += COMPILER_MEMORY
     if experts:  # one in bf16 and in codes, and the scales of a rank
         run += 3 * max(experts) + max(f.size for f in plan.files if f.made_with)

@@ -12,7 +12,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from llama4_convert.checkpoints.meta_quantized import Dequantizer, QuantizedRecord
+from llama4_convert.checkpoints.meta_quantized import DequantizedView, Dequantizer
 from llama4_convert.checkpoints.pth import DamagedRecord, PthIndex, truncated
 from llama4_convert.checkpoints.tensors import Record, StoredTensor
 from llama4_convert.errors import BadInput, from_os_error
@@ -49,7 +49,7 @@ class Source:
 
     def read(self, rank: int, record: Record, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` of a record. Raises BadInput if the file ends early, EnvironmentFailed if it fails."""
-        if isinstance(record, QuantizedRecord):
+        if isinstance(record, DequantizedView):
             self._dequantize(rank, record, start, into)
             return
         done = 0
@@ -63,7 +63,7 @@ class Source:
             done += n
         self._read_ahead(rank, record, start + done)
 
-    def _dequantize(self, rank: int, record: QuantizedRecord, start: int, into: memoryview) -> None:
+    def _dequantize(self, rank: int, record: DequantizedView, start: int, into: memoryview) -> None:
         begin, end = record.codes_for(start, start + len(into))
         self._codes = np.empty(end - begin, np.uint8)
         self.read(rank, record.codes.record, begin, self._codes.data)
@@ -86,7 +86,7 @@ class Source:
 
     def map(self, rank: int, record: Record, start: int, size: int) -> tuple[mmap.mmap, int]:
         """A read-only mapping that covers a byte range, and where the range begins in it."""
-        assert not isinstance(record, QuantizedRecord)  # its numbers lie in their order, and nowhere
+        assert not isinstance(record, DequantizedView)  # its numbers lie in their order, and nowhere
         begin = record.offset + start
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._fds[rank], begin + size - page, access=mmap.ACCESS_READ, offset=page)
@@ -98,7 +98,7 @@ class Source:
         if position != start:
             raise AssertionError(f"{record.name} read at {start}, expected {position}")
         position += len(data)
-        if isinstance(record, QuantizedRecord):  # the CRC is that of the codes
+        if isinstance(record, DequantizedView):  # the CRC is that of the codes
             new = record.codes_until(position) - record.codes_until(start)
             data = self._codes[len(self._codes) - new :].data
         crc = crc32(data, crc)
@@ -111,7 +111,7 @@ class Source:
         """Look at all scales of quantized tensors. Raises BadInput if one is not finite."""
         for index in self.ranks:
             for tensor in index.tensors.values():
-                if isinstance(tensor.record, QuantizedRecord):
+                if isinstance(tensor.record, DequantizedView):
                     for expert in range(tensor.record.experts):
                         tensor.record.scales_of(expert)
 

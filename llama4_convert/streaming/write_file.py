@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from isal.isal_zlib import crc32
 
-from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
+from llama4_convert.checkpoints.meta_quantized import DequantizedView
 from llama4_convert.checkpoints.pth import check_records
 from llama4_convert.errors import BadInput
 from llama4_convert.planning.binding import mismatch
@@ -27,7 +27,7 @@ from llama4_convert.streaming.writer import FileWriter
 def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
     """Check what the run will not read front to back. Raises BadInput on the first damaged record, or copy that differs."""
     for rank, record in plan.unread:
-        stored = record.codes.record if isinstance(record, QuantizedRecord) else record
+        stored = record.codes.record if isinstance(record, DequantizedView) else record
         check_records(source.ranks[rank], [stored], progress)
     source.check_scales()
     for key, rank in plan.compare:

@@ -58,9 +58,11 @@ def content_key(checkpoint: Checkpoint) -> str:
         if isinstance(reader, RankReader):
             told.append(reader.index.fingerprint)
         elif isinstance(reader, DirectoryReader):
-            files = [(file.name, os.stat(file)) for file in reader.checkpoint.files]
+            files = [(index.path.name, os.stat(index.path)) for index in reader.checkpoint.files]
             told += [[name, found.st_size, found.st_mtime_ns] for name, found in files]
-            told += sorted(f"{key} {t.dtype} {t.shape} {t.offset}" for key, t in reader.checkpoint.tensors.items())
+            told += sorted(
+                f"{key} {t.dtype} {t.shape} {t.record.offset}" for key, t in reader.checkpoint.tensors.items()
+            )
     return _digest(told)
 
 

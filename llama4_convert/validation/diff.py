@@ -20,10 +20,10 @@ import numpy as np
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, LogicalTensor, absent, expert_of, parameter_shapes
 from llama4.weights_transformers import transformers_key
-from llama4_convert.checkpoints.meta_quantized import QuantizedRecord
+from llama4_convert.checkpoints.meta_quantized import DequantizedView
 from llama4_convert.checkpoints.quantized import QuantizedMatrix, QuantizedReader
 from llama4_convert.checkpoints.readers import RankReader
-from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.reference.checkpoint import Checkpoint
 from llama4_convert.validation.config_diff import config_differences, told
@@ -160,7 +160,7 @@ class Side:
         if isinstance(matrix, QuantizedMatrix):
             return matrix.kind, matrix.settings
         # In Meta's layout each rank has scales of its own.
-        return (matrix.kind, len(self.checkpoint.readers)) if isinstance(matrix, QuantizedRecord) else None
+        return (matrix.kind, len(self.checkpoint.readers)) if isinstance(matrix, DequantizedView) else None
 
     @cached_property
     def extras(self) -> dict[str, str | None]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llama4.config import Llama4Config
 from llama4.config_differences import Difference
 from llama4.weights import BindingError, parameter_shapes
-from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.errors import BadInput, UsageError, one_line, raise_if_out_of_memory
 from llama4_convert.reference.checkpoint import Checkpoint, model_of
 from llama4_convert.validation.config_check import said, told

@@ -22,7 +22,7 @@ from llama4.config import Llama4Config
 from llama4.weights import BindingError, LogicalTensor, ShapeError, parameter_shapes
 from llama4.weights_transformers import expert_of_fused, transformers_key
 from llama4_convert.checkpoints.quantized import DamagedMatrix, QuantizedReader
-from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.reference.checkpoint import Checkpoint
 from llama4_convert.validation.diagnosis.diagnoser import Diagnoser
 from llama4_convert.validation.diagnosis.sides import FLOATS, SLICE, SLICED, cast

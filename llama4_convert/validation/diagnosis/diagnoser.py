@@ -16,7 +16,7 @@ from llama4.weights import BindingError, LogicalTensor
 from llama4.weights_transformers import transformers_key
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.readers import DirectoryReader
-from llama4_convert.checkpoints.safetensors_header import ITEM_SIZES
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.validation.diagnosis import altered, averages, block_order, quantized_faults, rearranged
 from llama4_convert.validation.diagnosis.altered import floats
 from llama4_convert.validation.diagnosis.block_order import Axis
