@@ -84,7 +84,7 @@ class ConversionJob(Job):
         plan = self.plan
         return {
             "source": str(self.request.source),
-            "ranks": len(self.source.ranks),
+            "ranks": len(getattr(self.source, "ranks", self.source.archives)),
             "variant": self.variant,
             "variant_reason": self.variant_reason,
             "dtype": plan.main_dtype,
