@@ -1,39 +1,41 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Compiled inner loops of the int4 scheme; `quant/schemes/int4.py` says what they compute and calls them.
 
-One call quantizes a band: BLOCK neighbouring outputs and some groups of inputs. Each group is first brought into the form
-[inputs, BLOCK] in a small buffer; every loop below then runs over the outputs, one vector lane an output, and each sum
-runs over the inputs in their order. So nothing is reassociated (there is no fastmath, and without it LLVM neither
-reorders nor contracts into FMA): the bytes depend neither on the machine's vector width nor on the number of threads.
+One call quantizes a band: LANES neighbouring outputs and some groups of inputs, group after group as a tile [inputs, LANES].
 
 A group is scaled by a power of two, which is exact, until its largest magnitude is near 1 ("the normal domain"): squares
-then neither overflow nor underflow. Outputs that a ragged last block lacks are columns of zeros.
-
-Everything compiled stands in this one file: numba's cache looks at the stamp of this file alone.
+then neither overflow nor underflow. Outputs that a ragged last band lacks are lanes of zeros.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.kernels.bf16 import INFINITY, scale_of, stored, to_bf16, widened
 from quant.kernels.jit import compiled, part
+from quant.kernels.tiles import (
+    FOUR,
+    LANES,
+    THREE,
+    TWO,
+    Tile,
+    U,
+    empty_tile,
+    largest_of,
+    not_finite,
+    read_with_extremes,
+    write_words,
+)
 
-# Indices are unsigned: a signed one might be negative for all that LLVM knows, and its loop is not vectorized then.
-_U = np.uintp
-BLOCK = _U(128)  # outputs at a time: the group in float32 is 64 KiB, in the second-level cache of anything current
-_TWO, _THREE, _FOUR = _U(2), _U(3), _U(4)  # loops take four inputs a step: fewer trips to the sums in memory
-_TOGETHER = _U(512)  # inputs whose words are written together
-CODES_PER_WORD = _U(8)  # codes of 4 bits in a packed word
+TOGETHER = U(512)  # inputs whose words are written together
+CODES_PER_WORD = U(8)  # codes of 4 bits in a packed word
 
 _F32 = np.float32
 _ROUND = np.float32(1.5 * 2**23)  # adding it rounds a small float to an integer, ties to even, in its lowest bits
 _ROUND_BITS = np.int32(0x4B400000)
-_SIGN = np.int16(-0x8000)
-_LOW_32, _EVEN_16 = np.uint64(0xFFFFFFFF), np.uint64(0x0000FFFF0000FFFF)
-_BY_32, _BY_16 = np.uint64(32), np.uint64(16)
 _HALF_8, _KEEP_8 = np.uint32(0x8000), np.uint32(0xFFFF0000)
 _HALF_16, _KEEP_16 = np.uint32(0x80), np.uint32(0xFFFFFF00)
 _LOWEST_CODE, _HIGHEST_CODE = np.int32(-8), np.int32(7)
@@ -42,129 +44,56 @@ _OFFSETS = np.int32((0x8888 - 0x1111 * 0x4B400000 + 2**31) % 2**32 - 2**31)
 _SHIFTS = (np.int32(4), np.int32(8), np.int32(12))
 _LOWEST, _HIGHEST = np.float32(-8), np.float32(7)
 _HALF_RANGE = np.float32(7.5)
-_INFINITY = 0x7F80  # as bf16 bits: magnitudes from here on are infinite or NaN
-_EPSILON = 0x3C00  # 2**-7, bf16's epsilon: compressed-tensors puts it where the scale would be 0
 _LARGEST_SCALE = 0x7DFF  # an eighth of the largest bf16: times -8 it is still finite
 
-# Where the rows of the per-output float32 buffer begin.
-COLUMN_ROWS = 21
-_FACTOR, _UNFACTOR, _BASE, _BEST, _RATIO, _CLIP, _SCALE = (_U(row * int(BLOCK)) for row in range(7))
-_PLAIN, _LOW, _HIGH, _ERROR, _POWER, _PLAIN_ERROR = (_U(row * int(BLOCK)) for row in range(7, 13))
-_PROPOSED, _INVERSE, _XQ, _QQ = (
-    _U(row * int(BLOCK)) for row in range(13, COLUMN_ROWS, 2)
-)  # two rows each: a pair of clips
+# Where the rows of `Buffers.columns` begin.
+_ROWS = 21
+_FACTOR, _UNFACTOR, _BASE, _BEST, _RATIO, _CLIP, _SCALE = (U(row * int(LANES)) for row in range(7))
+_PLAIN, _LOW, _HIGH, _ERROR, _POWER, _PLAIN_ERROR = (U(row * int(LANES)) for row in range(7, 13))
+_PROPOSED, _INVERSE, _XQ, _QQ = (U(row * int(LANES)) for row in range(13, _ROWS, 2))  # two rows each: a pair of clips
 
 
-def scratch(group: int) -> tuple[NDArray[Any], ...]:
-    """The buffers that one thread lends to `quantize_band`, call after call: about 170 KiB at any group size."""
-    block = int(BLOCK)
-    return (
-        np.empty(group * block, np.int16),  # tile: the group as it was read, [group, BLOCK]
-        np.empty((group + int(_FOUR)) * block, np.int16),  # rows: before transposing
-        np.empty(group * block, np.float32),  # y: the group in the normal domain
-        np.empty(COLUMN_ROWS * block, np.float32),
-        np.empty(2 * block, np.int16),  # extremes
-        np.empty((1 + int(_TOGETHER) // group) * block, np.uint16),  # plain scales, then the scales not yet written
-        np.empty(int(_TOGETHER) // int(CODES_PER_WORD) * block, np.int32),  # words not yet written
+class Buffers(NamedTuple):
+    """What one thread lends to `quantize_band`, call after call: about 170 KiB at any group size."""
+
+    tile: Tile  # a group
+    y: NDArray[np.float32]  # the group in the normal domain, [group, LANES]
+    columns: NDArray[np.float32]  # numbers of each output
+    scales: NDArray[np.uint16]  # plain scales, then the scales not yet written, [1 + groups, LANES]
+    words: NDArray[np.int32]  # words not yet written, [words, LANES]
+
+
+def buffers(group: int) -> Buffers:
+    lanes, together = int(LANES), int(TOGETHER)
+    return Buffers(
+        empty_tile(group, group, notes=2),
+        np.empty(group * lanes, np.float32),
+        np.empty(_ROWS * lanes, np.float32),
+        np.empty((1 + together // group) * lanes, np.uint16),
+        np.empty(together // int(CODES_PER_WORD) * lanes, np.int32),
     )
 
 
-@part
-def _widened(bits):
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+class Search(NamedTuple):
+    """How scales are searched for; without clips they are the plain ones."""
 
-
-@part
-def _to_bf16(value):
-    """Bits of a finite float32 rounded to bf16, ties to even."""
-    wide = np.float32(value).view(np.uint32)
-    return np.uint16((wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@part
-def _note_extremes(extremes, j, b0, b1, b2, b3):
-    """The largest positive and the largest negative magnitude as bf16 bits; NaN counts as larger than all."""
-    extremes[j] = max(extremes[j], max(max(b0, b1), max(b2, b3)))
-    b0, b1, b2, b3 = b0 ^ _SIGN, b1 ^ _SIGN, b2 ^ _SIGN, b3 ^ _SIGN
-    extremes[BLOCK + j] = max(extremes[BLOCK + j], np.int16(max(max(b0, b1), max(b2, b3))))
-
-
-@part
-def _read_in_out(source, stride, k0, n0, group, width, tile, extremes):
-    for four in range(group // _FOUR):
-        start = (k0 + four * _FOUR) * stride + n0
-        to = four * _FOUR * BLOCK
-        for j in range(width):
-            b0 = source[start + j]
-            b1 = source[start + stride + j]
-            b2 = source[start + stride * _TWO + j]
-            b3 = source[start + stride * _THREE + j]
-            tile[to + j] = b0
-            tile[to + BLOCK + j] = b1
-            tile[to + _TWO * BLOCK + j] = b2
-            tile[to + _THREE * BLOCK + j] = b3
-            _note_extremes(extremes, j, b0, b1, b2, b3)
-
-
-@part
-def _read_out_in(source, stride, k0, n0, group, width, rows, tile, extremes):
-    """Transposes, four by four in uint64 (halves of 32 bits change places, then of 16).
-
-    The rows are first copied together: in the source they lie a power of two apart and would share few cache sets.
-    """
-    pitch = group + _FOUR
-    for j in range(width):
-        start = (n0 + j) * stride + k0
-        for r in range(group):
-            rows[j * pitch + r] = source[start + r]
-    pitch //= _FOUR
-    fours = rows.view(np.uint64)
-    lanes = tile.view(np.uint64)
-    for r in range(group // _FOUR):
-        to = r * BLOCK
-        for j in range((width + _THREE) // _FOUR):
-            at = j * _FOUR * pitch + r
-            a0, a1, a2, a3 = fours[at], fours[at + pitch], fours[at + _TWO * pitch], fours[at + _THREE * pitch]
-            b0 = (a0 & _LOW_32) | (a2 << _BY_32)
-            b1 = (a1 & _LOW_32) | (a3 << _BY_32)
-            b2 = (a0 >> _BY_32) | (a2 & ~_LOW_32)
-            b3 = (a1 >> _BY_32) | (a3 & ~_LOW_32)
-            lanes[to + j] = (b0 & _EVEN_16) | ((b1 & _EVEN_16) << _BY_16)
-            lanes[to + BLOCK // _FOUR + j] = ((b0 >> _BY_16) & _EVEN_16) | (b1 & ~_EVEN_16)
-            lanes[to + BLOCK // _TWO + j] = (b2 & _EVEN_16) | ((b3 & _EVEN_16) << _BY_16)
-            lanes[to + BLOCK // _FOUR * _THREE + j] = ((b2 >> _BY_16) & _EVEN_16) | (b3 & ~_EVEN_16)
-    for four in range(group // _FOUR):
-        at = four * _FOUR * BLOCK
-        for j in range(BLOCK):
-            b0, b1 = tile[at + j], tile[at + BLOCK + j]
-            b2, b3 = tile[at + _TWO * BLOCK + j], tile[at + _THREE * BLOCK + j]
-            _note_extremes(extremes, j, b0, b1, b2, b3)
-
-
-@part
-def _not_finite(tile, group):
-    count = 0
-    for i in range(group * BLOCK):
-        count += (tile[i] & 0x7FFF) >= _INFINITY
-    return count
+    clips: NDArray[np.float32]  # proposals as parts of amax / 7.5, an even number
+    steps: NDArray[np.float32]  # then, one after the other, how far below and above the best clip
+    signed: bool  # groups may be mirrored
 
 
 @part
 def _prepare(extremes, signed, columns, plain_bits):
     """Per output: the power of two into the normal domain, negative where the group is to be mirrored; the plain scale."""
-    for j in range(BLOCK):
-        largest = max(extremes[j], extremes[BLOCK + j])
-        mirrored = signed and extremes[j] > extremes[BLOCK + j]
+    for j in range(LANES):
+        largest = max(extremes[j], extremes[LANES + j])
+        mirrored = signed and extremes[j] > extremes[LANES + j]
         exponent = min(max((largest >> 7) - 127, -126), 126)
         factor = np.uint32(np.uint32(127 - exponent) << np.uint32(23)).view(np.float32)
         unfactor = np.uint32(np.uint32(127 + exponent) << np.uint32(23)).view(np.float32)
-        amax = _widened(largest)
-        bits = _to_bf16(amax / _HALF_RANGE)
-        if bits == 0:
-            bits = np.uint16(_EPSILON)
-        plain_bits[j] = bits
-        columns[_PLAIN + j] = _widened(bits) * factor
-        columns[_BASE + j] = _HALF_RANGE / (amax * factor)
+        plain_bits[j] = scale_of(largest, _HALF_RANGE)
+        columns[_PLAIN + j] = widened(plain_bits[j]) * factor
+        columns[_BASE + j] = _HALF_RANGE / (widened(largest) * factor)
         columns[_UNFACTOR + j] = unfactor
         columns[_FACTOR + j] = -factor if mirrored else factor
         columns[_LOW + j] = np.float32(-7) if mirrored else _LOWEST
@@ -174,8 +103,8 @@ def _prepare(extremes, signed, columns, plain_bits):
 @part
 def _normalize(tile, group, columns, y):
     for r in range(group):
-        for j in range(BLOCK):
-            y[r * BLOCK + j] = _widened(tile[r * BLOCK + j]) * columns[_FACTOR + j]
+        for j in range(LANES):
+            y[r * LANES + j] = widened(tile[r * LANES + j]) * columns[_FACTOR + j]
 
 
 @part
@@ -200,19 +129,19 @@ def _rounded(t, low, high):
 @part
 def _correlate_plain(y, group, columns):
     """<y,q>, <q,q> and the squared error at the plain scale, with the limits of the codes of the unmirrored group."""
-    for j in range(BLOCK):
+    for j in range(LANES):
         columns[_XQ + j] = _F32(0)
         columns[_QQ + j] = _F32(0)
         columns[_PLAIN_ERROR + j] = _F32(0)
         columns[_INVERSE + j] = _F32(1) / columns[_PLAIN + j]
-    for two in range(group >> _U(1)):
-        r0 = two * _TWO * BLOCK
-        for j in range(BLOCK):
+    for two in range(group >> U(1)):
+        r0 = two * TWO * LANES
+        for j in range(LANES):
             scale = columns[_PLAIN + j]
             low = columns[_LOW + j]
             high = columns[_HIGH + j]
             y0 = y[r0 + j]
-            y1 = y[r0 + BLOCK + j]
+            y1 = y[r0 + LANES + j]
             q0 = _rounded(_quotient(y0, columns[_INVERSE + j], _HALF_16, _KEEP_16), low, high)
             q1 = _rounded(_quotient(y1, columns[_INVERSE + j], _HALF_16, _KEEP_16), low, high)
             d0 = y0 - scale * q0
@@ -237,30 +166,30 @@ def _add_products(columns, at, y0, y1, y2, y3):
 @part
 def _try_pair(y, group, columns):
     """Takes what is better than the best so far of both rows of _PROPOSED."""
-    for j in range(BLOCK):
+    for j in range(LANES):
         columns[_INVERSE + j] = columns[_BASE + j] / columns[_PROPOSED + j]
-        columns[_INVERSE + BLOCK + j] = columns[_BASE + j] / columns[_PROPOSED + BLOCK + j]
+        columns[_INVERSE + LANES + j] = columns[_BASE + j] / columns[_PROPOSED + LANES + j]
     _correlate_pair(y, group, columns)
-    for j in range(BLOCK):
-        _keep_better(columns, _U(0), j)
-        _keep_better(columns, BLOCK, j)
+    for j in range(LANES):
+        _keep_better(columns, U(0), j)
+        _keep_better(columns, LANES, j)
 
 
 @part
 def _correlate_pair(y, group, columns):
     """<y,q> and <q,q> of both rows of _INVERSE: two at a time share the reading of y."""
-    for j in range(_TWO * BLOCK):
+    for j in range(TWO * LANES):
         columns[_XQ + j] = _F32(0)
         columns[_QQ + j] = _F32(0)
-    for four in range(group // _FOUR):
-        r0 = four * _FOUR * BLOCK
-        for j in range(BLOCK):
+    for four in range(group // FOUR):
+        r0 = four * FOUR * LANES
+        for j in range(LANES):
             y0 = y[r0 + j]
-            y1 = y[r0 + BLOCK + j]
-            y2 = y[r0 + _TWO * BLOCK + j]
-            y3 = y[r0 + _THREE * BLOCK + j]
+            y1 = y[r0 + LANES + j]
+            y2 = y[r0 + TWO * LANES + j]
+            y3 = y[r0 + THREE * LANES + j]
             _add_products(columns, j, y0, y1, y2, y3)
-            _add_products(columns, j + BLOCK, y0, y1, y2, y3)
+            _add_products(columns, j + LANES, y0, y1, y2, y3)
 
 
 @part
@@ -275,35 +204,35 @@ def _keep_better(columns, row, j):
 
 
 @part
-def _search(y, group, clips, steps, signed, columns, scale_bits, plain_bits):
+def _search(y, group, search, columns, scale_bits, plain_bits):
     """The scale bits of the best clip, without the sign of mirrored groups, and the same scale in the normal domain."""
-    for j in range(BLOCK):
+    for j in range(LANES):
         columns[_BEST + j] = _F32(0)
         columns[_RATIO + j] = _F32(0)
         columns[_CLIP + j] = _F32(1)
         columns[_PROPOSED + j] = _F32(1)
     _correlate_plain(y, group, columns)
-    if not signed:
-        for j in range(BLOCK):
-            _keep_better(columns, _U(0), j)
-    for pair in range(_U(len(clips)) // _TWO):
-        for j in range(BLOCK):
-            columns[_PROPOSED + j] = clips[pair * _TWO]
-            columns[_PROPOSED + BLOCK + j] = clips[pair * _TWO + _U(1)]
+    if not search.signed:
+        for j in range(LANES):
+            _keep_better(columns, U(0), j)
+    for pair in range(U(len(search.clips)) // TWO):
+        for j in range(LANES):
+            columns[_PROPOSED + j] = search.clips[pair * TWO]
+            columns[_PROPOSED + LANES + j] = search.clips[pair * TWO + U(1)]
         _try_pair(y, group, columns)
-    for step in steps:
-        for j in range(BLOCK):
+    for step in search.steps:
+        for j in range(LANES):
             columns[_PROPOSED + j] = columns[_CLIP + j] - step
-            columns[_PROPOSED + BLOCK + j] = columns[_CLIP + j] + step
+            columns[_PROPOSED + LANES + j] = columns[_CLIP + j] + step
         _try_pair(y, group, columns)
-    for j in range(BLOCK):
+    for j in range(LANES):
         ratio = columns[_RATIO + j]
-        bits = _to_bf16(abs(ratio) * columns[_UNFACTOR + j])
+        bits = to_bf16(abs(ratio) * columns[_UNFACTOR + j])
         bits = min(max(bits, np.uint16(1)), np.uint16(_LARGEST_SCALE))
         if ratio == _F32(0):  # a group of zeros
             bits = plain_bits[j]
         scale_bits[j] = bits
-        columns[_SCALE + j] = _widened(bits) * abs(columns[_FACTOR + j])
+        columns[_SCALE + j] = widened(bits) * abs(columns[_FACTOR + j])
         if ratio < _F32(0):
             columns[_FACTOR + j] = -columns[_FACTOR + j]
 
@@ -331,19 +260,19 @@ def _encode(tile, group, columns, half, keep, j0, j1, words, w0):
         columns[_ERROR + j] = _F32(0)
         columns[_POWER + j] = _F32(0)
         columns[_INVERSE + j] = _F32(1) / columns[_SCALE + j]
-    for four in range(group // _FOUR):
-        r0 = four * _FOUR * BLOCK
-        to = w0 + (four >> _U(1)) * BLOCK
-        shift = np.uint32((four & _U(1)) << _FOUR)
-        kept = np.int32(-(four & _U(1)))  # the low half of a word starts it afresh
+    for four in range(group // FOUR):
+        r0 = four * FOUR * LANES
+        to = w0 + (four >> U(1)) * LANES
+        shift = np.uint32((four & U(1)) << FOUR)
+        kept = np.int32(-(four & U(1)))  # the low half of a word starts it afresh
         for j in range(j0, j1):
             scale = columns[_SCALE + j]
             inverse = columns[_INVERSE + j]
             factor = columns[_FACTOR + j]
-            y0 = _widened(tile[r0 + j]) * factor
-            y1 = _widened(tile[r0 + BLOCK + j]) * factor
-            y2 = _widened(tile[r0 + _TWO * BLOCK + j]) * factor
-            y3 = _widened(tile[r0 + _THREE * BLOCK + j]) * factor
+            y0 = widened(tile[r0 + j]) * factor
+            y1 = widened(tile[r0 + LANES + j]) * factor
+            y2 = widened(tile[r0 + TWO * LANES + j]) * factor
+            y3 = widened(tile[r0 + THREE * LANES + j]) * factor
             c0 = _code(y0, inverse, half, keep)
             c1 = _code(y1, inverse, half, keep)
             c2 = _code(y2, inverse, half, keep)
@@ -358,130 +287,79 @@ def _encode(tile, group, columns, half, keep, j0, j1, words, w0):
 @part
 def _fall_back(tile, group, columns, scale_bits, plain_bits, words, w0):
     """The plain scale again where the searched one, once rounded to bf16, turned out worse: seldom."""
-    for j in range(BLOCK):
+    for j in range(LANES):
         if columns[_ERROR + j] > columns[_PLAIN_ERROR + j]:
             columns[_FACTOR + j] = abs(columns[_FACTOR + j])
             scale_bits[j] = min(plain_bits[j], np.uint16(_LARGEST_SCALE))
-            columns[_SCALE + j] = _widened(scale_bits[j]) * columns[_FACTOR + j]
-            _encode(tile, group, columns, _HALF_16, _KEEP_16, j, j + _U(1), words, w0)
-
-
-@part
-def _write(words, halves, n0, width, first, last, group, packed, scales):
-    """Transposes groups first .. last into the outputs: some groups together, as each output's row is another page."""
-    per_group = group // CODES_PER_WORD
-    for j in range(width):
-        for w in range((last - first) * per_group):
-            packed[n0 + j, first * per_group + w] = words[w * BLOCK + j]
-        for g in range(last - first):
-            scales[n0 + j, first + g] = halves[(g + _U(1)) * BLOCK + j]
+            columns[_SCALE + j] = widened(scale_bits[j]) * columns[_FACTOR + j]
+            _encode(tile, group, columns, _HALF_16, _KEEP_16, j, j + U(1), words, w0)
 
 
 @compiled
-def quantize_band(
-    source,
-    stride,
-    in_out,
-    n0,
-    width,
-    first,
-    last,
-    group,
-    clips,
-    steps,
-    signed,
-    packed,
-    scales,
-    sums,
-    tile,
-    rows,
-    y,
-    columns,
-    extremes,
-    halves,
-    words,
-):
-    """Quantizes outputs n0 .. n0+width and groups first .. last into `packed` and `scales`; the sums into `sums`.
+def quantize_band(source, n0, width, first, last, group, search, packed, scales, sums, buffers):
+    """Quantizes outputs n0 .. n0+width and groups first .. last of a `Source` into `packed` and `scales`.
 
-    No clips: the plain scheme. `sums` takes squared error, squared sum and the count of NaN and infinite weights.
+    `search`: a `Search`. `sums` takes squared error, squared sum and the count of NaN and infinite weights.
     """
     error_sum = 0.0
     power_sum = 0.0
     bad = 0
-    stride, n0, width, group = _U(stride), _U(n0), _U(width), _U(group)
-    first, last = _U(first), _U(last)
-    plain_bits = halves[:BLOCK]
-    together = _TOGETHER // group
-    if width < BLOCK:
-        tile[:] = np.int16(0)
-        rows[:] = np.int16(0)
+    n0, width, group = U(n0), U(width), U(group)
+    first, last = U(first), U(last)
+    tile, columns, words = buffers.tile, buffers.columns, buffers.words
+    plain_bits = buffers.scales[:LANES]
+    words_per_group = group // CODES_PER_WORD
+    together = TOGETHER // group
+    if width < LANES:
+        tile.bits[:] = np.int16(0)
     for g in range(first, last):
-        extremes[:] = np.int16(0)
-        if in_out:
-            _read_in_out(source, stride, g * group, n0, group, width, tile, extremes)
-        else:
-            _read_out_in(source, stride, g * group, n0, group, width, rows, tile, extremes)
-        largest = np.int16(0)
-        for j in range(_TWO * BLOCK):
-            largest = max(largest, extremes[j])
-        if largest >= _INFINITY:
-            bad += _not_finite(tile, group)
+        tile.noted[:] = np.int16(0)
+        read_with_extremes(source, g * group, group, n0, width, tile, U(0))
+        if largest_of(tile.noted) >= INFINITY:
+            bad += not_finite(tile.bits, group)
         if bad:
             continue
-        _prepare(extremes, signed, columns, plain_bits)
+        _prepare(tile.noted, search.signed, columns, plain_bits)
         slot = (g - first) % together
-        w0 = slot * (group // CODES_PER_WORD) * BLOCK
-        scale_bits = halves[(slot + _U(1)) * BLOCK : (slot + _U(2)) * BLOCK]
-        if len(clips):
-            _normalize(tile, group, columns, y)
-            _search(y, group, clips, steps, signed, columns, scale_bits, plain_bits)
-            _encode(tile, group, columns, _HALF_16, _KEEP_16, _U(0), BLOCK, words, w0)
-            _fall_back(tile, group, columns, scale_bits, plain_bits, words, w0)
+        w0 = slot * words_per_group * LANES
+        scale_bits = buffers.scales[(slot + U(1)) * LANES : (slot + TWO) * LANES]
+        if len(search.clips):
+            _normalize(tile.bits, group, columns, buffers.y)
+            _search(buffers.y, group, search, columns, scale_bits, plain_bits)
+            _encode(tile.bits, group, columns, _HALF_16, _KEEP_16, U(0), LANES, words, w0)
+            _fall_back(tile.bits, group, columns, scale_bits, plain_bits, words, w0)
         else:
-            for j in range(BLOCK):
+            for j in range(LANES):
                 scale_bits[j] = plain_bits[j]
                 columns[_SCALE + j] = columns[_PLAIN + j]
-            _encode(tile, group, columns, _HALF_8, _KEEP_8, _U(0), BLOCK, words, w0)
-        for j in range(BLOCK):
+            _encode(tile.bits, group, columns, _HALF_8, _KEEP_8, U(0), LANES, words, w0)
+        for j in range(LANES):
             if columns[_FACTOR + j] < _F32(0):
                 scale_bits[j] |= np.uint16(0x8000)
             square = np.float64(columns[_UNFACTOR + j]) * np.float64(columns[_UNFACTOR + j])
             error_sum += np.float64(columns[_ERROR + j]) * square
             power_sum += np.float64(columns[_POWER + j]) * square
-        if slot + _U(1) == together or g + _U(1) == last:
-            _write(words, halves, n0, width, g - slot, g + _U(1), group, packed, scales)
+        if slot + U(1) == together or g + U(1) == last:
+            write_words(words, n0, width, (g - slot) * words_per_group, (slot + U(1)) * words_per_group, packed)
+            for j in range(width):
+                for i in range(slot + U(1)):
+                    scales[n0 + j, g - slot + i] = buffers.scales[(i + U(1)) * LANES + j]
     sums[0] = error_sum
     sums[1] = power_sum
     sums[2] = bad
 
 
 @compiled
-def dequantize_f32(packed, scales, group, result):
-    """scale * code in float32, for all rows; scales float32."""
-    per_group = _U(group) // CODES_PER_WORD
-    values = np.empty(16, np.float32)
+def dequantize(packed, scales, group, result):
+    """scale * code of all rows; scales float32, `result` float32 or, rounded, bf16 bits."""
+    words_per_group = U(group) // CODES_PER_WORD
+    values = np.empty(16, result.dtype)
     for n in range(packed.shape[0]):
-        for g in range(_U(scales.shape[1])):
+        for g in range(U(scales.shape[1])):
             scale = scales[n, g]
             for code in range(16):
-                values[code] = scale * np.float32(code - 8)
-            for w in range(g * per_group, (g + _U(1)) * per_group):
+                values[code] = stored(scale * np.float32(code - 8), result)
+            for w in range(g * words_per_group, (g + U(1)) * words_per_group):
                 word = np.uint32(packed[n, w])
                 for c in range(CODES_PER_WORD):
-                    result[n, w * CODES_PER_WORD + c] = values[(word >> np.uint32(_U(4) * c)) & np.uint32(0xF)]
-
-
-@compiled
-def dequantize_bf16(packed, scales, group, result):
-    """The same rounded to bf16."""
-    per_group = _U(group) // CODES_PER_WORD
-    values = np.empty(16, np.uint16)
-    for n in range(packed.shape[0]):
-        for g in range(_U(scales.shape[1])):
-            scale = scales[n, g]
-            for code in range(16):
-                values[code] = _to_bf16(scale * np.float32(code - 8))
-            for w in range(g * per_group, (g + _U(1)) * per_group):
-                word = np.uint32(packed[n, w])
-                for c in range(CODES_PER_WORD):
-                    result[n, w * CODES_PER_WORD + c] = values[(word >> np.uint32(_U(4) * c)) & np.uint32(0xF)]
+                    result[n, w * CODES_PER_WORD + c] = values[(word >> np.uint32(FOUR * c)) & np.uint32(0xF)]

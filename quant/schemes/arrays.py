@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from quant.kernels.tiles import Source
+
 
 class Cost:
     """Of a quantized matrix; the two sums are fields of each scheme's own result."""
@@ -20,8 +22,11 @@ class Cost:
         return self.squared_error / self.squared_sum if self.squared_sum else 0.0
 
 
-def flat(bits: NDArray[np.uint16]) -> tuple[NDArray[np.int16], int]:
-    """The memory from the first to the last element, read-only, and how far its rows lie apart: one type for the kernel."""
+def source_of(bits: NDArray[np.uint16], in_out: bool) -> Source:
+    """bf16 bits, [inputs, outputs] if `in_out`, else [outputs, inputs], as kernels read them: without a copy, read-only.
+
+    Raises ValueError for what is no matrix of bf16, or has rows that are not contiguous.
+    """
     if bits.ndim != 2 or bits.dtype != np.uint16:
         raise ValueError(f"bf16 bits are uint16 of two axes, not {bits.dtype} of {bits.ndim}")
     rows, columns = bits.shape
@@ -30,7 +35,9 @@ def flat(bits: NDArray[np.uint16]) -> tuple[NDArray[np.int16], int]:
         raise ValueError(f"rows of {columns} bf16 must be contiguous; the strides are {bits.strides} bytes")
     stride = step // item if rows > 1 else columns
     length = (rows - 1) * stride + columns if bits.size else 0
-    return np.lib.stride_tricks.as_strided(bits.view(np.int16), (length,), (item,), writeable=False), stride
+    # One type for the kernels, whatever the matrix is a slice of.
+    memory = np.lib.stride_tricks.as_strided(bits.view(np.int16), (length,), (item,), writeable=False)
+    return Source(memory, stride, in_out)
 
 
 def results(

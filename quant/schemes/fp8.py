@@ -7,10 +7,11 @@ plain    amax / 448 rounded to bf16, bf16's epsilon instead of 0; weight / scale
          to e4m3, both times ties to even. All of it as compressed-tensors and llm-compressor do it, bit for bit
          (calculate_qparams and quantize of compressed_tensors 0.20, min-max observer, with the zero point of 0 they pass along).
 search   The best of the 128 bf16 scales of the octave that begins with plain's: e4m3 by twice the scale is the same again, but
-         for the smallest numbers. The errors of all of them are known from one pass over the weights (quant/kernels/fp8.py),
-         but for weights below about a 10,000th of the largest; what these might lose by another scale is bounded, and one is
-         taken only if it gains more. So none is worse than plain. weight / scale is rounded to e4m3 at once, not by way of
-         bf16, which is worth 0.7% of the error. Plain's scale stays if it is below 2**-122, or if weights reach 2**127.
+         for the smallest numbers. The errors of all of them are known from one pass over the weights
+         (quant/kernels/fp8_search.py), but for weights below about a 10,000th of the largest; what these might lose by another
+         scale is bounded, and one is taken only if it gains more. So none is worse than plain. weight / scale is rounded to
+         e4m3 at once, not by way of bf16, which is worth 0.7% of the error. Plain's scale stays if it is below 2**-122, or if
+         weights reach 2**127.
 
 Who reads which granularity (`compressed_tensors_args` is what the configuration says of it):
 
@@ -43,9 +44,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.kernels import fp8 as kernels
+from quant.kernels import fp8_search
 from quant.kernels.bands import share
+from quant.kernels.tiles import Source
 from quant.schemes import NotFinite
-from quant.schemes.arrays import Cost, flat, results
+from quant.schemes.arrays import Cost, results, source_of
 
 Granularity = Literal["channel", "tensor", "block"]
 Method = Literal["plain", "search"]
@@ -132,7 +135,7 @@ class Fp8:
 
         Raises NotFinite, having looked at all of the matrix.
         """
-        source, stride = flat(bits)
+        source = source_of(bits, in_out)
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         codes, scale = results(out, *zip(self.shapes(outputs, inputs), DTYPES, strict=True))
         words = -(-inputs // _CODES_PER_WORD)
@@ -141,17 +144,17 @@ class Fp8:
         scales = scale.reshape(-1, 1) if self.granularity == "tensor" else scale
         given, search = np.uint16(0), self.method == "search"
         if self.granularity == "tensor":
-            given = scale[0] = _scale_of_all(source, stride, bits.shape, search, threads, pool)
+            given = scale[0] = _scale_of_all(source, bits.shape, search, threads, pool)
         bands = -(-outputs // BLOCK)
         sums = np.zeros((bands, 3))  # each band's own, added up in their order
 
         def work(drawn: Iterator[int]) -> None:
-            buffers = kernels.scratch(inputs)
+            buffers = kernels.buffers(inputs)
             for number in drawn:
                 n = number * BLOCK
                 kernels.quantize_band(
-                    source, stride, in_out, n, min(BLOCK, outputs - n), inputs, _KERNEL[self.granularity], search, given,
-                    packed, scales, sums[number], *buffers,
+                    source, n, min(BLOCK, outputs - n), inputs, _KERNEL[self.granularity], search, given,
+                    packed, scales, sums[number], buffers,
                 )  # fmt: skip
 
         share(work, bands, threads, pool)
@@ -179,20 +182,19 @@ class Fp8:
         codes, scales = codes.view(), scale.view() if scale.ndim == 2 else scale.reshape(1, 1)
         codes.flags.writeable = scales.flags.writeable = False  # one type for the kernel, whatever was given
         result = np.empty((outputs, inputs), np.uint16 if dtype == "BF16" else np.float32)
-        kernel = kernels.dequantize_bf16 if dtype == "BF16" else kernels.dequantize_f32
         per_scale = {"channel": 1, "block": BLOCK, "tensor": max(outputs, 1)}[self.granularity]
 
         def work(drawn: Iterator[int]) -> None:
             for number in drawn:
                 rows = slice(number * BLOCK, (number + 1) * BLOCK)
-                kernel(codes[rows], scales, rows.start, per_scale, VALUES, result[rows])
+                kernels.dequantize(codes[rows], scales, rows.start, per_scale, VALUES, result[rows])
 
         share(work, -(-outputs // BLOCK), threads, pool)
         return result
 
 
 def _scale_of_all(
-    source: NDArray[np.int16], stride: int, shape: tuple[int, ...], search: bool, threads: int, pool: Executor | None
+    source: Source, shape: tuple[int, ...], search: bool, threads: int, pool: Executor | None
 ) -> np.uint16:
     """The scale of the whole matrix. Raises NotFinite."""
     rows, columns = shape
@@ -202,7 +204,7 @@ def _scale_of_all(
     def work(drawn: Iterator[int]) -> None:
         for number in drawn:
             first = number * _ROWS
-            found[number] = kernels.largest_magnitude(source, stride, first, min(first + _ROWS, rows), columns)
+            found[number] = kernels.largest_magnitude(source, first, min(first + _ROWS, rows), columns)
 
     share(work, bands, threads, pool)
     if bad := int(found[:, 1].sum()):
@@ -210,13 +212,13 @@ def _scale_of_all(
     plain = np.uint16(kernels.scale_bits(np.int16(found[:, 0].max(initial=0))))
     if not search:
         return plain
-    powers = np.zeros((bands, int(kernels.MANTISSAS)), np.int64)
+    powers = np.zeros((bands, int(fp8_search.MANTISSAS)), np.int64)
 
     def count(drawn: Iterator[int]) -> None:
-        counts = kernels.counters()
+        counts = fp8_search.counters()
         for number in drawn:
             first, last = number * _ROWS, min(number * _ROWS + _ROWS, rows)
-            kernels.powers_of_rows(source, stride, first, last, columns, plain, powers[number], counts)
+            fp8_search.powers_of_rows(source, first, last, columns, plain, powers[number], counts)
 
     share(count, bands, threads, pool)
-    return np.uint16(kernels.best_scale(powers.sum(0), plain, rows * columns))
+    return np.uint16(fp8_search.best_scale(powers.sum(0), plain, rows * columns))

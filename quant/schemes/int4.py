@@ -29,15 +29,17 @@ from numpy.typing import NDArray
 
 from quant.kernels import int4 as kernels
 from quant.kernels.bands import share
+from quant.kernels.tiles import LANES
 from quant.schemes import Indivisible, NotFinite
-from quant.schemes.arrays import Cost, flat, results
+from quant.schemes.arrays import Cost, results, source_of
 
 Method = Literal["plain", "search", "signed"]
 GROUP_SIZES = (32, 64, 128)
 
 DTYPES = (np.int32, np.uint16)  # of words and of scales
 CODES_PER_WORD = int(kernels.CODES_PER_WORD)
-_BAND = 1024  # inputs of a band; with the outputs of a block the unit that threads share
+_LANES = int(LANES)
+_BAND_INPUTS = 1024  # of a band; with the outputs of a block the unit that threads share
 _PLAIN_RANGE = 7.5  # half of what 16 codes span
 _SYMMETRIC = _PLAIN_RANGE / 7  # the extreme on code 7 or -7: finds weights again that were int4 without -8 before
 # Clips as parts of amax / 7.5, an even number; a negative one is for the mirror image of what it is proposed for. The
@@ -102,20 +104,21 @@ class Int4:
 
         Raises Indivisible if K is no multiple of the group size and NotFinite, having looked at all of the matrix.
         """
-        source, stride = flat(bits)
+        source = source_of(bits, in_out)
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         packed, scale = results(out, *zip(self.shapes(outputs, inputs), DTYPES, strict=True))
-        block, groups, band = int(kernels.BLOCK), inputs // self.group_size, _BAND // self.group_size
-        bands = [(n, g) for g in range(0, groups, band) for n in range(0, outputs, block)]
+        groups, band = inputs // self.group_size, _BAND_INPUTS // self.group_size
+        bands = [(n, g) for g in range(0, groups, band) for n in range(0, outputs, _LANES)]
+        search = kernels.Search(PROPOSALS[self.method], STEPS[self.method], self.method == "signed")
         sums = np.zeros((len(bands), 3))  # each band's own, added up in their order
 
         def work(drawn: Iterator[int]) -> None:
-            buffers = kernels.scratch(self.group_size)
+            buffers = kernels.buffers(self.group_size)
             for number in drawn:
                 n, g = bands[number]
                 kernels.quantize_band(
-                    source, stride, in_out, n, min(block, outputs - n), g, min(g + band, groups), self.group_size,
-                    PROPOSALS[self.method], STEPS[self.method], self.method == "signed", packed, scale, sums[number], *buffers,
+                    source, n, min(_LANES, outputs - n), g, min(g + band, groups), self.group_size, search,
+                    packed, scale, sums[number], buffers,
                 )  # fmt: skip
 
         share(work, len(bands), threads, pool)
@@ -145,13 +148,11 @@ class Int4:
         packed, scale = packed.view(), scale.view()
         packed.flags.writeable = scale.flags.writeable = False  # one type for the kernel, whatever was given
         result = np.empty((outputs, inputs), np.uint16 if dtype == "BF16" else np.float32)
-        kernel = kernels.dequantize_bf16 if dtype == "BF16" else kernels.dequantize_f32
-        block = int(kernels.BLOCK)
 
         def work(drawn: Iterator[int]) -> None:
             for number in drawn:
-                rows = slice(number * block, (number + 1) * block)
-                kernel(packed[rows], scale[rows], self.group_size, result[rows])
+                rows = slice(number * _LANES, (number + 1) * _LANES)
+                kernels.dequantize(packed[rows], scale[rows], self.group_size, result[rows])
 
-        share(work, -(-outputs // block), threads, pool)
+        share(work, -(-outputs // _LANES), threads, pool)
         return result

@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 
 from quant.kernels import nf4 as kernels
 from quant.kernels.bands import share
+from quant.kernels.tiles import LANES
 from quant.schemes import NotFinite
-from quant.schemes.arrays import Cost, flat
+from quant.schemes.arrays import Cost, source_of
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256  # scales that share a nested scale
 NF4 = kernels.NF4
-_LANES = int(kernels.LANES)
+_LANES = int(LANES)
 _BAND = 1024  # weights of a row in a band, with LANES rows the unit that threads share
 _FLAT_BAND = 16 * _LANES  # rows in a band if they are blocks
 _NESTED_BAND = 64 * NESTED_BLOCK  # scales in a band
@@ -173,7 +174,7 @@ class Nf4:
             bits, in_out = np.ascontiguousarray(bits.T), False
         if not in_out and (bits.flags.c_contiguous or not divides):
             bits = np.ascontiguousarray(bits).reshape(-1, block)  # rows of one block each
-        source, stride = flat(bits)
+        source = source_of(bits, in_out)
         inputs, rows = bits.shape if in_out else bits.shape[::-1]
         groups = inputs // block
         high, wide = (_LANES, max(_BAND // block, 1)) if groups > 1 else (_FLAT_BAND, 1)
@@ -183,12 +184,12 @@ class Nf4:
         bad = np.zeros((len(bands), 1), np.int64)
 
         def work(drawn: Iterator[int]) -> None:
-            buffers = kernels.scratch(block)
+            buffers = kernels.buffers(block)
             for number in drawn:
                 n, g = bands[number]
                 kernels.quantize_band(
-                    source, stride, in_out, n, min(n + high, rows), g, min(g + wide, groups), block, words, scales,
-                    block_sums, bad[number], *buffers,
+                    source, n, min(n + high, rows), g, min(g + wide, groups), block, words, scales, block_sums,
+                    bad[number], buffers,
                 )  # fmt: skip
 
         share(work, len(bands), threads, pool)
@@ -235,14 +236,13 @@ class Nf4:
         flat.flags.writeable = scales.flags.writeable = False  # one type for the kernel, whatever was given
         result = np.empty(shape, np.uint16 if dtype == "BF16" else np.float32)
         to = result.reshape(-1)
-        kernel = kernels.dequantize_bf16 if dtype == "BF16" else kernels.dequantize_f32
         band = _FLAT_BAND * self.block_size
 
         def work(drawn: Iterator[int]) -> None:
             for number in drawn:
                 first, last = number * band, (number + 1) * band
                 some = flat[first // _CODES_PER_BYTE : last // _CODES_PER_BYTE]
-                kernel(some, scales, self.block_size, first, to[first:last])
+                kernels.dequantize(some, scales, self.block_size, first, to[first:last])
 
         share(work, -(-to.size // band), threads, pool)
         return result

@@ -11,19 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.kernels import fp8 as kernels
+from quant.kernels import fp8_search
 from quant.schemes import NotFinite, fp8
-from quant.schemes.arrays import flat, results
+from quant.schemes.arrays import results, source_of
 from quant.schemes.fp8 import Fp8
 from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE, floats, in_order, inverse_of, scale_bits, total_of
 from quant.torch_backend.blocks import BLOCK, Area, Buffers, areas, download, not_finite, uploaded
 
 _E4M3 = 448.0
 _E4M3_BITS = 0x43E00000
-_TO_ROUNDER = (23 - 3) << 23  # see _rounder in quant/kernels/fp8.py
+_TO_ROUNDER = (23 - 3) << 23  # see `rounder` in quant/kernels/e4m3.py
 _LEAST_ROUNDER = 0x46800000
 _OFFSET = 0x468
-_TINY, _GROW = 2.0**-60, 2.0**64  # see _set_scale there
+_TINY, _GROW = 2.0**-60, 2.0**64  # see _set_scale in quant/kernels/fp8.py
 _COUNTED = 1 << 20  # weights at a time, in int64
 
 
@@ -43,7 +43,7 @@ class TorchFp8(Fp8):
         out: tuple[NDArray[np.uint8], NDArray[np.uint16]] | None = None,
     ) -> fp8.Quantized:
         """As the scheme's own."""
-        flat(bits)  # raises for what is no matrix of bf16
+        source_of(bits, in_out)  # raises for what is no matrix of bf16
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         codes, scale = results(out, *zip(self.shapes(outputs, inputs), fp8.DTYPES, strict=True))
         width = max(BLOCK[self.device.type] // max(inputs, 1) // fp8.BLOCK, 1) * fp8.BLOCK
@@ -132,20 +132,20 @@ def _padded(tile: Tensor) -> Tensor:
 def _powers(weights: Tensor, plain: Tensor) -> Tensor:
     """Sums by mantissas, int64 [128, groups], of weights [count, groups]; `plain`: bits of a scale for each group or for all."""
     powers = torch.zeros(128, weights.shape[1], dtype=torch.int64, device=weights.device)
-    least = (plain >> 7) + kernels.LOWEST
+    least = (plain >> 7) + fp8_search.LOWEST
     rows = max(_COUNTED // max(weights.shape[1], 1), 1)
     for first in range(0, len(weights), rows):
         part = weights[first : first + rows]
         exponent = ((part & MAGNITUDE) >> 7).to(torch.int64) - least
-        shift = exponent.clamp(0, kernels.HIGHEST - kernels.LOWEST) * 2
+        shift = exponent.clamp(0, fp8_search.HIGHEST - fp8_search.LOWEST) * 2
         power = torch.where(exponent >= 0, torch.ones_like(shift) << shift, 0)
         powers.scatter_add_(0, (part & 0x7F).to(torch.int64), power)
     return powers
 
 
 def _best_scale(powers: Tensor, plain: Tensor, count: int) -> Tensor:
-    """See _best_scale in quant/kernels/fp8.py; `plain` and the result [groups]."""
-    table = torch.from_numpy(kernels.ERRORS.copy()).to(powers.device)
+    """See _best_scale in quant/kernels/fp8_search.py; `plain` and the result [groups]."""
+    table = torch.from_numpy(fp8_search.ERRORS.copy()).to(powers.device)
     errors = torch.zeros(len(plain), 128, dtype=torch.float64, device=powers.device)
     for of_weights, of_scales in zip(powers.double(), table, strict=True):
         errors += of_weights[:, None] * of_scales
@@ -153,8 +153,8 @@ def _best_scale(powers: Tensor, plain: Tensor, count: int) -> Tensor:
     errors = errors.gather(1, (plain[:, None] + step).to(torch.int64) & 0x7F)
     least = errors.amin(1, keepdim=True)
     steps = torch.where(errors == least, step, 128).amin(1)  # the first of equal ones, which argmin does not promise
-    gains = errors[:, 0] - least[:, 0] > count * kernels.SMALL_ERROR
-    searched = (plain >= kernels.SMALLEST_SEARCHED) & (plain <= kernels.LARGEST_SEARCHED)
+    gains = errors[:, 0] - least[:, 0] > count * fp8_search.SMALL_ERROR
+    searched = (plain >= fp8_search.SMALLEST_SEARCHED) & (plain <= fp8_search.LARGEST_SEARCHED)
     return torch.where(gains & searched, plain + steps, plain)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant.schemes import NotFinite, int4
-from quant.schemes.arrays import flat, results
+from quant.schemes.arrays import results, source_of
 from quant.schemes.int4 import CODES_PER_WORD, Int4
 from quant.torch_backend.arithmetic import (
     INFINITY,
@@ -52,7 +52,7 @@ class TorchInt4(Int4):
         out: tuple[NDArray[np.int32], NDArray[np.uint16]] | None = None,
     ) -> int4.Quantized:
         """As the scheme's own."""
-        flat(bits)  # raises for what is no matrix of bf16
+        source_of(bits, in_out)  # raises for what is no matrix of bf16
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         packed, scale = results(out, *zip(self.shapes(outputs, inputs), int4.DTYPES, strict=True))
         clips, steps = (

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from quant.schemes import NotFinite
-from quant.schemes.arrays import flat
+from quant.schemes.arrays import source_of
 from quant.schemes.nf4 import NF4, Nf4
 from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE, floats, in_order, inverse_of
 from quant.torch_backend.blocks import Buffers, areas_of_groups, download, not_finite, uploaded
@@ -35,7 +35,7 @@ class TorchNf4(Nf4):
         threads: int,
         pool: Executor | None,
     ) -> None:
-        flat(bits)  # raises for what is no matrix of bf16
+        source_of(bits, in_out)  # raises for what is no matrix of bf16
         block = self.block_size
         if bits.shape[0 if in_out else 1] % block:  # rows of one block each
             bits, in_out = np.ascontiguousarray(bits.T if in_out else bits).reshape(-1, block), False
