@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import samples
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.config import Module
 from quant.formats.bitsandbytes import Nf4Matrix, bitsandbytes_config, open_nf4
 from quant.recipe import Scheme
+from tests.support import samples
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 TYPES = {"U8": np.uint8, "F32": np.float32}
