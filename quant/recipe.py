@@ -7,22 +7,31 @@ and of a quantized matrix some of them permute the weights alone.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-FAMILIES = ("routed_experts", "shared_expert", "dense_mlp")
-FORMATS = ("compressed-tensors", "bitsandbytes", "meta")
-_SCHEMES = {"compressed-tensors": ("int4", "fp8"), "bitsandbytes": ("nf4",), "meta": ("fp8",)}
-KEEP = "keep"
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
+from quant.typed import InvalidField, decode, suggestion
+
+Family = Literal["routed_experts", "shared_expert", "dense_mlp"]
+Format = Literal["compressed-tensors", "bitsandbytes", "meta"]
 Method = Literal["plain", "search", "signed"]
 Granularity = Literal["channel", "tensor", "block"]
+FAMILIES: tuple[str, ...] = get_args(Family)
+FORMATS: tuple[str, ...] = get_args(Format)
+KEEP = "keep"
+_SCHEMES = {"compressed-tensors": ("int4", "fp8"), "bitsandbytes": ("nf4",), "meta": ("fp8",)}
+_OPTIONS = {
+    "int4": ("group_size", "method"),
+    "fp8": ("granularity", "method"),
+    "nf4": ("block_size", "double_quant"),
+    KEEP: (),
+}
 
 
 class RecipeError(ValueError):
@@ -43,12 +52,15 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Rule:
+    """What becomes of the matrices of some families, in all or some layers, of all or some experts."""
+
     families: tuple[str, ...]
     scheme: Scheme | None  # None: kept as it is
     layers: tuple[int, ...] | None = None  # negative ones count from the end; None: all
     experts: tuple[int, ...] | None = None  # of routed experts; None: all
 
     def names(self, family: str, layer: int, n_layers: int, expert: int | None) -> bool:
+        """Does the rule decide about a matrix of this family, layer and expert?"""
         if family not in self.families:
             return False
         if self.layers is not None and not {layer, layer - n_layers} & set(self.layers):
@@ -70,9 +82,9 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """All that decides bytes, in JSON's types: of a user's file too, which may change under the same name."""
-        told = asdict(self)
-        del told["summary"]
-        plain: dict[str, Any] = json.loads(json.dumps(told))
+        fields = asdict(self)
+        del fields["summary"]
+        plain: dict[str, Any] = json.loads(json.dumps(fields))
         return plain
 
     def check(self, n_layers: int, n_experts: int) -> None:
@@ -80,10 +92,10 @@ class Recipe:
         for number, rule in enumerate(self.rules, 1):
             for layer in rule.layers or ():
                 if not -n_layers <= layer < n_layers:
-                    raise RecipeError(f"recipe {self.name}, rule {number}: no layer {layer}, the model has {n_layers}")
+                    raise RecipeError(f"recipe {self.name}: rule {number}: no layer {layer}, the model has {n_layers}")
             for expert in rule.experts or ():
                 if not 0 <= expert < n_experts:
-                    raise RecipeError(f"recipe {self.name}, rule {number}: no expert {expert}, there are {n_experts}")
+                    raise RecipeError(f"recipe {self.name}: rule {number}: no expert {expert}, there are {n_experts}")
 
 
 def built_in() -> dict[str, Recipe]:
@@ -100,7 +112,7 @@ def load(name_or_path: str) -> Recipe:
         return recipes[name_or_path]
     path = Path(name_or_path)
     if path.suffix != ".toml" and not path.is_file():
-        hint = _hint(name_or_path, recipes)
+        hint = suggestion(name_or_path, recipes)
         named = "" if hint.startswith("choose") else f" There are {', '.join(recipes)};"
         raise RecipeError(f"no recipe {name_or_path!r}: {hint}{named or ','} or give the path of a .toml file")
     try:
@@ -115,94 +127,76 @@ def parse(text: str, name: str) -> Recipe:
     """A recipe from its TOML. Raises RecipeError, naming the rule and the field."""
     where = f"recipe {name}"
     try:
-        body = tomllib.loads(text)
+        fields = decode(tomllib.loads(text), _File, where)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{where} is no valid TOML: {error}") from error
-    _only(body, ("summary", "format", "rule"), where)
-    summary = _field(body, "summary", str, where, "")
-    kind = _field(body, "format", str, where)
-    if kind not in FORMATS:
-        raise RecipeError(f"{where}: format is {kind!r:.40}: {_hint(kind, FORMATS)}")
-    rules = body.get("rule")
-    if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
-        raise RecipeError(f"{where} has no [[rule]]: write at least one")
-    return Recipe(name, summary, kind, tuple(_rule(r, kind, f"{where}, rule {n}") for n, r in enumerate(rules, 1)))
+    except InvalidField as error:
+        raise RecipeError(str(error)) from error
+    return Recipe(name, fields.summary, fields.format, tuple(rule.to_rule() for rule in fields.rule))
 
 
-def _rule(body: Mapping[str, Any], kind: str, where: str) -> Rule:
-    options = tuple(field.name for field in fields(Scheme) if field.name != "kind")
-    _only(body, ("families", "scheme", "layers", "experts", *options), where)
-    families = body.get("families")
-    if not isinstance(families, list) or not families:
-        raise RecipeError(f"{where}: families must be a list of {', '.join(FAMILIES)}")
-    for family in families:
-        if family not in FAMILIES:
-            raise RecipeError(f"{where}: no family {family!r:.40} can be quantized: {_hint(str(family), FAMILIES)}")
-    scheme = _field(body, "scheme", str, where)
-    known = (*_SCHEMES[kind], KEEP)
-    if scheme not in known:
-        raise RecipeError(f"{where}: {kind} has no scheme {scheme!r:.40}: {_hint(scheme, known)}")
-    if kind == "meta":
-        _check_meta(body, where)
-    return Rule(
-        tuple(families),
-        _scheme(body, scheme, where),
-        _whole_numbers(body, "layers", where),
-        _whole_numbers(body, "experts", where),
-    )
+_Numbers = Annotated[list[int], Meta(min_length=1)]
 
 
-def _check_meta(body: Mapping[str, Any], where: str) -> None:
-    """Meta's files have the routed experts of a layer in one tensor, and its script knows one way to quantize them."""
-    if body["families"] != ["routed_experts"]:
-        raise RecipeError(f"{where}: the format meta quantizes routed_experts alone")
-    for name in body.keys() - {"families", "scheme", "layers"}:
-        raise RecipeError(f"{where}: the format meta has no {name}: leave it out")
+class _Rule(Struct, forbid_unknown_fields=True):
+    """A [[rule]] as it is written: with the options of its scheme beside it."""
+
+    families: Annotated[list[Family], Meta(min_length=1)]
+    scheme: Literal["int4", "fp8", "nf4", "keep"]
+    layers: _Numbers | UnsetType = UNSET
+    experts: _Numbers | UnsetType = UNSET
+    group_size: Literal[32, 64, 128] | UnsetType = UNSET
+    method: Method | UnsetType = UNSET
+    granularity: Granularity | UnsetType = UNSET
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] | UnsetType = UNSET
+    double_quant: bool | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        self._allow(self.scheme, "layers", "experts", *_OPTIONS[self.scheme])
+        if self.scheme == "fp8" and self.method == "signed":
+            raise ValueError('method is "signed": choose one of plain, search')
+
+    def _allow(self, owner: str, *names: str) -> None:
+        """Raises ValueError for optional fields that are written but not allowed by `owner`, a scheme or a format."""
+        for name, value in structs.asdict(self).items():
+            if value is not UNSET and name not in ("families", "scheme", *names):
+                raise ValueError(f"{owner} has no {name}: leave it out")
+
+    def check_format(self, format: str) -> None:
+        """Raises ValueError for a rule that matrices of this format cannot follow."""
+        known = (*_SCHEMES[format], KEEP)
+        if self.scheme not in known:
+            raise ValueError(f'{format} has no scheme "{self.scheme}": {suggestion(self.scheme, known)}')
+        if format != "meta":
+            return
+        # Meta's files have the routed experts of a layer in one tensor, and its script knows one way to quantize them.
+        if self.families != ["routed_experts"]:
+            raise ValueError("the format meta quantizes routed_experts alone")
+        self._allow("the format meta", "layers")
+
+    def to_rule(self) -> Rule:
+        options = {name: getattr(self, name) for name in _OPTIONS[self.scheme]}
+        given = {name: value for name, value in options.items() if value is not UNSET}
+        return Rule(
+            tuple(self.families),
+            None if self.scheme == KEEP else Scheme(self.scheme, **given),
+            None if self.layers is UNSET else tuple(self.layers),
+            None if self.experts is UNSET else tuple(self.experts),
+        )
 
 
-_OPTIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "int4": {"group_size": (32, 64, 128), "method": ("plain", "search", "signed")},
-    "fp8": {"granularity": ("channel", "tensor", "block"), "method": ("plain", "search")},
-    "nf4": {"block_size": (64, 128, 256, 512, 1024, 2048, 4096), "double_quant": (True, False)},
-    KEEP: {},
-}
+class _File(Struct, forbid_unknown_fields=True):
+    """A recipe's TOML."""
 
+    format: Format
+    rule: list[_Rule] = []
+    summary: str = ""
 
-def _scheme(body: Mapping[str, Any], kind: str, where: str) -> Scheme | None:
-    given = {name: body[name] for options in _OPTIONS.values() for name in options if name in body}
-    for name, value in given.items():
-        choices = _OPTIONS[kind].get(name)
-        if choices is None:
-            raise RecipeError(f"{where}: {kind} has no {name}: leave it out")
-        if type(value) is not type(choices[0]) or value not in choices:
-            raise RecipeError(f"{where}: {name} is {value!r:.40}: choose one of {', '.join(map(str, choices))}")
-    return None if kind == KEEP else Scheme(kind, **given)
-
-
-def _only(body: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    known = tuple(known)
-    for name in body:
-        if name not in known:
-            raise RecipeError(f"{where}: unknown field {name!r:.40}: {_hint(name, known)}")
-
-
-def _hint(wrong: str, known: Iterable[str]) -> str:
-    known = tuple(known)
-    near = difflib.get_close_matches(wrong, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
-
-
-def _field(body: Mapping[str, Any], name: str, kind: type, where: str, default: Any = None) -> Any:
-    value = body.get(name, default)
-    if not isinstance(value, kind):
-        raise RecipeError(f"{where}: {name} {'is missing' if value is None else f'must be text, not {value!r:.40}'}")
-    return value
-
-
-def _whole_numbers(body: Mapping[str, Any], name: str, where: str) -> tuple[int, ...] | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, list) or not value or not all(type(n) is int for n in value):
-        raise RecipeError(f"{where}: {name} must be a list of whole numbers, not {value!r:.40}")
-    return tuple(value)
+    def __post_init__(self) -> None:
+        if not self.rule:
+            raise ValueError("no [[rule]]: write at least one")
+        for number, rule in enumerate(self.rule, 1):
+            try:
+                rule.check_format(self.format)
+            except ValueError as error:
+                raise ValueError(f"rule {number}: {error}") from None

@@ -48,27 +48,33 @@ def test_the_first_rule_that_names_a_matrix_decides() -> None:
     ("text", "words"),
     [
         ("x =", "no valid TOML"),
-        (ONE_RULE.replace("format", "fromat"), "fromat.*did you mean format"),
-        (ONE_RULE.replace("compressed-tensors", "compressed_tensors"), "did you mean compressed-tensors"),
+        (ONE_RULE.replace("format", "fromat"), 'fromat.*did you mean "format"'),
+        (ONE_RULE.replace("compressed-tensors", "compressed_tensors"), 'did you mean "compressed-tensors"'),
         (ONE_RULE.replace("routed_experts", "attention"), "attention.*choose one of"),
-        (ONE_RULE.replace("routed_experts", "routed_expert"), "did you mean routed_experts"),
-        (ONE_RULE.replace('"int4"', '"nf4"'), "no scheme 'nf4'"),
-        (ONE_RULE.replace('"int4"', "4"), "scheme must be text"),
-        (ONE_RULE + "group_sise = 64\n", "did you mean group_size"),
+        (ONE_RULE.replace("routed_experts", "routed_expert"), 'did you mean "routed_experts"'),
+        (ONE_RULE.replace('"int4"', '"nf4"'), 'no scheme "nf4": choose one of int4, fp8, keep'),
+        (ONE_RULE.replace('"int4"', "4"), "scheme is 4: choose one of int4, fp8, nf4, keep"),
+        (ONE_RULE + "group_sise = 64\n", 'did you mean "group_size"'),
         (ONE_RULE + "group_size = 48\n", "group_size is 48: choose one of 32, 64, 128"),
-        (ONE_RULE + "group_size = true\n", "group_size is True"),
+        (ONE_RULE + "group_size = true\n", "group_size is true: choose one of 32, 64, 128"),
         (ONE_RULE + 'method = "gptq"\n', "plain, search, signed"),
-        (ONE_RULE.replace("int4", "fp8") + 'method = "signed"\n', "method is 'signed': choose one of plain, search$"),
+        (ONE_RULE.replace("int4", "fp8") + 'method = "signed"\n', 'method is "signed": choose one of plain, search$'),
         (ONE_RULE + 'granularity = "channel"\n', "int4 has no granularity"),
         (ONE_RULE.replace('scheme = "int4"', 'scheme = "keep"') + 'method = "plain"\n', "keep has no method"),
         (ONE_RULE + "layers = 3\n", "layers must be a list"),
-        (ONE_RULE + "layers = [1.5]\n", "layers must be a list"),
+        (ONE_RULE + "layers = [0, 1.5]\n", "rule 1: layers, entry 2 must be a whole number, not 1.5"),
+        (ONE_RULE + "layers = [true]\n", "rule 1: layers, entry 1 must be a whole number, not true"),
+        (
+            ONE_RULE + ONE_RULE.partition("\n")[2].replace("scheme", "sheme"),
+            'rule 2: unknown field "sheme": did you mean "scheme"',
+        ),
         (ONE_RULE + "experts = []\n", "experts must be a list"),
         ('format = "compressed-tensors"\n', r"no \[\[rule\]\]"),
-        ('format = "compressed-tensors"\nrule = 3\n', r"no \[\[rule\]\]"),
-        ("[[rule]]\n", "format is missing"),
+        ('format = "compressed-tensors"\nrule = 3\n', "rule must be a list, not 3"),
+        (ONE_RULE.partition("\n")[2], "format is missing"),
+        ('format = "meta"\n[[rule]]\nscheme = "fp8"\n', "rule 1: families is missing"),
         (META.replace("routed_experts", "shared_expert"), "meta quantizes routed_experts alone"),
-        (META.replace("fp8", "int4"), "meta has no scheme 'int4'"),
+        (META.replace("fp8", "int4"), 'meta has no scheme "int4"'),
         (META + "experts = [0]\n", "meta has no experts"),
         (META + 'method = "plain"\n', "meta has no method"),
     ],
@@ -85,7 +91,7 @@ def test_fp8_has_methods() -> None:
 
 
 def test_a_name_that_is_none_is_told_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean int4\?"):
+    with pytest.raises(RecipeError, match=r'did you mean "int4"\?'):
         load("int5")
 
 

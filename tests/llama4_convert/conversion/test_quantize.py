@@ -362,7 +362,7 @@ class TestRefused:
     ) -> None:
         outcome = commands.run(capsys, "convert", source("text"), tmp_path / "out", "--recipe", "int5")
         assert outcome.code == 2
-        assert "did you mean int4?" in outcome.error
+        assert 'did you mean "int4"?' in outcome.error
 
     def test_more_error_than_was_allowed(
         self, source: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
