@@ -27,13 +27,12 @@ from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.reference.checkpoint import Checkpoint
 from llama4_convert.validation.config_diff import config_differences, told
-from llama4_convert.validation.diagnosis.sides import FLOATS, SLICED
+from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, TensorPairs
 from llama4_convert.validation.parity.memory import INTERPRETER
 from llama4_convert.validation.parity.metrics import finite
 from llama4_convert.validation.tensor_check import LARGEST_LOSS
 from llama4_convert.validation.weight_check import (
     MatrixLoss,
-    Pair,
     WeightFault,
     compare_tensors,
     losses_by_scheme,
@@ -229,10 +228,10 @@ class _Comparison:
         return {self.left.tensors[name].keys[0]: kind for name, (kind, _) in self._schemes.items()}
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> TensorPairs:
         reader = self.left.reader if not self.right.checkpoint.quantized else None
         none = {name: absent(name, BindingError(f"no tensor {name}")) for name in self.right.tensors}
-        return Pair(
+        return TensorPairs(
             self.right.tensors,
             {**none, **self.left.tensors},
             frozenset(self.names),

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from llama4.weights import BindingError, Bits, LogicalTensor
 from llama4_convert.checkpoints.quantized import QuantizedReader
-from llama4_convert.validation.diagnosis.altered import floats
-from llama4_convert.validation.diagnosis.rearranged import as_matrix, listed
-from llama4_convert.validation.diagnosis.sides import FLOATS, SLICED, cast, slices
+from llama4_convert.validation.diagnosis.changed_values import floats
+from llama4_convert.validation.diagnosis.moved_values import as_matrix, listed
 from llama4_convert.validation.diagnosis.sketches import Sketches, sketch, sketch_of_rows
+from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, cast, slices
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Digest

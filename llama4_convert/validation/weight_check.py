@@ -9,10 +9,9 @@ import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -24,9 +23,9 @@ from llama4.weights_transformers import expert_of_fused, transformers_key
 from llama4_convert.checkpoints.quantized import DamagedMatrix, QuantizedReader
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.reference.checkpoint import Checkpoint
-from llama4_convert.validation.diagnosis.diagnoser import Diagnoser
-from llama4_convert.validation.diagnosis.sides import FLOATS, SLICE, SLICED, cast
+from llama4_convert.validation.diagnosis.diagnose import Diagnoser
 from llama4_convert.validation.diagnosis.sketches import Sketches
+from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, TensorPairs, cast
 from llama4_convert.validation.parity.memory import INTERPRETER
 from llama4_convert.validation.parity.metrics import finite
 from llama4_convert.validation.tensor_check import (
@@ -96,37 +95,6 @@ class Compared:
 _BYTES_QUANTIZED = 22
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two checkpoints' tensors by logical name, `theirs` having at least the names of `ours`, and how they are held together."""
-
-    ours: Mapping[str, LogicalTensor]
-    theirs: Mapping[str, LogicalTensor]
-    names: Collection[str]  # those of `ours` that are looked at
-    config: Llama4Config  # that `ours` is bound for
-    has_vision: bool  # whether the names that are told begin as those of a model that sees
-    lossy: Mapping[str, str]  # keys of `theirs` that are equal only within what a scheme loses -> the scheme
-    limits: Mapping[str, float]  # relative squared error of each scheme
-    reader: QuantizedReader | None  # of `theirs`, whose codes and scales are looked into
-    shape_of: Callable[[str], tuple[int, ...]]  # of a key of `theirs`
-    # Neither is taken as right: of two dtypes numbers are equal if rounding either gives the other, not only if ours does.
-    either_way: bool = False
-    # Neither has the true numbers: errors are relative to the smaller ones.
-    both_quantized: bool = False
-    their_shapes: Mapping[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # where they may be others than those of `ours`
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return parameter_shapes(self.config)
-
-    def numbers(self, name: str) -> int:
-        """Of a tensor, as many as are in memory at a time."""
-        shapes = self.shapes[name], self.their_shapes.get(name, ())
-        return max(prod((min(s[0], 2 * SLICE), *s[1:]) if name in SLICED else s) for s in shapes if s)
-
-
 def compare_weights(
     reference: Checkpoint,
     candidate: Checkpoint,
@@ -150,7 +118,7 @@ def compare_weights(
     theirs = {tensor.name: tensor for tensor in candidate.logical_tensors(config, lenient=True)}
     lossy = candidate.lossy_beside(reference)
     reader = candidate.readers[0] if lossy or not reference.quantized else None
-    pair = Pair(
+    pair = TensorPairs(
         ours,
         theirs,
         ours.keys(),
@@ -170,7 +138,7 @@ def compare_weights(
 
 
 def compare_tensors(
-    pair: Pair,
+    pair: TensorPairs,
     advance: Callable[[int], None],
     *,
     memory: int = 2 << 30,
@@ -180,7 +148,7 @@ def compare_tensors(
     equal: MutableMapping[str, str] | None = None,
 ) -> Iterator[WeightFault | MatrixLoss]:
     """As `compare_weights`, of tensors that are bound already. `elsewhere`: in words, where one that is missing may be."""
-    ours, theirs, config = pair.ours, pair.theirs, pair.config
+    ours, theirs = pair.ours, pair.theirs
     shapes = pair.shapes
     sketches, compared = Sketches(), begun or Compared()
     unread: set[str] = set()  # of the reference
@@ -227,9 +195,7 @@ def compare_tensors(
     for tensor in tensors if wrong else ():  # what was not read in this run may stand in another's place
         if tensor.name in unseen:
             take_sketch(tensor, None if tensor.name in SLICED else tensor.load(None), shapes[tensor.name], sketches)
-    diagnoser = Diagnoser(
-        ours, theirs, wrong, config, sketches, pair.reader, pair.limits, pair.shape_of, pair.numbers, memory
-    )
+    diagnoser = Diagnoser(pair, wrong, sketches, memory)
     for name, cause in wrong.items():
         key, largest = transformers_key(name, pair.has_vision), compared.largest.get(name)
         if not theirs[name].keys:
@@ -269,12 +235,12 @@ def losses_by_scheme(losses: Sequence[MatrixLoss]) -> dict[str, Any]:
     return told
 
 
-def memory_needed(pair: Pair) -> int:
+def memory_needed(pair: TensorPairs) -> int:
     """Bytes that the hungriest tensor takes while it is compared."""
     return max((_needed(pair, name) for name in pair.names), default=1)
 
 
-def _needed(pair: Pair, name: str) -> int:
+def _needed(pair: TensorPairs, name: str) -> int:
     """Gate and up of a fused expert are read together; of two dtypes either is rounded to the other, and put together."""
     ours, found = pair.ours[name], pair.theirs[name]
     dtypes = {tensor.dtype: ITEM_SIZES[tensor.dtype] for tensor in (ours, found) if tensor.keys}

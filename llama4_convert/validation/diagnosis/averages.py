@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llama4_convert.validation.diagnosis.altered import ROUNDING, Floats
 from llama4_convert.validation.diagnosis.block_order import Axis
-from llama4_convert.validation.diagnosis.rearranged import Array, Diagnosis, divisors, relative_error
+from llama4_convert.validation.diagnosis.changed_values import ROUNDING, Floats
+from llama4_convert.validation.diagnosis.moved_values import Array, Diagnosis, divisors, relative_error
 
 _FEWEST = 24  # numbers that two factors can be fitted to
 

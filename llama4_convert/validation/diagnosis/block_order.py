@@ -1,6 +1,6 @@
 """Blocks of rows that are missing, repeated or in another order: ranks, heads, experts, single rows. Pure, on arrays.
 
-x is what the reference holds and y what was found, as in `rearranged`. Columns are the rows of the turned matrix. Blocks are
+x is what the reference holds and y what was found, as in `moved_values`. Columns are the rows of the turned matrix. Blocks are
 known again by some of their numbers; what is made of that is held against the whole.
 """
 
@@ -13,7 +13,15 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.validation.diagnosis.rearranged import Array, Diagnosis, Same, both_ways, divisors, listed, some_of
+from llama4_convert.validation.diagnosis.moved_values import (
+    Array,
+    Diagnosis,
+    Tolerance,
+    both_ways,
+    divisors,
+    listed,
+    some_of,
+)
 
 _SAMPLE = 512  # numbers of a block that it is known by
 MOST_RANKS = 16
@@ -31,7 +39,7 @@ def _signatures(x: Array, n: int) -> Array:
     return picked
 
 
-def _match(x: Array, y: Array, same: Same) -> NDArray[np.intp]:
+def _match(x: Array, y: Array, same: Tolerance) -> NDArray[np.intp]:
     """For each signature of y the one of x that it is, its own place if it can be; or _UNMATCHED, or _ZERO."""
     found = np.full(len(y), _UNMATCHED)
     if same.limit:
@@ -68,7 +76,7 @@ class Blocks:
     order: NDArray[np.intp]
 
 
-def blocks(x: Array, y: Array, same: Same, counts: Sequence[int]) -> Blocks | None:
+def blocks(x: Array, y: Array, same: Tolerance, counts: Sequence[int]) -> Blocks | None:
     """The first of these counts of blocks that explains y, which may have more or fewer rows than x."""
     for n in counts:
         if x.shape[0] % n or y.shape[0] % (x.shape[0] // n):
@@ -138,7 +146,7 @@ def told(found: Blocks, axis: Axis) -> Diagnosis:
     return Diagnosis(_REORDERED.get(role, f"{axis.line}s_permuted"), f"{role}s {verb}: {words}")
 
 
-def block_order(x: Array, y: Array, same: Same, axis: Axis) -> Diagnosis | None:
+def block_order(x: Array, y: Array, same: Tolerance, axis: Axis) -> Diagnosis | None:
     """Ranks or heads missing, repeated or in another order, along the rows."""
     counts = divisors(x.shape[0])
     if axis.heads not in (0, 1, *counts) and x.shape[0] % axis.heads == 0:
@@ -147,7 +155,7 @@ def block_order(x: Array, y: Array, same: Same, axis: Axis) -> Diagnosis | None:
     return told(found, axis) if found else None
 
 
-def row_order(x: Array, y: Array, same: Same, axis: Axis, head_dim: int = 0) -> Diagnosis | None:
+def row_order(x: Array, y: Array, same: Tolerance, axis: Axis, head_dim: int = 0) -> Diagnosis | None:
     """Single rows: zeros, in another order, shifted, repeated, or permuted for RoPE in some of the heads."""
     n = len(x)
     if x.shape[1] == 1:
@@ -180,7 +188,7 @@ def row_order(x: Array, y: Array, same: Same, axis: Axis, head_dim: int = 0) -> 
 # -------------------- another shape
 
 
-def other_shape(x: Array, y: Array, same: Same, axes: Sequence[Axis]) -> Diagnosis | None:
+def other_shape(x: Array, y: Array, same: Tolerance, axes: Sequence[Axis]) -> Diagnosis | None:
     """y has not x's shape. `axes`: of the rows, and of the columns."""
     if not y.size:
         return Diagnosis("truncated", "it is empty")
@@ -212,7 +220,7 @@ def other_shape(x: Array, y: Array, same: Same, axes: Sequence[Axis]) -> Diagnos
     return None
 
 
-def _other_height(x: Array, y: Array, same: Same, axis: Axis) -> Diagnosis | None:
+def _other_height(x: Array, y: Array, same: Tolerance, axis: Axis) -> Diagnosis | None:
     step = gcd(len(x), len(y))
     counts = dict.fromkeys(n for n in (len(x) // step if step else 0, axis.heads, len(x)) if n)
     found = blocks(x, y, same, tuple(counts))

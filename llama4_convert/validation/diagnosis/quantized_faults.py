@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from llama4_convert.checkpoints.quantized import QuantizedMatrix
-from llama4_convert.validation.diagnosis.altered import Floats, floats, group_gain
 from llama4_convert.validation.diagnosis.block_order import Axis, blocks, told
-from llama4_convert.validation.diagnosis.rearranged import (
+from llama4_convert.validation.diagnosis.changed_values import Floats, floats, group_gain
+from llama4_convert.validation.diagnosis.moved_values import (
     Array,
     Diagnosis,
-    Same,
+    Tolerance,
     divisors,
     listed,
     relative_error,
@@ -25,7 +25,7 @@ from llama4_convert.validation.diagnosis.rearranged import (
 )
 
 # Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
-_SCALES = Same(0.003)
+_SCALES = Tolerance(0.003)
 # Orders of eight codes in a word that other packers use: reversed, as AWQ deals them out, halves of bytes exchanged.
 _WORDS = {
     "in the reverse order": (7, 6, 5, 4, 3, 2, 1, 0),
@@ -181,7 +181,7 @@ def _ratios(gain: Floats) -> str:
 
 
 def wrong_scales(
-    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Tolerance
 ) -> Diagnosis | None:
     """Whether each group of `b` is `a`'s times a factor: then the codes are right, and the scales that they need are known."""
     stored, gain, spread = _scales(a, b, matrix, parts)
@@ -256,7 +256,7 @@ def _block_sums(x: Floats) -> Floats:
 
 
 def wrong_packing(
-    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Tolerance
 ) -> Diagnosis | None:
     """Codes in another order within their words, or with another zero."""
     n, k = a.shape
@@ -291,7 +291,7 @@ def wrong_packing(
 
 
 def _other_words(
-    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Same
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Tolerance
 ) -> Diagnosis | None:
     """Words as other tools lay them out, under the unchanged shape. Told by the first outputs."""
     (n, k), some = a.shape, slice(0, 8 * _CODES)
@@ -313,7 +313,9 @@ def _other_words(
     return None
 
 
-def damaged(a: Floats, shapes: Mapping[str, tuple[int, ...]], read: Any, same: Mapping[str, Same]) -> Diagnosis | None:
+def damaged(
+    a: Floats, shapes: Mapping[str, tuple[int, ...]], read: Any, same: Mapping[str, Tolerance]
+) -> Diagnosis | None:
     """Whether the scales of an int4 or FP8 matrix lie transposed, shape and all; `read` reads a part by its suffix."""
     from quant.encoders import FloatQuantized, PackQuantized
     from quant.schemes.fp8 import Fp8

@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama4.weights import LogicalTensor
-from llama4_convert.validation.diagnosis.altered import Floats, floats
-from llama4_convert.validation.diagnosis.rearranged import Array, Same
+from llama4_convert.validation.diagnosis.changed_values import Floats, floats
+from llama4_convert.validation.diagnosis.moved_values import Array, Tolerance
 
 _ROWS, _COLUMNS = 16, 32
-_ROUNDED = Same(1e-4)  # what is equal bit by bit may have been rounded to another dtype on its way
+_ROUNDED = Tolerance(1e-4)  # what is equal bit by bit may have been rounded to another dtype on its way
 Shape = tuple[int, int]
 
 
@@ -26,7 +26,7 @@ class Sketches:
     def of_shape(self, shape: Shape) -> dict[str, Floats]:
         return self._made.get(shape, {})
 
-    def like(self, made: Floats, shape: Shape, same: Same) -> list[str]:
+    def like(self, made: Floats, shape: Shape, same: Tolerance) -> list[str]:
         """Names of the tensors of this shape that have this sketch."""
         same = same if same.limit else _ROUNDED
         return [name for name, other in self.of_shape(shape).items() if same.near(other, made)]

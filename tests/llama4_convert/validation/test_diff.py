@@ -19,7 +19,7 @@ from llama4_convert import convert, diff, synth
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.reference.checkpoint import Checkpoint
-from llama4_convert.validation.diagnosis import sides
+from llama4_convert.validation.diagnosis import tensor_pairs
 from llama4_convert.validation.parity.memory import INTERPRETER
 from llama4_convert.validation.weight_check import WeightFault, compare_weights
 from tests.support import commands, meta_model, meta_quantizer
@@ -236,7 +236,8 @@ def test_nan_in_one_slice_of_the_vocabulary_is_not_forgotten_in_the_next(copy: C
 def test_a_transposed_vocabulary_is_told_by_its_first_column_whatever_columns_stand_for_all(
     made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sides, "_COLUMNS", 2)  # of 256 as few as 64 are of a real width: the first is not among them
+    # Of 256 columns as few as 64 are of a real width: the first is not among them.
+    monkeypatch.setattr(tensor_pairs, "_COLUMNS", 2)
     key = f"{TEXT}embed_tokens.weight"
     path = change(
         commands.copy(made(), tmp_path / "copy"),

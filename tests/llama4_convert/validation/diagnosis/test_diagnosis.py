@@ -18,20 +18,28 @@ from torch import Tensor
 
 from llama4_convert import convert
 from llama4_convert.reference.checkpoint import Checkpoint
-from llama4_convert.validation.diagnosis import altered, block_order, quantized_faults, rearranged, sides
-from llama4_convert.validation.diagnosis.altered import Region
+from llama4_convert.validation.diagnosis import (
+    block_order,
+    changed_values,
+    moved_values,
+    quantized_faults,
+    tensor_pairs,
+)
 from llama4_convert.validation.diagnosis.block_order import Axis
-from llama4_convert.validation.diagnosis.rearranged import Move, Same
+from llama4_convert.validation.diagnosis.changed_values import Region
+from llama4_convert.validation.diagnosis.moved_values import Move, Tolerance
 from llama4_convert.validation.weight_check import WeightFault, compare_weights
 from quant.schemes.nf4 import NF4
 from tests.support import commands, meta_model, planted
 
 WEIGHTS = "model-00001-of-00001.safetensors"
-EXACT = Same()
+EXACT = Tolerance()
 
 
 class Memory:
     """A directory's tensors in memory, to be damaged without a copy on disk."""
+
+    quantized: Mapping[str, Any] = {}
 
     def __init__(self, tensors: planted.Tensors) -> None:
         self.tensors = tensors
@@ -133,7 +141,7 @@ def test_a_vocabulary_is_read_in_slices(
     rows: int, opened: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2,312 rows; whatever part of them is in memory at a time."""
-    monkeypatch.setattr(sides, "SLICE", rows)
+    monkeypatch.setattr(tensor_pairs, "SLICE", rows)
     monkeypatch.setattr(planted, "CATALOGUE", (planted.of_vocabulary,))
     reference, candidate, tensors = opened("odd")
     for faults in planted.batches(tensors, shapes_of(reference)):
@@ -588,16 +596,21 @@ def test_a_move_tells_where_each_number_comes_from(split: tuple[int, ...]) -> No
 @pytest.mark.parametrize("shape", [(12, 18), (9, 15), (16, 16), (7, 30)])
 def test_nothing_is_said_of_numbers_that_have_nothing_in_common(shape: tuple[int, int]) -> None:
     x, y = matrix(*shape), matrix(*shape, seed=1)
-    assert rearranged.transposed(x, y, EXACT) is None
-    assert rearranged.wrong_axis(x, y, EXACT) is None
-    assert rearranged.shifted(x, y, EXACT, True) is None
+    assert moved_values.transposed(x, y, EXACT) is None
+    assert moved_values.wrong_axis(x, y, EXACT) is None
+    assert moved_values.shifted(x, y, EXACT, True) is None
     assert block_order.block_order(x, y, EXACT, Axis()) is None
     assert block_order.row_order(x, y, EXACT, Axis()) is None
     region = Region.of(x, y, "BF16")
-    assert altered.flipped_bits(region) is altered.constants(region) is altered.other_reading(region) is None
-    assert altered.rounded(region) is None
-    assert altered.recalculated(region, EXACT) is None
-    told = altered.near_or_unrelated(region)
+    assert (
+        changed_values.flipped_bits(region)
+        is changed_values.constants(region)
+        is changed_values.other_reading(region)
+        is None
+    )
+    assert changed_values.rounded(region) is None
+    assert changed_values.recalculated(region, EXACT) is None
+    told = changed_values.near_or_unrelated(region)
     assert told is None or told.kind == "unrelated"
 
 
@@ -632,7 +645,7 @@ def test_each_bit_of_a_bf16_number(bit: int) -> None:
     x = matrix(5, 3)
     y = x.copy()
     y[3, 1] ^= np.uint16(1 << bit)
-    told = altered.flipped_bits(Region.of(x, y, "BF16"))
+    told = changed_values.flipped_bits(Region.of(x, y, "BF16"))
     assert told is not None
     assert told.kind == "flipped_bit"
     meaning = "sign" if bit == 15 else "exponent" if bit >= 7 else "mantissa"
@@ -643,7 +656,7 @@ def test_only_where_it_is_wrong_a_tensor_is_looked_at() -> None:
     x = torch.randn(24, 18, generator=torch.Generator().manual_seed(0))
     y = x.clone()
     y[4:9, 3:] *= 5
-    told = altered.recalculated(Region.of(bits(x), bits(y), "F32"), EXACT)
+    told = changed_values.recalculated(Region.of(bits(x), bits(y), "F32"), EXACT)
     assert told is not None
     assert (told.kind, told.cause) == ("scaled", "scaled: all multiplied by 5 in rows 4..8 and columns 3..17")
 
@@ -651,12 +664,12 @@ def test_only_where_it_is_wrong_a_tensor_is_looked_at() -> None:
 def test_a_lossy_matrix_is_the_same_within_its_limit() -> None:
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).numpy()
     y = x + 0.1 * torch.randn(64, 48, generator=torch.Generator().manual_seed(1)).numpy()
-    assert Same(0.02)(x, y)
-    assert not Same(0.005)(x, y)
-    told = rearranged.transposed(x, y.T.reshape(64, 48), Same(0.02))
+    assert Tolerance(0.02)(x, y)
+    assert not Tolerance(0.005)(x, y)
+    told = moved_values.transposed(x, y.T.reshape(64, 48), Tolerance(0.02))
     assert told is not None
-    assert block_order.blocks(x, y, Same(0.02), [2, 4, 64]) is None  # in its order
-    found = block_order.blocks(x, np.roll(y, 16, 0), Same(0.02), [2, 4, 64])
+    assert block_order.blocks(x, y, Tolerance(0.02), [2, 4, 64]) is None  # in its order
+    found = block_order.blocks(x, np.roll(y, 16, 0), Tolerance(0.02), [2, 4, 64])
     assert found is not None
     assert (found.n, found.order.tolist()) == (4, [3, 0, 1, 2])
 
@@ -712,7 +725,7 @@ def test_sound_quantized_matrices_raise_no_suspicion(wide: Path, quantized: Call
             b = encoder.decode(parts, 256, 512)
             told = quantized_faults.suspicion(
                 a.float().numpy(),
-                altered.floats(b, "BF16"),
+                changed_values.floats(b, "BF16"),
                 QuantizedMatrix(scheme.kind, 256, 512, encoder, {}, False, {"granularity": scheme.granularity}),
                 parts,
             )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.validation.diagnosis.rearranged import EXACT, Array, Diagnosis, Same, listed, relative_error
+from llama4_convert.validation.diagnosis.moved_values import EXACT, Array, Diagnosis, Tolerance, listed, relative_error
 
 Floats = NDArray[np.float32]
 _FEW = 16
@@ -65,7 +65,7 @@ class Region:
     y: Array
 
     @staticmethod
-    def of(x: Array, y: Array, dtype: str, same: Same = EXACT) -> Region:
+    def of(x: Array, y: Array, dtype: str, same: Tolerance = EXACT) -> Region:
         if same.limit:
             error, power = np.square(y - x), np.square(x)
             rows, columns = (np.flatnonzero(~(error.sum(i) <= 2 * same.limit * power.sum(i))) for i in (1, 0))
@@ -229,7 +229,7 @@ def rounded(region: Region) -> Diagnosis | None:
     return None
 
 
-def recalculated(region: Region, same: Same) -> Diagnosis | None:
+def recalculated(region: Region, same: Tolerance) -> Diagnosis | None:
     """Each number is the right one times a factor, plus a constant, or the like."""
     (a, b), words, dtype = region.numbers, region.words, region.dtype
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -274,7 +274,7 @@ def recalculated(region: Region, same: Same) -> Diagnosis | None:
     return factors(a, b, unit, same, words)
 
 
-def factors(a: Array, b: Array, unit: float, same: Same, words: str) -> Diagnosis | None:
+def factors(a: Array, b: Array, unit: float, same: Tolerance, words: str) -> Diagnosis | None:
     """A factor for each row, each column, both, or each group of neighbours."""
     if 1 in a.shape:
         return None

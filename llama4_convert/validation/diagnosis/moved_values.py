@@ -30,7 +30,7 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class Same:
+class Tolerance:
     """Whether two arrays hold the same numbers: bit by bit, or within a relative squared error of `limit`."""
 
     limit: float = 0.0
@@ -48,7 +48,7 @@ class Same:
         return relative_error(x, y) <= limit if self.limit else np.array_equal(x, y)
 
 
-EXACT = Same()
+EXACT = Tolerance()
 
 
 def relative_error(x: Array, y: Array) -> float:
@@ -79,7 +79,7 @@ class Move:
         index = np.unravel_index(places, [self.split[axis] for axis in self.axes])
         return np.ravel_multi_index([index[self.axes.index(axis)] for axis in range(len(self.axes))], self.split)
 
-    def explains(self, x: Array, y: Array, same: Same) -> bool:
+    def explains(self, x: Array, y: Array, same: Tolerance) -> bool:
         places = some_of(x.size, _SAMPLE)
         if not same.near(_at(x, self.sources(places)), _at(y, places)):
             return False
@@ -114,7 +114,7 @@ def both_ways(x: Array, y: Array) -> Iterator[tuple[Array, Array]]:
 # -------------------- the whole of a matrix
 
 
-def transposed(x: Array, y: Array, same: Same) -> Diagnosis | None:
+def transposed(x: Array, y: Array, same: Tolerance) -> Diagnosis | None:
     rows, columns = x.shape
     if 1 in x.shape:
         return None
@@ -126,7 +126,7 @@ def transposed(x: Array, y: Array, same: Same) -> Diagnosis | None:
     return None
 
 
-def wrong_axis(x: Array, y: Array, same: Same, heads: Sequence[int] = (0, 0)) -> Diagnosis | None:
+def wrong_axis(x: Array, y: Array, same: Tolerance, heads: Sequence[int] = (0, 0)) -> Diagnosis | None:
     """Ranks' parts joined on the axis that they do not share, seen in the right shape. `heads`: on either axis.
 
     Heads whose number and size are exchanged are the same as that many ranks.
@@ -157,7 +157,7 @@ def wrong_axis(x: Array, y: Array, same: Same, heads: Sequence[int] = (0, 0)) ->
     return None
 
 
-def rope_permuted(x: Array, y: Array, same: Same, head_dim: int, others: bool = False) -> Diagnosis | None:
+def rope_permuted(x: Array, y: Array, same: Tolerance, head_dim: int, others: bool = False) -> Diagnosis | None:
     """Rows of each head in the order of the other form of RoPE; if `others`, with heads of any even size."""
     rows, columns = x.shape
     sizes = [
@@ -184,7 +184,7 @@ def rope_permuted(x: Array, y: Array, same: Same, head_dim: int, others: bool = 
     return None
 
 
-def shifted(x: Array, y: Array, same: Same, turned: bool) -> Diagnosis | None:
+def shifted(x: Array, y: Array, same: Tolerance, turned: bool) -> Diagnosis | None:
     """All numbers a constant number of elements, or bytes, away: a wrong offset. `turned`: the matrix may lie as [in, out]."""
     if same.limit:
         return None
@@ -218,7 +218,7 @@ def shifted(x: Array, y: Array, same: Same, turned: bool) -> Diagnosis | None:
     return None
 
 
-def patches_permuted(x: Array, y: Array, same: Same, patch: int) -> Diagnosis | None:
+def patches_permuted(x: Array, y: Array, same: Tolerance, patch: int) -> Diagnosis | None:
     """A patch embedding [D, 3 * patch * patch], whose columns are a colour after the other."""
     d = len(x)
     for move, words in (
@@ -234,7 +234,7 @@ def patches_permuted(x: Array, y: Array, same: Same, patch: int) -> Diagnosis | 
     return None
 
 
-def positions_permuted(x: Array, y: Array, same: Same) -> Diagnosis | None:
+def positions_permuted(x: Array, y: Array, same: Tolerance) -> Diagnosis | None:
     """A position embedding [patches + 1, D], row by row of the picture, whose last is the class token's."""
     side = isqrt(len(x) - 1)
     if same(np.roll(x, 1, 0), y):
@@ -247,7 +247,7 @@ def positions_permuted(x: Array, y: Array, same: Same) -> Diagnosis | None:
     return None
 
 
-def pixels_permuted(x: Array, y: Array, same: Same, n: int) -> Diagnosis | None:
+def pixels_permuted(x: Array, y: Array, same: Tolerance, n: int) -> Diagnosis | None:
     """The columns of the first matrix behind pixel shuffle: the channels of one of n pixels after the other's."""
     rows, columns = x.shape
     for split, words in (
@@ -262,7 +262,7 @@ def pixels_permuted(x: Array, y: Array, same: Same, n: int) -> Diagnosis | None:
 # -------------------- more than one matrix
 
 
-def paired(x: Sequence[Array], y: Sequence[Array], same: Same) -> Diagnosis | None:
+def paired(x: Sequence[Array], y: Sequence[Array], same: Tolerance) -> Diagnosis | None:
     """A gate and an up projection [F, D] that were mistaken as a pair."""
     if same(x[0], y[1]) and same(x[1], y[0]):
         return Diagnosis("gate_up_swapped", "gate and up swapped: each holds the other's numbers")
@@ -287,7 +287,7 @@ def paired(x: Sequence[Array], y: Sequence[Array], same: Same) -> Diagnosis | No
     return Diagnosis(found.kind, f"{found.cause}, gate and up together") if found else None
 
 
-def stacked(x: Sequence[Array], y: Array, index: int, same: Same, most: int) -> Diagnosis | None:
+def stacked(x: Sequence[Array], y: Array, index: int, same: Tolerance, most: int) -> Diagnosis | None:
     """Whether `y`, the `index`-th of matrices [q, k, v], was cut from ranks' (or KV heads') fused blocks joined whole, or in
     another order."""
     sizes = [len(part) for part in x]

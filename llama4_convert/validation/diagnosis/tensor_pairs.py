@@ -6,19 +6,20 @@ Matrices are read whole, an expert at a time; the two of the vocabulary in slice
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor
+from llama4.weights import BindingError, Bits, LogicalTensor, parameter_shapes
 from llama4_convert.checkpoints.quantized import QuantizedReader
-from llama4_convert.validation.diagnosis import rearranged
-from llama4_convert.validation.diagnosis.altered import Floats, Region, floats
+from llama4_convert.validation.diagnosis import moved_values
 from llama4_convert.validation.diagnosis.block_order import Axis
-from llama4_convert.validation.diagnosis.rearranged import Array, Same
+from llama4_convert.validation.diagnosis.changed_values import Floats, Region, floats
+from llama4_convert.validation.diagnosis.moved_values import Array, Tolerance
 from llama4_convert.validation.diagnosis.sketches import sketch, sketch_of_rows
 
 # The two vocabulary matrices have 2 GB each in Scout: they are read in slices of rows, all others whole.
@@ -37,14 +38,14 @@ def slices(name: str, height: int) -> Iterator[tuple[int, int] | None]:
 
 
 @dataclass
-class Case:
+class WrongTensor:
     """A wrong tensor: x is what the reference holds and y what was found, raw bits of one dtype, or numbers if it is lossy.
 
     Of a sliced matrix x and y are the first rows; `thin` has some columns of all rows.
     """
 
     name: str
-    same: Same
+    tolerance: Tolerance
     dtype: str
     x: Array
     y: Array
@@ -55,7 +56,7 @@ class Case:
 
     @cached_property
     def region(self) -> Region:
-        return self.sparse or Region.of(self.x, self.y, self.dtype, self.same)
+        return self.sparse or Region.of(self.x, self.y, self.dtype, self.tolerance)
 
     def turned(self) -> Iterator[tuple[Array, Array, Axis]]:
         """For tests of rows: as it is, and for its columns."""
@@ -64,54 +65,71 @@ class Case:
             yield self.x.T, self.y.T, self.axes[1]
 
 
-class Sides:
-    """The tensors of the reference and of a candidate. `limits`: what each scheme may lose, as a relative squared error."""
+@dataclass(frozen=True)
+class TensorPairs:
+    """Two checkpoints' tensors by logical name, `theirs` having at least the names of `ours`, and how they are compared."""
 
-    def __init__(
-        self,
-        ours: Mapping[str, LogicalTensor],
-        found: Mapping[str, LogicalTensor],
-        config: Llama4Config,
-        quantized: QuantizedReader | None,
-        limits: Mapping[str, float],
-    ) -> None:
-        self.ours, self.found, self.config = ours, found, config
-        self.quantized, self.limits = quantized, limits
+    ours: Mapping[str, LogicalTensor]
+    theirs: Mapping[str, LogicalTensor]
+    names: Collection[str]  # those of `ours` that are compared
+    config: Llama4Config  # that `ours` is bound for
+    has_vision: bool  # whether names in messages begin as those of a model with a vision tower
+    lossy: Mapping[str, str]  # keys of `theirs` that are equal only within what a scheme loses -> the scheme
+    limits: Mapping[str, float]  # relative squared error of each scheme
+    reader: QuantizedReader | None  # of `theirs`, for its codes and scales
+    shape_of: Callable[[str], tuple[int, ...]]  # of a key of `theirs`
+    # Neither is taken as right: of two dtypes numbers are equal if rounding either gives the other, not only if ours does.
+    either_way: bool = False
+    # Neither has the true numbers: errors are relative to the smaller ones.
+    both_quantized: bool = False
+    their_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # where they differ from those of `ours`
 
-    def same(self, name: str) -> Same:
-        found = self.found[name]
-        matrix = self.quantized.quantized.get(found.keys[0]) if self.quantized else None
-        return Same(self.limits[matrix.kind] if matrix else 0.0)
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return parameter_shapes(self.config)
 
-    def load(self, name: str, same: Same) -> tuple[Array, Array]:
-        """The reference's and the candidate's, comparable. Not for sliced ones."""
-        return self.reference(name, same, self.found[name].dtype), self.candidate(name, same)
+    @property
+    def vocabulary(self) -> int:
+        return self.config.text_config.vocab_size
 
-    def reference(self, name: str, same: Same, dtype: str) -> Array:
+    def numbers(self, name: str) -> int:
+        """How many numbers of a tensor are in memory at a time."""
+        shapes = self.shapes[name], self.their_shapes.get(name, ())
+        return max(prod((min(s[0], 2 * SLICE), *s[1:]) if name in SLICED else s) for s in shapes if s)
+
+    def tolerance(self, name: str) -> Tolerance:
+        matrix = self.reader.quantized.get(self.theirs[name].keys[0]) if self.reader else None
+        return Tolerance(self.limits[matrix.kind] if matrix else 0.0)
+
+    def load(self, name: str, tolerance: Tolerance) -> tuple[Array, Array]:
+        """Reference and candidate, comparable: bits of one dtype, or numbers if lossy. Not for sliced tensors."""
+        return self.reference(name, tolerance, self.theirs[name].dtype), self.candidate(name, tolerance)
+
+    def reference(self, name: str, tolerance: Tolerance, dtype: str) -> Array:
         ours = self.ours[name]
         bits = np.ascontiguousarray(ours.load(None))
-        return floats(bits, ours.dtype) if same.limit else cast(bits, ours.dtype, dtype)
+        return floats(bits, ours.dtype) if tolerance.limit else cast(bits, ours.dtype, dtype)
 
-    def candidate(self, name: str, same: Same) -> Array:
-        found = self.found[name]
-        bits = np.ascontiguousarray(found.load(None))
-        return floats(bits, found.dtype) if same.limit else bits
+    def candidate(self, name: str, tolerance: Tolerance) -> Array:
+        theirs = self.theirs[name]
+        bits = np.ascontiguousarray(theirs.load(None))
+        return floats(bits, theirs.dtype) if tolerance.limit else bits
 
-    def case(self, name: str) -> Case:
+    def wrong_tensor(self, name: str) -> WrongTensor:
         axis, heads, head_dim = _heads(name, self.config)
         rows = Axis("row", heads if axis == 0 else 0, of_experts=name.endswith(".router"))
         axes = rows, Axis("column", heads if axis == 1 else 0)
-        same, dtype = self.same(name), self.found[name].dtype
+        tolerance, dtype = self.tolerance(name), self.theirs[name].dtype
         if name in SLICED:
             return self._sliced(name, dtype, axes)
-        x, y = self.load(name, same)
+        x, y = self.load(name, tolerance)
         if x.shape == y.shape or x.ndim == y.ndim == 1:
-            x, y = rearranged.as_matrix(x), rearranged.as_matrix(y)
-        return Case(name, same, dtype, x, y, axes, head_dim if axis == 0 else 0)
+            x, y = moved_values.as_matrix(x), moved_values.as_matrix(y)
+        return WrongTensor(name, tolerance, dtype, x, y, axes, head_dim if axis == 0 else 0)
 
-    def _sliced(self, name: str, dtype: str, axes: tuple[Axis, Axis]) -> Case:
+    def _sliced(self, name: str, dtype: str, axes: tuple[Axis, Axis]) -> WrongTensor:
         """Both read once, for some columns of all rows, and where they differ."""
-        ours, found = self.ours[name], self.found[name]
+        ours, found = self.ours[name], self.theirs[name]
         thin: tuple[list[Array], list[Array]] = ([], [])
         first: tuple[Array, Array] | None = None
         differing: list[Array] = []
@@ -121,9 +139,9 @@ class Sides:
             span = (start, start + SLICE)
             x, y = cast(ours.load(span), ours.dtype, dtype), found.load(span)
             if y.ndim != 2 or x.shape[1] != y.shape[1]:
-                return Case(name, Same(), dtype, x, y, axes)
+                return WrongTensor(name, Tolerance(), dtype, x, y, axes)
             first = first or (x, y)
-            columns = rearranged.some_of(x.shape[1], _COLUMNS)
+            columns = moved_values.some_of(x.shape[1], _COLUMNS)
             for part, bits in zip(thin, (x, y), strict=True):
                 part.append(bits[:, columns])
             n = min(len(x), len(y))
@@ -136,22 +154,18 @@ class Sides:
             start += SLICE
         whole = np.concatenate(thin[0]), np.concatenate(thin[1])
         if whole[0].shape != whole[1].shape:
-            return Case(name, Same(), dtype, whole[0], whole[1], axes)
+            return WrongTensor(name, Tolerance(), dtype, whole[0], whole[1], axes)
         a, b = (np.concatenate(part) for part in zip(*pieces, strict=True))
         inner = Region.of(a, b, dtype)
         region = Region(
             np.concatenate(differing), inner.columns, (len(whole[0]), first[0].shape[1]), dtype, inner.x, inner.y
         )
-        return Case(name, Same(), dtype, first[0], first[1], axes, thin=whole, sparse=region)
+        return WrongTensor(name, Tolerance(), dtype, first[0], first[1], axes, thin=whole, sparse=region)
 
     def sketch(self, tensor: LogicalTensor) -> Floats:
         if tensor.name in SLICED:
             return sketch_of_rows(tensor, (self.vocabulary, self.config.text_config.hidden_size))
-        return sketch(rearranged.as_matrix(tensor.load(None)), tensor.dtype)
-
-    @property
-    def vocabulary(self) -> int:
-        return self.config.text_config.vocab_size
+        return sketch(moved_values.as_matrix(tensor.load(None)), tensor.dtype)
 
 
 def cast(bits: Bits, source: str, target: str) -> Bits:
