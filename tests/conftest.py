@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 # pytest puts tests/ on the path, where tests/llama4_convert would pass for a namespace package of that name: the
@@ -24,6 +25,12 @@ if torchvision_home.is_dir():
     from tests.support import torchvision_shim
 
     torchvision_shim.install()
+
+# By the clock hypothesis counts what a slow or busy machine takes against us.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import torch
 
 from llama4.read_ahead import ReadAhead
 from llama4_convert import load_reference
-from tests.support import meta_model
+from tests.support import HANG_SECONDS, meta_model
 
 SIZES = {name: size for size, name in enumerate("abcdef", 1)}
 
@@ -30,7 +30,7 @@ class Disk:
 
     def names(self, count: int) -> list[str]:
         """What has been read, once that is `count` tensors."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_SECONDS
         while len(self.read) < count and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.02)  # and no more than that

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import REPOSITORY
+from tests.support import HANG_SECONDS, REPOSITORY
 
 TARGET = ("-m", "tests.torture.fuzz")
 RUNS = 50_000 if os.environ.get("TORTURE") else 1_500
@@ -23,7 +23,7 @@ def test_the_fuzz_target(tmp_path: Path) -> None:
     limit = 2048 + (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
     here = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, *TARGET, f"-rss_limit_mb={limit}", f"-runs={RUNS}", "-seed=1", tmp_path / "corpus"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=3600, cwd=tmp_path, env=here)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=tmp_path, env=here)
     assert run.returncode == 0, run.stderr[-3000:]
     covered = [int(n) for n in re.findall(r"cov: (\d+)", run.stderr)]
     assert covered[-1] > covered[0] > 100

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import REPOSITORY
+from tests.support import HANG_SECONDS, REPOSITORY
 
 DRIVER = ("-m", "tests.torture.kills")
 ALL = bool(os.environ.get("TORTURE"))  # make torture; make test runs a share
@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def tortured(source: Path, folder: Path, **order: Any) -> dict[str, int]:
     command = [sys.executable, *DRIVER, json.dumps({"source": str(source), "folder": str(folder), **order})]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=3600, cwd=REPOSITORY)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=REPOSITORY)
     assert run.returncode == 0, run.stderr[-3000:]
     told: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
     return told

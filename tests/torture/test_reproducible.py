@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llama4_convert import convert, synth
-from tests.support import commands
+from tests.support import HANG_SECONDS, commands
 
 ALL = bool(os.environ.get("TORTURE"))  # make torture; make test runs a share
 RECIPES = [None, "int4", "int4-signed", "fp8", "mixed", "nf4"]
@@ -86,7 +86,7 @@ def test_another_machine(recipe: str | None, source: Path, straight: Any, tmp_pa
     order = json.dumps({"recipe": recipe, "shard_size": 1_000_000})
     program = "import json, sys; from llama4_convert import convert; convert(*sys.argv[1:3], **json.loads(sys.argv[3]))"
     command = [sys.executable, "-c", program, str(moved), str(tmp_path / "out"), order]
-    subprocess.run(command, check=True, env=elsewhere, timeout=300)
+    subprocess.run(command, check=True, env=elsewhere, timeout=HANG_SECONDS)
     assert commands.digests(tmp_path / "out") == straight(recipe)
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from llama4_convert import convert, formatting, plan, synth
 from llama4_convert.commands import cli
 from llama4_convert.errors import UsageError
-from tests.support import commands
+from tests.support import HANG_SECONDS, commands
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -208,7 +208,7 @@ def test_a_reader_that_goes_away(source: Path) -> None:
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
-    assert process.wait(20) == 0
+    assert process.wait(HANG_SECONDS) == 0
 
 
 @pytest.mark.parametrize("command", sorted(cli.cli.commands))

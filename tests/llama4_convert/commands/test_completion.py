@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llama4_convert import synth
-from tests.support import commands
+from tests.support import HANG_SECONDS, commands
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAM = "import sys; sys.argv[0] = 'llama4-convert'; from llama4_convert.commands.cli import main; main()"
@@ -73,7 +73,7 @@ def typed(home: Path, shell: str, lines: dict[str, str]) -> list[str]:
 
     def wait_for(text: str) -> None:
         nonlocal seen
-        end = time.monotonic() + 60
+        end = time.monotonic() + HANG_SECONDS
         while text.encode() not in seen:
             assert select.select([terminal], [], [], max(0.0, end - time.monotonic()))[0], f"no {text}: {seen!r}"
             seen += os.read(terminal, 65536)

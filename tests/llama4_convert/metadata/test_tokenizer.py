@@ -259,7 +259,7 @@ def test_a_fresh_process_needs_little_and_writes_the_same_bytes(files: dict[str,
     command = [sys.executable, "-c", FRESH, str(MODEL)]
     out = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()
     assert 30 < float(out[0]) < 110  # MiB; about 80
-    assert float(out[1]) < 20  # of the processor, about 3 s: of the clock a busy machine takes more
+    assert float(out[1]) < 100  # of the processor, about 3 s
     assert out[2] == hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
     assert out[3:] == ["False", "False"]
 
@@ -336,6 +336,6 @@ def test_long_tokens_take_bounded_time() -> None:
     while sum(len(token) * 4 // 3 + 8 for token in tokens) < MAX_MODEL_BYTES // 50:
         word = bytes(rng.choices(range(0x80, 0x100), k=MAX_TOKEN_BYTES))
         tokens.update(dict.fromkeys(word[:length] for length in range(2, MAX_TOKEN_BYTES + 1)))
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer_files(model_file(list(tokens)), variant="base", vision=False, max_length=1)
-    assert time.perf_counter() - start < 20  # about 1 s on a quiet machine
+    assert time.process_time() - start < 100  # of the processor, about 1 s

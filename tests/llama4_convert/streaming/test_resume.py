@@ -24,7 +24,7 @@ from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError
 from llama4_convert.files import LOCK_NAME, locked
 from llama4_convert.streaming import writer
-from tests.support import commands
+from tests.support import HANG_SECONDS, commands
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MANIFEST = "llama4-convert.json"
@@ -148,9 +148,8 @@ def test_a_killed_run_goes_on(source: Path, straight: dict[str, str], tmp_path: 
     chance = random.Random(0)
     for _ in range(6):
         process = subprocess.Popen(command("convert", source, target, "--shard-size", commands.SHARD), cwd=REPOSITORY)
-        deadline = time.monotonic() + 20
         files = chance.randrange(1, 12)
-        while process.poll() is None and len(list(target.glob("model*"))) < files and time.monotonic() < deadline:
+        while process.poll() is None and len(list(target.glob("model*"))) < files:
             time.sleep(0.001)
         process.kill()
         process.wait()
@@ -173,7 +172,7 @@ def test_ctrl_c_exits_130_with_a_hint(source: Path, straight: dict[str, str], tm
         "import signal, time; from llama4_convert.commands import cli; from llama4_convert.streaming import source\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "check = source.Source.check\n"
-        "def slowly(*a): print('begun', flush=True); time.sleep(0.2); check(*a)\n"
+        "def slowly(*a): print('begun', flush=True); time.sleep(3600); check(*a)\n"
         "source.Source.check = slowly; cli.main()"
     )
     arguments = ["convert", str(source), str(tmp_path / "out"), "--shard-size", str(commands.SHARD)]
@@ -183,7 +182,7 @@ def test_ctrl_c_exits_130_with_a_hint(source: Path, straight: dict[str, str], tm
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130
     assert err.decode().splitlines()[-1] == "interrupted: the same command goes on where it stopped"
     assert b"Traceback" not in err
@@ -396,7 +395,7 @@ def test_one_owner_at_a_time(source: Path, straight: dict[str, str], tmp_path: P
             for _ in range(7)
         ]
         for process in others:
-            _, err = process.communicate(timeout=20)
+            _, err = process.communicate(timeout=HANG_SECONDS)
             assert process.returncode == 4
             assert f"is being written by process {os.getpid()} on " in err.decode()
             assert err.count(b"\n") == 1
@@ -405,7 +404,8 @@ def test_one_owner_at_a_time(source: Path, straight: dict[str, str], tmp_path: P
     assert commands.digests(target) == straight
 
 
-def test_the_lock_is_taken_before_the_source_is_read(tmp_path: Path) -> None:
+def test_the_lock_is_taken_before_the_source_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits for the owner"))
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"), pytest.raises(EnvironmentFailed, match="is being written by"):
         convert(tmp_path / "a source that takes long to read", tmp_path / "out")
