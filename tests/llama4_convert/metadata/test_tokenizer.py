@@ -239,7 +239,7 @@ def test_an_unknown_variant_is_a_usage_error() -> None:
 
 FRESH = """
 import hashlib, re, sys, time
-from llama4_convert.tokenizer import tokenizer_files
+from llama4_convert.metadata.tokenizer import tokenizer_files
 
 def peak():  # of this program alone: getrusage would start at the peak of the process that started it
     return int(re.search("VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1]) / 1024
