@@ -38,13 +38,35 @@ def read_small(file: Path) -> bytes:
     return data
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def parse_json(data: bytes | str) -> Any:
+    """The value that JSON text spells. Raises ValueError if it is no JSON, or if a key of an object occurs twice."""
     try:
-        body = json.loads(read_small(path))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path.name} is not valid JSON ({error})") from error
+        return json.loads(data, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} occurs twice")
+    return found
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a small file holds. Raises BadInput or EnvironmentFailed, naming the file."""
+    return parse_object(read_small(path), path.name)
+
+
+def parse_object(data: bytes, name: str) -> dict[str, Any]:
+    """The JSON object in `data`, the content of the file `name`. Raises BadInput."""
+    try:
+        body = parse_json(data)
+    except ValueError as error:
+        raise BadInput(f"{name} is not valid JSON ({error}): download it again, or correct it") from error
     if not isinstance(body, dict):
-        raise BadInput(f"{path.name} holds no JSON object")
+        raise BadInput(f"{name} holds no JSON object: download it again, or correct it")
     return body
 
 

@@ -43,7 +43,7 @@ def outgoing(path: str | os.PathLike[str], repository: str) -> dict[str, Any]:
     if lost := sorted(manifest.files.keys() - manifest.intact(path, manifest.files)):
         hint = "card --write, with --adopt if you have edited it" if lost[0] == "README.md" else "verify says more"
         raise CheckFailed(f"{path}: {lost[0]} is missing or of another size than the manifest says: {hint}")
-    files = [{"file": name, "size": entry["size"]} for name, entry in sorted(manifest.files.items())]
+    files = [{"file": name, "size": entry.size} for name, entry in sorted(manifest.files.items())]
     files.append({"file": NAME, "size": (path / NAME).stat().st_size})
     found = []
     if "LICENSE" not in manifest.files:
@@ -196,7 +196,7 @@ def _compare(path: Path, theirs: dict[str, tuple[str, str]], repository: str) ->
         raise BadInput(f"{path / NAME} has gone while it was pushed: push again")
     for name in [*manifest.files, NAME]:
         algorithm, value = theirs.get(name, ("", ""))
-        expected = manifest.files[name]["sha256"] if name in manifest.files else None
+        expected = manifest.files[name].sha256 if name in manifest.files else None
         if algorithm != "sha256" or expected is None:
             # Git's id is not in the manifest: of bytes that are what it says.
             found = digests(path / name, {"sha256", "git"}, lambda n: None)
@@ -245,7 +245,7 @@ def write_card(
         with locked(path):
             manifest, file = _manifest(path), path / CARD
             found = digests(file, {"sha256"}, lambda n: None)["sha256"] if file.is_file() else None
-            listed = manifest.files.get(CARD, {}).get("sha256")
+            listed = manifest.files[CARD].sha256 if CARD in manifest.files else None
             data = read_small(file) if adopt else _card(path, manifest, validation, base_model).encode()
             new = hashlib.sha256(data).hexdigest()
             # Equal to the new one: a run before this was killed between the card and the manifest.

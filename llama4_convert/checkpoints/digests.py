@@ -13,11 +13,14 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from msgspec import Struct, field
 
 from llama4_convert.checkpoints.manifest import NAME, Manifest
 from llama4_convert.errors import BadInput, UsageError, from_os_error
-from llama4_convert.files import is_file_name, read_small
+from llama4_convert.files import is_file_name, parse_json, read_small
+from quant.typed import decode
 
 _ALGORITHMS = {32: "md5", 40: "git", 64: "sha256"}  # by the number of hexadecimal digits
 _LINE = re.compile(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{40}|[0-9a-fA-F]{64})\s+[*-]?\s*(\S.*)")
@@ -50,15 +53,11 @@ def read_ids(file: Path, folder: Path) -> Ids:
     if not file.is_file():
         raise UsageError(f"{file} is no file: give a list of ids as the Hub's API or sha256sum writes it")
     try:
-        text = read_small(file).decode("utf-8-sig")
-        try:
-            listed = list(_from_json(json.loads(text)))
-        except json.JSONDecodeError:
-            listed = list(_from_lines(text))
+        listed = list(_listed(read_small(file).decode("utf-8-sig")))
         found = dict(listed)
         if twice := next((name for name, digest in listed if found[name] != digest), None):
             raise ValueError(f"{twice!r:.80} has two different ids")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput(f"{file.name} is no list of ids ({error!s:.200})") from error
     prefix = f"{folder.resolve().name}/"
     inside = {name.removeprefix(prefix): digest for name, digest in found.items() if name.startswith(prefix)}
@@ -69,13 +68,53 @@ def read_ids(file: Path, folder: Path) -> Ids:
     return found
 
 
-def _from_json(body: Any) -> Iterator[tuple[str, Digest]]:
-    for entry in body["siblings"] if isinstance(body, dict) else body:
-        if entry.get("type", "file") != "file":
-            continue
-        large = entry.get("lfs") or {}
-        value = large.get("oid") or large.get("sha256") or entry.get("oid") or entry["blobId"]
-        yield _checked(entry.get("path") or entry["rfilename"], value)
+class _LargeFile(Struct):
+    """What the Hub's API says of a file that lies in its large storage: one endpoint says `oid`, the other `sha256`."""
+
+    oid: str | None = None
+    sha256: str | None = None
+
+
+class _Entry(Struct):
+    """A file as the Hub's API lists it: `path` and `oid` in one endpoint, `rfilename` and `blobId` in the other."""
+
+    type: str = "file"
+    path: str | None = None
+    rfilename: str | None = None
+    oid: str | None = None
+    blob_id: str | None = field(name="blobId", default=None)
+    lfs: _LargeFile | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.path or self.rfilename):
+            raise ValueError("a file has no path")
+
+    @property
+    def name(self) -> str:
+        return self.path or self.rfilename or ""
+
+    @property
+    def id(self) -> str:
+        large = self.lfs or _LargeFile()
+        return large.oid or large.sha256 or self.oid or self.blob_id or ""
+
+
+class _Model(Struct):
+    siblings: list[_Entry]
+
+
+def _listed(text: str) -> Iterator[tuple[str, Digest]]:
+    """(path, id) of each file. Raises ValueError."""
+    try:
+        body = parse_json(text)
+    except json.JSONDecodeError:
+        yield from _from_lines(text)
+        return
+    for entry in (
+        decode(body, _Model, "JSON").siblings if isinstance(body, dict) else decode(body, list[_Entry], "JSON")
+    ):
+        if entry.type == "file":
+            yield _checked(entry.name, entry.id)
 
 
 def _from_lines(text: str) -> Iterator[tuple[str, Digest]]:
@@ -158,5 +197,5 @@ def expected_digests(files: Sequence[Path]) -> dict[Path, Digest]:
     manifest, left = Manifest.read(folder), ids_of_download(folder)
     names = {path: path.relative_to(folder).as_posix() for path in files}
     made = manifest.files if manifest else {}
-    found = {path: Digest("sha256", made[name]["sha256"]) for path, name in names.items() if name in made}
+    found = {path: Digest("sha256", made[name].sha256) for path, name in names.items() if name in made}
     return found or {path: left[name] for path, name in names.items() if name in left}

@@ -10,44 +10,73 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct, field, structs, to_builtins
 
 from llama4_convert.checkpoints.tensor_kinds import kind_of
 from llama4_convert.errors import BadInput
-from llama4_convert.files import is_file_name, read_small, write_small
+from llama4_convert.files import is_file_name, parse_json, read_small, write_small
 from quant.error import relative_mse, sqnr_db
+from quant.typed import decode
 
 NAME = "llama4-convert.json"
 INDEX = "model.safetensors.index.json"
 _VERSION = 1
 MOST_RANKS = 128
+_Natural = Annotated[int, Meta(ge=0)]
 
 
-@dataclass
-class Manifest:
+class ManifestFile(Struct, frozen=True, omit_defaults=True):
+    """A file of the output."""
+
+    sha256: str
+    size: int
+    """bytes"""
+    nonfinite: dict[str, tuple[int, int]] = {}
+    """tensor -> how many NaN and how many infinities it has; only tensors that have any"""
+
+
+class Manifest(Struct, forbid_unknown_fields=True):
+    """What `llama4-convert.json` says, field by field."""
+
     tool: str
-    source: Mapping[str, Any]  # layout and SHA-256 fingerprints; see MetaCheckpoint.fingerprint
-    options: Mapping[str, Any]  # those that decide bytes
-    meta_keys: list[str]  # the source keys used: the spelling, so that the way back is exact
-    dropped: Mapping[str, str]  # source key -> why
-    # name -> {"sha256", "size"}, and if there are any "nonfinite": tensor -> how many [NaN, infinities]
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # module -> sums of squares, of the quantization's error and of the weights; relative MSE is their ratio
-    errors: dict[str, list[float]] = field(default_factory=dict)
-    # (rank, record name) -> bytes read and their CRC-32: source records that the files so far have read in part
+    source: dict[str, Any]
+    """layout and SHA-256 fingerprints; see `MetaCheckpoint.fingerprint`"""
+    options: dict[str, Any]
+    """those that decide bytes: text, numbers and null, and `recipe`, an object"""
+    meta_keys: list[str]
+    """the source's keys that were used: their spelling, so that the way back is exact"""
+    dropped: dict[str, str]
+    """source key -> why it was left out"""
+    files: dict[str, ManifestFile] = field(default_factory=dict)
+    errors: dict[str, Annotated[list[float], Meta(min_length=2, max_length=2)]] = field(default_factory=dict)
+    """module -> sums of squares, of the quantization's error and of the weights; relative MSE is their ratio"""
     records: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
+    """(rank, record) -> bytes read and their CRC-32, of source records that the files so far have read in part"""
+
+    def __post_init__(self) -> None:
+        ranks, options = self.source.get("ranks", 1), dict(self.options)
+        recipe = options.pop("recipe", {"name": ""})
+        if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
+            raise ValueError(f"a source of {ranks!r:.40} ranks")
+        if not isinstance(recipe, dict) or not isinstance(recipe.get("name"), str):
+            raise ValueError("the recipe has no name")
+        if wrong := next((name for name, value in options.items() if not isinstance(value, str | int | None)), None):
+            raise ValueError(f"the option {wrong!r:.60} is no text or number")
+        if wrong := next((name for name in self.files if not all(map(is_file_name, name.split("/")))), None):
+            raise ValueError(f"a file outside the directory: {wrong!r:.60}")
 
     def add(self, name: str, sha256: str, size: int, nonfinite: Mapping[str, Sequence[int]] | None = None) -> None:
-        counts = {tensor: list(counted) for tensor, counted in (nonfinite or {}).items()}
-        self.files[name] = {"sha256": sha256, "size": size} | ({"nonfinite": counts} if counts else {})
+        counts = {tensor: (nan, inf) for tensor, (nan, inf) in (nonfinite or {}).items()}
+        self.files[name] = ManifestFile(sha256, size, counts)
 
     def nonfinite(self) -> dict[str, tuple[int, int]]:
         """Tensor -> how many NaN and infinities, of those that have any; of matrices, before they were quantized."""
         found: dict[str, tuple[int, int]] = {}
         for entry in self.files.values():
-            for tensor, (nan, inf) in entry.get("nonfinite", {}).items():
+            for tensor, (nan, inf) in entry.nonfinite.items():
                 before = found.get(tensor, (0, 0))
                 found[tensor] = before[0] + nan, before[1] + inf
         return found
@@ -58,8 +87,8 @@ class Manifest:
         return "params.json" if self.options.get("layout") == "meta" else INDEX
 
     def write(self, folder: Path) -> None:
-        records = [[*key, *state] for key, state in sorted(self.records.items())]
-        body = {"version": _VERSION, **self.__dict__, "records": records}
+        body = to_builtins(structs.replace(self, records={}))
+        body |= {"version": _VERSION, "records": [[*key, *state] for key, state in sorted(self.records.items())]}
         write_small(folder / NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
 
     @staticmethod
@@ -68,48 +97,16 @@ class Manifest:
         path = folder / NAME
         if not path.exists():
             return None
+        data = read_small(path)
         try:
-            body = json.loads(read_small(path))
-            if body.pop("version") != _VERSION:
+            body = decode(parse_json(data), dict[str, Any], NAME)
+            if body.pop("version", None) != _VERSION:
                 raise ValueError("another version")
-            records = {(rank, name): (position, crc) for rank, name, position, crc in body.pop("records", ())}
-            manifest = Manifest(**body, records=records)
-            parts = (manifest.source, manifest.options, manifest.files, manifest.errors)
-            if not all(isinstance(part, dict) for part in parts):
-                raise ValueError("a part is no object")
-            if not isinstance(manifest.tool, str):
-                raise ValueError("the tool is no text")
-            if not (isinstance(manifest.meta_keys, list) and all(isinstance(key, str) for key in manifest.meta_keys)):
-                raise ValueError("the source's keys are no list of names")
-            if not (
-                isinstance(manifest.dropped, dict) and all(isinstance(why, str) for why in manifest.dropped.values())
-            ):
-                raise ValueError("what was dropped has no reasons")
-            if not all(
-                value is None or isinstance(value, (str, int)) for k, value in manifest.options.items() if k != "recipe"
-            ):
-                raise ValueError("an option is no text or number")
-            if not isinstance(manifest.options.get("recipe", {"name": ""})["name"], str):
-                raise ValueError("the recipe has no name")
-            ranks = manifest.source.get("ranks", 1)
-            if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
-                raise ValueError(f"a source of {ranks!r:.40} ranks")
-            for (rank, record), state in records.items():
-                if not isinstance(record, str) or not all(type(n) is int and n >= 0 for n in (rank, *state)):
-                    raise ValueError("no CRC of a record")
-            for module, sums in manifest.errors.items():
-                if not (isinstance(sums, list) and len(sums) == 2 and all(isinstance(x, float) for x in sums)):
-                    raise ValueError(f"no two sums for {module!r:.60}")
-            for name, entry in manifest.files.items():
-                if not all(map(is_file_name, name.split("/"))):
-                    raise ValueError(f"a file outside the directory: {name!r:.60}")
-                if not isinstance(entry["sha256"], str) or not isinstance(entry["size"], int):
-                    raise ValueError(f"no digest for {name!r:.60}")
-                for counts in entry.get("nonfinite", {}).values():
-                    if not (isinstance(counts, list) and len(counts) == 2 and all(type(n) is int for n in counts)):
-                        raise ValueError(f"no two counts for {name!r:.60}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            records = decode(body.pop("records", []), list[tuple[_Natural, str, _Natural, _Natural]], "records")
+            manifest = decode(body, Manifest, NAME)
+        except ValueError as error:
             raise BadInput(f"{path} is damaged ({error}): remove it, or convert again with --overwrite") from error
+        manifest.records = {(rank, name): (position, crc) for rank, name, position, crc in records}
         return manifest
 
     def differences(self, other: Manifest) -> list[str]:
@@ -144,7 +141,7 @@ class Manifest:
             for name in names
             if name in self.files
             and (folder / name).is_file()
-            and (folder / name).stat().st_size == self.files[name]["size"]
+            and (folder / name).stat().st_size == self.files[name].size
         }
 
 

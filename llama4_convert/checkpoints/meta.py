@@ -6,7 +6,6 @@ Quantized originals have a file of scales a rank beside them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from llama4_convert.checkpoints.meta_quantized import DequantizedView, with_scal
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.tensors import Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError
-from llama4_convert.files import read_small
+from llama4_convert.files import parse_object, read_small
 
 _RANK_FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
 _MANIFEST = "llama4-convert.json"
@@ -132,13 +131,7 @@ def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             raise BadInput(f"{path} is an unfinished export: run its command again, it goes on where it stopped")
         raise BadInput(f"{path} has no params.json: it comes with the checkpoint, download it")
     data = read_small(file)
-    try:
-        params = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file.name} is not valid JSON ({error}): download it again") from error
-    if not isinstance(params, dict):
-        raise BadInput(f"{file.name} holds no JSON object: download it again")
-    return params, {"params.json": data}
+    return parse_object(data, file.name), {file.name: data}
 
 
 def _check_agreement(first: PthIndex, other: PthIndex) -> None:

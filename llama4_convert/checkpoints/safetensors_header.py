@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, contiguous
 from llama4_convert.errors import BadInput, from_os_error, one_line
+from llama4_convert.files import parse_json
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the bound that the safetensors library sets itself
 _LENGTH_BYTES = 8  # in front of the header
@@ -31,12 +30,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - _LENGTH_BYTES):
                 raise BadInput(f"{path.name} is no safetensors file, or it is cut off: {size:,} bytes")
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+            header = parse_json(file.read(length))
         with safe_open(path, framework="numpy"):  # imports no numpy, and maps the file instead of reading it
             pass
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}") from error
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, ValueError) as error:
         why = one_line(error).removeprefix("Error while deserializing header: ")
         raise BadInput(f"{path.name} is damaged or cut off ({why}): convert again, or download it again") from error
     header.pop("__metadata__", None)
@@ -48,10 +47,3 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         record = Record(key, _LENGTH_BYTES + length + begin, end - begin, None)
         tensors[key] = StoredTensor(dtype, shape, contiguous(shape), 0, record)
     return tensors
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found

@@ -9,14 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from llama4_convert.checkpoints.safetensors_header import read_header
 from llama4_convert.checkpoints.tensors import Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import is_file_name, json_object
+from quant.typed import InvalidField, decode
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SAMPLE_BYTES = 4096
+
+
+class _WeightIndex(Struct):
+    """model.safetensors.index.json; other fields are of no interest."""
+
+    weight_map: dict[str, str]
+    """key -> the name of the file that holds the tensor"""
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,15 @@ class TransformersCheckpoint:
         """Read config.json, the index and every header. Raises UsageError, BadInput or EnvironmentFailed."""
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has neither params.json (Meta's layout) nor config.json (Transformers')")
-        config = json_object(path / "config.json")
+        config, weight_map = json_object(path / "config.json"), None
         if (path / INDEX).exists():
-            weight_map = json_object(path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise BadInput(f"{INDEX} has no weight_map: convert again, or download it again")
-            names = sorted({str(name) for name in weight_map.values()})
+            try:
+                weight_map = decode(json_object(path / INDEX), _WeightIndex, INDEX).weight_map
+            except InvalidField as error:
+                raise BadInput(f"{error}: convert again, or download it again") from error
+            names = sorted(set(weight_map.values()))
         elif (path / SINGLE).exists():
-            weight_map, names = None, [SINGLE]
+            names = [SINGLE]
         else:
             raise BadInput(f"{path} has no {INDEX}: the conversion is unfinished, run it again")
         for name in names:
@@ -120,7 +131,7 @@ class TransformersCheckpoint:
         return found
 
 
-def _check_index(weight_map: Mapping[str, Any], files: tuple[SafetensorsIndex, ...]) -> None:
+def _check_index(weight_map: Mapping[str, str], files: tuple[SafetensorsIndex, ...]) -> None:
     present = {key for index in files for key in index.tensors}
     for index in files:
         for key in index.tensors:

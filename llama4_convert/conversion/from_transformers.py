@@ -74,8 +74,8 @@ def small_files(folder: Path) -> dict[str, bytes]:
             made[path.name] = read_small(path)
     if theirs := made.pop(CARD, None):
         before = Manifest.read(folder)
-        entry = before.files.get(CARD, {}) if before else {}
-        if entry.get("sha256") != hashlib.sha256(theirs).hexdigest():
+        entry = before.files.get(CARD) if before else None
+        if entry is None or entry.sha256 != hashlib.sha256(theirs).hexdigest():
             name = SOURCE_CARD
             while name in made:
                 name = f"{name.removesuffix('.md')}.source.md"

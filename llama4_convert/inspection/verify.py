@@ -62,11 +62,11 @@ def verify(
 
 def _output(path: Path, manifest: Manifest, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
     unfinished = manifest.marker not in manifest.files
-    start(sum(entry["size"] for entry in manifest.files.values()), 0)
+    start(sum(entry.size for entry in manifest.files.values()), 0)
     files = []
     for name in sorted({*manifest.files, *ids}):
         entry = manifest.files.get(name)
-        expected = [("manifest", Digest("sha256", entry["sha256"]))] if entry else []
+        expected = [("manifest", Digest("sha256", entry.sha256))] if entry else []
         expected += [("list", ids[name])] if name in ids else []
         files.append(_held_against(path / name, name, expected, progress))
     if unfinished:

@@ -17,6 +17,7 @@ from llama4.config_differences import differences
 from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints.tensors import TORCH_NAMES, StoredTensor
 from llama4_convert.errors import BadInput, one_line
+from llama4_convert.files import parse_object
 from llama4_convert.metadata.config import to_json
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -254,12 +255,7 @@ def repair_generation(found: bytes | None, base: bytes | None) -> tuple[bytes | 
         return found, []
     if found is None:
         return base, [Repair(GENERATION, None, "the base's")]
-    try:
-        body, expected = json.loads(found), json.loads(base)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{GENERATION} is not valid JSON ({error})") from error
-    if not isinstance(body, dict) or not isinstance(expected, dict):
-        raise BadInput(f"{GENERATION} holds no JSON object")
+    body, expected = parse_object(found, GENERATION), parse_object(base, GENERATION)
     if not (wrong := wrong_tokens(body, expected)):
         return found, []
     told = [Repair(f"{GENERATION}: {name}", body.get(name), used) for name, used in wrong.items()]

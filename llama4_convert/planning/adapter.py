@@ -287,7 +287,7 @@ class _Bound:
 
     def _square_as_stored(self) -> bool:
         """Whether B @ A lies as the parameter does, where its shape does not tell: PEFT has changed that once."""
-        version = self.adapter.config.peft_version
+        version = self.adapter.config.version
         if version is None:
             raise BadInput(
                 f"{self.adapter.path / CONFIG}: peft_version is missing, and the experts are square: nothing tells which of their"

@@ -277,9 +277,7 @@ class _Execution:
                 self.warn(f"numbers that are not finite, {what}: {', '.join(named[:_SHOWN])}{more}")
 
     def _result(self, status: str, resumed: int) -> dict[str, Any]:
-        files = [
-            {"file": name, "sha256": e["sha256"], "size": e["size"]} for name, e in sorted(self.manifest.files.items())
-        ]
+        files = [{"file": name, "sha256": e.sha256, "size": e.size} for name, e in sorted(self.manifest.files.items())]
         return {
             "status": status,
             "output": str(self.target),
