@@ -9,17 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
+
+from msgspec import UNSET, Struct, UnsetType, structs, to_builtins
 
 from llama4_convert.checkpoints.digests import digests
 from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
 from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error, one_line
 from llama4_convert.files import is_file_name, json_object, locked, read_small, write_small
 from llama4_convert.metadata.model_card import CARD, REPOSITORY_ID, Facts, render
+from llama4_convert.progress import Progress, Start
+from llama4_convert.validation.results import Validation
 from llama4_convert.version import TOOL
+from quant.typed import decode
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,8 +32,53 @@ if TYPE_CHECKING:
 _WEIGHTS = (".safetensors", ".pth", ".bin", ".pt")
 
 
-def outgoing(path: str | os.PathLike[str], repository: str) -> dict[str, Any]:
-    """What a push would upload: {output, repository, files: [{file, size}], bytes, warnings}. Touches no network.
+class SentFile(Struct, frozen=True, kw_only=True):
+    """A file of a push."""
+
+    file: str
+    """its path in the directory and in the repository"""
+    size: int
+    """bytes"""
+
+
+class Push(Struct, frozen=True, kw_only=True):
+    """What was uploaded to the Hub, or would be."""
+
+    output: str
+    """DST"""
+    repository: str
+    """REPO"""
+    files: list[SentFile]
+    """the files of the manifest, and the manifest"""
+    bytes: int
+    """of all files"""
+    warnings: list[str]
+    """what stderr says, too"""
+    revision: str | UnsetType = UNSET
+    """the branch; not with --dry-run, nor the next two"""
+    commit: str | UnsetType = UNSET
+    """its id"""
+    url: str | UnsetType = UNSET
+    """its page"""
+
+
+class Card(Struct, frozen=True, kw_only=True):
+    """A model card: its text, or where it was written."""
+
+    output: str
+    """DST"""
+    card: str | UnsetType = UNSET
+    """the text; not with --write"""
+    file: str | UnsetType = UNSET
+    """with --write: README.md"""
+    sha256: str | UnsetType = UNSET
+    """with --write: of the file"""
+    status: Literal["written", "unchanged"] | UnsetType = UNSET
+    """with --write: whether the file, or its entry in the manifest, is new"""
+
+
+def outgoing(path: str | os.PathLike[str], repository: str) -> Push:
+    """What a push would upload. Touches no network.
 
     The files of the manifest and the manifest itself, never another. Raises UsageError, BadInput or CheckFailed.
     """
@@ -43,8 +93,8 @@ def outgoing(path: str | os.PathLike[str], repository: str) -> dict[str, Any]:
     if lost := sorted(manifest.files.keys() - manifest.intact(path, manifest.files)):
         hint = "card --write, with --adopt if you have edited it" if lost[0] == "README.md" else "verify says more"
         raise CheckFailed(f"{path}: {lost[0]} is missing or of another size than the manifest says: {hint}")
-    files = [{"file": name, "size": entry.size} for name, entry in sorted(manifest.files.items())]
-    files.append({"file": NAME, "size": (path / NAME).stat().st_size})
+    files = [SentFile(file=name, size=entry.size) for name, entry in sorted(manifest.files.items())]
+    files.append(SentFile(file=NAME, size=(path / NAME).stat().st_size))
     found = []
     if "LICENSE" not in manifest.files:
         found.append("there is no LICENSE among the files: Llama's licence asks that it goes with every copy")
@@ -52,8 +102,8 @@ def outgoing(path: str | os.PathLike[str], repository: str) -> dict[str, Any]:
         found.append(
             "the repository's name does not begin with \"Llama\", as Llama's licence asks of what derives from it"
         )
-    size = sum(file["size"] for file in files)
-    return {"output": str(path), "repository": repository, "files": files, "bytes": size, "warnings": found}
+    size = sum(file.size for file in files)
+    return Push(output=str(path), repository=repository, files=files, bytes=size, warnings=found)
 
 
 def push(
@@ -66,20 +116,20 @@ def push(
     private: bool = False,
     verify: bool = True,
     quiet: bool = False,
-    start: Callable[[int, int], None] = lambda total, done: None,
-    progress: Callable[[int], None] = lambda n: None,
-) -> dict[str, Any]:
+    start: Start = lambda total, done: None,
+    progress: Progress = lambda n: None,
+) -> Push:
     """Upload a finished output to `repository` ("OWNER/NAME"), and compare what the Hub then has with the manifest.
 
     `revision` is a branch, "main" by default. `create` makes repository and branch if they are missing, `private` that
     repository private. `verify` reads every byte first; `start(total, done)` and `progress(n)` count these. The token is the
-    client's own (HF_TOKEN, `hf auth login`). Returns what `outgoing` does, and {revision, commit, url}.
+    client's own (HF_TOKEN, `hf auth login`).
     Raises UsageError, BadInput, EnvironmentFailed, or CheckFailed where the directory or the Hub's copy is not the manifest's.
     """
     if private and not create:
         raise UsageError("--private is for --create: it says how a repository is made")
     path = Path(path)
-    told = outgoing(path, repository)
+    planned = outgoing(path, repository)
     api = _client(quiet)
     is_there = _is_there(api, repository)
     if not is_there and not create:
@@ -91,14 +141,13 @@ def push(
             api.create_repo(repository, private=private, exist_ok=True)
         if create and revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        oid, url = _commit(api, path, told, revision, message or f"Upload with {TOOL}")
-        theirs, strays = _tree(api, repository, oid, {file["file"] for file in told["files"]})
+        oid, url = _commit(api, path, planned, revision, message or f"Upload with {TOOL}")
+        theirs, strays = _tree(api, repository, oid, {file.file for file in planned.files})
     _compare(path, theirs, repository)
+    found = list(planned.warnings)
     if strays:
-        told["warnings"].append(
-            f"{repository} holds other weights, which readers may take: {', '.join(sorted(strays)[:3])}"
-        )
-    return {**told, "revision": revision or "main", "commit": oid, "url": url}
+        found.append(f"{repository} holds other weights, which readers may take: {', '.join(sorted(strays)[:3])}")
+    return structs.replace(planned, warnings=found, revision=revision or "main", commit=oid, url=url)
 
 
 def _client(quiet: bool) -> HfApi:
@@ -155,22 +204,20 @@ def _is_there(api: HfApi, repository: str) -> bool:
     return True
 
 
-def _verify(path: Path, start: Callable[[int, int], None], progress: Callable[[int], None]) -> None:
+def _verify(path: Path, start: Start, progress: Progress) -> None:
     from llama4_convert.inspection.verify import verify
 
     result = verify(path, start=start, progress=progress)
-    if bad := [file for file in result["files"] if not file["ok"]]:
-        raise CheckFailed(
-            f"{path}: {bad[0]['file']} is not what the manifest says ({bad[0]['note']}): nothing was pushed"
-        )
+    if bad := [file for file in result.files if not file.ok]:
+        raise CheckFailed(f"{path}: {bad[0].file} is not what the manifest says ({bad[0].note}): nothing was pushed")
 
 
-def _commit(api: HfApi, path: Path, told: dict[str, Any], revision: str | None, message: str) -> tuple[str, str]:
+def _commit(api: HfApi, path: Path, planned: Push, revision: str | None, message: str) -> tuple[str, str]:
     """All files in one commit; those that the Hub has already are left out by the client. Returns its id and its page."""
     from huggingface_hub import CommitOperationAdd
 
-    operations = [CommitOperationAdd(file["file"], path / file["file"]) for file in told["files"]]
-    commit = api.create_commit(told["repository"], operations, commit_message=message, revision=revision)
+    operations = [CommitOperationAdd(file.file, path / file.file) for file in planned.files]
+    commit = api.create_commit(planned.repository, operations, commit_message=message, revision=revision)
     return str(commit.oid), str(commit.commit_url)
 
 
@@ -215,12 +262,12 @@ def card(
     *,
     validation: str | os.PathLike[str] | None = None,
     base_model: str | None = None,
-) -> str:
+) -> Card:
     """The card of a finished output. `validation`: a file with what `validate --json` printed of it; `base_model`: the Hub's id
     of the model that this one was made of, where its sizes do not tell. Raises UsageError, BadInput or EnvironmentFailed.
     """
     path = Path(path)
-    return _card(path, _manifest(path), validation, base_model)
+    return Card(output=str(path), card=_card(path, _manifest(path), validation, base_model))
 
 
 def write_card(
@@ -230,8 +277,8 @@ def write_card(
     base_model: str | None = None,
     adopt: bool = False,
     overwrite: bool = False,
-) -> dict[str, Any]:
-    """Make README.md of a finished output anew, and its entry in the manifest. Returns {output, file, sha256, status}.
+) -> Card:
+    """Make README.md of a finished output anew, and its entry in the manifest.
 
     `status` is "written" or "unchanged". A README.md that somebody has edited is refused: `overwrite` replaces it, `adopt` keeps
     it as it is and takes it into the manifest. Raises UsageError, BadInput or EnvironmentFailed.
@@ -253,7 +300,7 @@ def write_card(
                 raise UsageError(
                     f"{file} was edited: --overwrite replaces it, --adopt takes it into the manifest as it is"
                 )
-            status = "unchanged" if found == new == listed else "written"
+            status: Literal["written", "unchanged"] = "unchanged" if found == new == listed else "written"
             if status == "written":
                 if found != new:
                     write_small(file, data)
@@ -261,7 +308,7 @@ def write_card(
                 manifest.write(path)
     except OSError as error:
         raise from_os_error(error, f"writing {path / CARD}") from error
-    return {"output": str(path), "file": CARD, "sha256": new, "status": status}
+    return Card(output=str(path), file=CARD, sha256=new, status=status)
 
 
 def _manifest(path: Path) -> Manifest:
@@ -280,40 +327,29 @@ def _card(path: Path, manifest: Manifest, validation: str | os.PathLike[str] | N
 
     if base_model is not None and not REPOSITORY_ID.fullmatch(base_model):
         raise UsageError(f"{base_model!r:.80} is no id of a model on the Hub: write OWNER/NAME")
-    told = _read_validation(Path(validation), path) if validation is not None else None
+    found = _read_validation(Path(validation), path) if validation is not None else None
     counts = inspect(path)
     return render(
         Facts(
             manifest,
             json_object(path / "config.json"),
-            counts["parameters"],
-            counts["active_parameters"],
-            told,
+            counts.parameters,
+            counts.active_parameters,
+            to_builtins(found) if found else None,
             base_model,
         )
     )
 
 
-def _read_validation(file: Path, path: Path) -> Mapping[str, Any]:
-    """What `validate --json` printed of `path`. Raises BadInput if it is something else."""
-    told = json_object(file)
-    kinds = {
-        "passed": bool,
-        "gates_failed": list,
-        "tensors_quantized": dict,
-        "config_differences": list,
-        "tensors_different": list,
-    }
-    kinds |= {"tensors_compared": int, "runner": str, "dtype": str, "path": str}
-    for name, kind in kinds.items():
-        if not isinstance(told.get(name), kind):
-            raise BadInput(f"{file.name} is not what `validate --json` prints: no {name}")
-    if not all(
-        isinstance(one, dict) and type(one.get("matrices")) is int for one in told["tensors_quantized"].values()
-    ):
-        raise BadInput(f"{file.name} is not what `validate --json` prints: tensors_quantized has no matrices")
-    if not all(isinstance(gate, str) and is_file_name(gate) for gate in told["gates_failed"]):
+def _read_validation(file: Path, path: Path) -> Validation:
+    """What `validate --json` printed about `path`. Raises BadInput if it is something else, UsageError if it is of another."""
+    try:
+        found = decode(json_object(file), Validation, file.name)
+        validated = Path(found.path).resolve().name
+    except ValueError as error:
+        raise BadInput(f"{error}: give what `validate --json` printed") from error
+    if not all(map(is_file_name, found.gates_failed)):
         raise BadInput(f"{file.name} is not what `validate --json` prints: gates_failed has no names")
-    if Path(told["path"]).resolve().name != path.resolve().name:
-        raise UsageError(f"{file.name} is of another directory ({told['path']!r:.80}): validate {path} itself")
-    return told
+    if validated != path.resolve().name:
+        raise UsageError(f"{file.name} is of another directory ({found.path!r:.80}): validate {path} itself")
+    return found

@@ -145,24 +145,55 @@ class Manifest(Struct, forbid_unknown_fields=True):
         }
 
 
-_WORST = 5
+_LISTED_MATRICES = 5
 
 
-def describe_errors(errors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Of every matrix in `errors` (module -> sums of squares, error and weight): overall, by family, and the worst."""
-    groups: dict[str, list[Sequence[float]]] = defaultdict(list)
-    for module, pair in errors.items():
-        groups[kind_of(f"{module}.weight")].append(pair)
+class QuantizationError(Struct, frozen=True, kw_only=True):
+    """What quantizing some matrices cost."""
 
-    def summed(pairs: Iterable[Sequence[float]]) -> dict[str, Any]:
-        pairs = list(pairs)
-        relative = relative_mse(math.fsum(e for e, _ in pairs), math.fsum(s for _, s in pairs))
-        return {"matrices": len(pairs), "relative_mse": relative, "sqnr_db": sqnr_db(relative)}
+    matrices: int
+    """how many"""
+    relative_mse: float
+    """squared error over the squared weights, summed over the matrices"""
+    sqnr_db: float | None
+    """the same as a ratio of signal to noise, dB; null where there is no error"""
 
-    each = {module: relative_mse(*pair) for module, pair in errors.items()}
-    worst = sorted(each, key=lambda module: (-each[module], module))[:_WORST]
-    return {
-        **summed(pair for pairs in groups.values() for pair in pairs),
-        "families": {family: summed(pairs) for family, pairs in sorted(groups.items())},
-        "worst": [{"module": m, "relative_mse": each[m], "sqnr_db": sqnr_db(each[m])} for m in worst],
-    }
+
+class MatrixError(Struct, frozen=True, kw_only=True):
+    """What quantizing one matrix cost."""
+
+    module: str
+    """the key without `.weight`"""
+    relative_mse: float
+    """squared error over the squared weights"""
+    sqnr_db: float | None
+    """the same as a ratio of signal to noise, dB; null where there is no error"""
+
+
+class QuantizationErrors(QuantizationError, frozen=True, kw_only=True):
+    """What quantizing all matrices of an output cost."""
+
+    families: dict[str, QuantizationError]
+    """by family of tensors"""
+    worst: list[MatrixError]
+    """the matrices with the largest errors, the largest first"""
+
+
+def describe_errors(errors: Mapping[str, Sequence[float]]) -> QuantizationErrors:
+    """`errors`: module -> its sum of squared errors, and its sum of squared weights."""
+    families: dict[str, list[Sequence[float]]] = defaultdict(list)
+    for module, sums in errors.items():
+        families[kind_of(f"{module}.weight")].append(sums)
+
+    def summed(several: Iterable[Sequence[float]]) -> QuantizationError:
+        pairs = list(several)
+        relative = relative_mse(math.fsum(error for error, _ in pairs), math.fsum(power for _, power in pairs))
+        return QuantizationError(matrices=len(pairs), relative_mse=relative, sqnr_db=sqnr_db(relative))
+
+    each = {module: relative_mse(error, power) for module, (error, power) in errors.items()}
+    worst = sorted(each, key=lambda module: (-each[module], module))[:_LISTED_MATRICES]
+    return QuantizationErrors(
+        **structs.asdict(summed(pair for pairs in families.values() for pair in pairs)),
+        families={family: summed(pairs) for family, pairs in sorted(families.items())},
+        worst=[MatrixError(module=m, relative_mse=each[m], sqnr_db=sqnr_db(each[m])) for m in worst],
+    )

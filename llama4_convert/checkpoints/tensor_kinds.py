@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
 
 _LAYER = r"(language_model\.)?model\.layers\.\d+\."
 
@@ -39,25 +37,6 @@ def kind_of(key: str) -> str:
 def words(kind: str) -> str:
     """A kind for people."""
     return kind.replace("_", " ").replace("mlp", "MLP")
-
-
-@dataclass
-class Share:
-    """`parameters`: numbers of the model, each once, whatever they are stored as. `bytes`: what is stored, of all ranks."""
-
-    tensors: int = 0
-    parameters: int = 0
-    bytes: int = 0
-
-    def add(self, tensors: int, parameters: int, nbytes: int) -> None:
-        self.tensors += tensors
-        self.parameters += parameters
-        self.bytes += nbytes
-
-
-def listed(shares: Mapping[str, Share]) -> list[dict[str, Any]]:
-    """[{kind, tensors, parameters, bytes}] of the kinds that there are."""
-    return [{"kind": kind, **asdict(shares[kind])} for kind in KINDS if kind in shares]
 
 
 def active_parameters(parameters: Mapping[str, int], experts: object, top_k: object) -> int | None:

@@ -12,6 +12,7 @@ from llama4_convert import formatting, publishing
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import as_json, file_path, show
 from llama4_convert.errors import UsageError
+from llama4_convert.publishing import Push
 
 _output = click.argument("path", metavar="DST", type=click.Path(path_type=Path))
 
@@ -58,10 +59,9 @@ def card(
     options: dict[str, Any] = {"validation": validation, "base_model": base_model}
     if write:
         result = publishing.write_card(path, adopt=adopt, overwrite=overwrite, **options)
-        show(result, as_json, lambda r: f"{path / r['file']}: {r['status']}")
+        show(result, as_json, lambda r: f"{path / r.file}: {r.status}")
         return
-    text = publishing.card(path, **options)
-    show({"output": str(path), "card": text}, as_json, lambda r: r["card"].rstrip("\n"))
+    show(publishing.card(path, **options), as_json, lambda r: str(r.card).rstrip("\n"))
 
 
 @click.command()
@@ -88,18 +88,18 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
       llama4-convert push scout-int4 me/Llama-4-Scout-int4 --create --private
     """
 
-    told = publishing.outgoing(path, repository)
-    for text in told["warnings"]:
+    planned = publishing.outgoing(path, repository)
+    for text in planned.warnings:
         terminal.warn(text)
     if dry_run:
-        show(told, as_json, _would_push)
+        show(planned, as_json, _would_push)
         return
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
                 f"nothing was pushed to {repository}: there is no terminal to ask on. Add --yes to push, --dry-run to see what"
             )
-        terminal.say(_would_push(told))
+        terminal.say(_would_push(planned))
         if not click.confirm("Upload?", err=True):
             raise UsageError("nothing was pushed: you said no")
     with terminal.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
@@ -107,15 +107,15 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
         result = publishing.push(
             path, repository, verify=not no_verify, quiet=quiet, start=bar.start, progress=bar.advance, **options
         )
-    for text in result["warnings"][len(told["warnings"]) :]:
+    for text in result.warnings[len(planned.warnings) :]:
         terminal.warn(text)
-    show(result, as_json, lambda r: f"{r['url']}: {_size(r)}, on the Hub as the manifest says")
+    show(result, as_json, lambda r: f"{r.url}: {_size(r)}, on the Hub as the manifest says")
 
 
-def _size(told: dict[str, Any]) -> str:
-    return f"{len(told['files'])} files, {formatting.gigabytes(told['bytes'])}"
+def _size(push: Push) -> str:
+    return f"{len(push.files)} files, {formatting.gigabytes(push.bytes)}"
 
 
-def _would_push(told: dict[str, Any]) -> str:
-    lines = [f"{formatting.gigabytes(file['size']):>12}  {file['file']}" for file in told["files"]]
-    return "\n".join([*lines, f"{_size(told)} to {told['repository']}"])
+def _would_push(push: Push) -> str:
+    lines = [f"{formatting.gigabytes(file.size):>12}  {file.file}" for file in push.files]
+    return "\n".join([*lines, f"{_size(push)} to {push.repository}"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+from msgspec import to_builtins
 
 from llama4_convert import formatting
 from llama4_convert.errors import UsageError
@@ -126,8 +127,8 @@ dtype_option = click.option(
 file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
-def show(result: dict[str, Any], as_json: bool, summary: Callable[[dict[str, Any]], str]) -> None:
-    print_out(json.dumps(result) if as_json else summary(result))
+def show(result: Any, as_json: bool, summary: Callable[[Any], str]) -> None:
+    print_out(json.dumps(to_builtins(result)) if as_json else summary(result))
 
 
 def print_out(text: str, nl: bool = True) -> None:

@@ -68,8 +68,8 @@ def verify(path: Path, as_json: bool, ids: Path | None) -> None:
     with terminal.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(path, ids=ids, start=bar.start, progress=bar.advance)
     show(result, as_json, summaries.verify_summary)
-    if not result["ok"]:
-        bad = [f["file"] for f in result["files"] if not f["ok"]]
+    if not result.ok:
+        bad = [file.file for file in result.files if not file.ok]
         raise CheckFailed(
-            f"{path}: {formatting.differ(len(bad), 'file')} from what was promised, first {bad[0]}: {result['advice']}"
+            f"{path}: {formatting.differ(len(bad), 'file')} from what was promised, first {bad[0]}: {result.advice}"
         )

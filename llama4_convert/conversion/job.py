@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from llama4_convert.checkpoints.manifest import INDEX, Manifest, describe_errors
 from llama4_convert.checkpoints.tensor_kinds import active_parameters
 from llama4_convert.conversion.quantization import describe_sizes
@@ -76,7 +78,7 @@ class ConversionJob(Job):
 
     def quantization(self, errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
         assert self.recipe is not None
-        told = describe_sizes(self.plan) | describe_errors(errors)
+        told = describe_sizes(self.plan) | to_builtins(describe_errors(errors))
         return {"recipe": self.recipe.name, **told}
 
     def describe(self) -> dict[str, Any]:

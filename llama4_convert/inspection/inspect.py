@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
-from llama4_convert.checkpoints.manifest import Manifest
+from llama4_convert.checkpoints.manifest import Manifest, describe_errors
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import stored_codes
-from llama4_convert.checkpoints.tensor_kinds import Share, active_parameters, kind_of, listed
-from llama4_convert.checkpoints.tensors import ITEM_SIZES
+from llama4_convert.checkpoints.tensor_kinds import KINDS, active_parameters, kind_of
+from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
-from llama4_convert.inspection.composition import quantization, spelling
+from llama4_convert.inspection.composition import quantization, quantization_of_meta, spelling
+from llama4_convert.inspection.results import (
+    Dropped,
+    DtypeShare,
+    Inspection,
+    ManifestSummary,
+    NonFinite,
+    Share,
+    Sizes,
+    TensorEntry,
+    TensorStatistics,
+)
 from llama4_convert.planning.binding import bind_source
 from llama4_convert.planning.plan import Plan
 from llama4_convert.planning.planner import make_plan
+from llama4_convert.progress import Progress, Start
 
 if TYPE_CHECKING:
     from llama4_convert.checkpoints.readers import DirectoryReader
 
-Progress = Callable[[int], None]
-Start = Callable[[int, int], None]
-_PIECE = 64 << 20  # bytes that are read at once, where a row of a tensor has not more
+_MAX_READ_BYTES = 64 << 20  # at once, where a row of a tensor has not more
+
+Readers = Mapping[str, Sequence[TensorReader]]  # key -> whatever holds a part of the tensor
 
 
 def inspect(
@@ -37,51 +51,38 @@ def inspect(
     stats: bool = False,
     start: Start = lambda total, done: None,
     progress: Progress = lambda n: None,
-) -> dict[str, Any]:
-    """What is in `path`, as the JSON of the design says. Raises UsageError, BadInput or EnvironmentFailed.
+) -> Inspection:
+    """What is in `path`, in either layout. Without `stats` no tensor data is read.
 
-    Geometry fields have the names of config.json. In Meta's layout a tensor's shape is one rank's, `parameters` counts
-    what a conversion keeps, and `bytes` all ranks. `by_kind` shares both out (see `composition`), `active_parameters` are
-    those that a token of text meets; `spelling`, `quantization` and `manifest` are None where there is no such thing.
-    `nonfinite` lists the tensors with NaN or infinities, and whether quantization has replaced them; None where nobody has
-    counted.
-
-    `stats` reads everything and tells of each tensor `min`, `max`, `mean`, `std`, `zeros`, `nan`, `inf` and a `histogram`
-    (see `tensor_statistics`), in Meta's layout over all ranks; a quantized matrix is told of as the weight that it stands for.
-    `start(total, done)` and `progress(n)` count the bytes.
+    `stats` reads every number, and adds to the result what those of each tensor are like. `start(total, done)` and
+    `progress(n)` count the bytes. Raises UsageError, BadInput or EnvironmentFailed.
     """
     path = Path(path)
-    readers: dict[str, list[TensorReader]]
-    quantized: Collection[str] = ()
+    replaced: list[NonFinite] = []
     if is_meta(path):
         checkpoint = MetaCheckpoint.open(path)
         plan = make_plan(checkpoint, allow_rank_mismatch=True)
-        told = _meta(checkpoint, plan)
-        readers = _meta_readers(checkpoint, plan)
+        result, readers, quantized = _of_meta(checkpoint, plan), _meta_readers(checkpoint, plan), frozenset[str]()
     else:
         directory = TransformersCheckpoint.open(path)
         reader = _directory_reader(directory)
-        told, quantized = _transformers(directory, reader), reader.quantized
+        result, quantized = _of_transformers(directory, reader), frozenset(reader.quantized)
         readers = {key: [reader] for key in reader.keys()}  # noqa: SIM118
-    nonfinite: list[dict[str, Any]] = []
-    told["manifest"] = None
     if manifest := Manifest.read(path):
-        told["manifest"] = _told_by(manifest)
-        nonfinite = [
-            {"tensor": key, "nan": nan, "inf": inf, "replaced": key in quantized}
+        result.manifest = _summary(manifest)
+        result.nonfinite = [
+            NonFinite(tensor=key, nan=nan, inf=inf, replaced=key in quantized)
             for key, (nan, inf) in sorted(manifest.nonfinite().items())
         ]
-        told["nonfinite"] = nonfinite
+        replaced = [tensor for tensor in result.nonfinite if tensor.replaced]
     if stats:
-        told["stats"] = found = _stats(readers, start, progress)
-        counted = [{"tensor": s["tensor"], "nan": s["nan"], "inf": s["inf"], "replaced": False} for s in found]
-        told["nonfinite"] = [one for one in counted if one["nan"] or one["inf"]] + [
-            o for o in nonfinite if o["replaced"]
-        ]
-    return told
+        result.stats = _statistics(readers, start, progress)
+        counted = [NonFinite(tensor=s.tensor, nan=s.nan, inf=s.inf, replaced=False) for s in result.stats]
+        result.nonfinite = [tensor for tensor in counted if tensor.nan or tensor.inf] + replaced
+    return result
 
 
-def _meta_readers(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, list[TensorReader]]:
+def _meta_readers(checkpoint: MetaCheckpoint, plan: Plan) -> Readers:
     """For each key the ranks that hold a part of it; of a replicated tensor, or a dropped one, the first."""
     from llama4_convert.checkpoints.readers import RankReader
 
@@ -89,7 +90,7 @@ def _meta_readers(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, list[Tens
     for tensor in plan.tensors:
         for piece in tensor.pieces:
             ranks[piece.key].add(piece.rank)
-    readers: list[TensorReader] = [RankReader(index) for index in checkpoint.ranks]
+    readers = [RankReader(index) for index in checkpoint.ranks]
     return {key: [readers[rank] for rank in sorted(ranks[key] or {0})] for key in checkpoint.ranks[0].tensors}
 
 
@@ -100,182 +101,144 @@ def _directory_reader(directory: TransformersCheckpoint) -> DirectoryReader:
     return QuantizedReader(directory) if "quantization_config" in directory.config else DirectoryReader(directory)
 
 
-def _stats(readers: dict[str, list[TensorReader]], start: Start, progress: Progress) -> list[dict[str, Any]]:
+def _statistics(readers: Readers, start: Start, progress: Progress) -> list[TensorStatistics]:
     from llama4_convert.inspection.statistics import DTYPES, statistics
 
     def pieces(key: str, several: Iterable[TensorReader]) -> Iterator[Bits]:
         for reader in several:
             shape = reader.shape(key)
             height, row = (shape[0], prod(shape[1:])) if shape else (1, 1)
-            step = max(1, _PIECE // max(1, row * ITEM_SIZES[reader.dtype(key)]))
+            step = max(1, _MAX_READ_BYTES // max(1, row * ITEM_SIZES[reader.dtype(key)]))
             for first in range(0, height, step):
                 bits = reader.read(key, (first, first + step))
                 yield bits
                 progress(bits.nbytes)
 
-    told = {key: several for key, several in readers.items() if several[0].dtype(key) in DTYPES}
-    start(sum(prod(r.shape(key)) * ITEM_SIZES[r.dtype(key)] for key, several in told.items() for r in several), 0)
-    return [
-        {"tensor": key, **statistics(pieces(key, several), several[0].dtype(key)).to_json()}
-        for key, several in told.items()
-    ]
+    floats = {key: several for key, several in readers.items() if several[0].dtype(key) in DTYPES}
+    start(sum(prod(r.shape(key)) * ITEM_SIZES[r.dtype(key)] for key, several in floats.items() for r in several), 0)
+    return [statistics(pieces(key, several), several[0].dtype(key)).result(key) for key, several in floats.items()]
 
 
-def _meta(checkpoint: MetaCheckpoint, plan: Plan) -> dict[str, Any]:
-    g = plan.geometry
-    first = checkpoint.ranks[0]
-    # A key's kind is that of what it becomes.
-    kinds = {piece.key: kind_of(tensor.name) for tensor in plan.tensors for piece in tensor.pieces}
-    shares, dtypes = defaultdict[str, Share](Share), defaultdict[str, Share](Share)
-    stored = {key: stored_codes(tensor) for key, tensor in first.tensors.items()}
+class _Shares:
+    """Sums over tensors, by family and by dtype."""
+
+    def __init__(self) -> None:
+        self.families = {kind: Share(kind=kind) for kind in KINDS}
+        self.dtypes: defaultdict[str, DtypeShare] = defaultdict(DtypeShare)
+
+    def add(self, family: str, dtype: str, nbytes: int, tensors: int = 1) -> None:
+        for share in (self.families[family], self.dtypes[dtype]):
+            share.tensors += tensors
+            share.bytes += nbytes
+
+    @property
+    def present(self) -> list[Share]:
+        """The families of the model."""
+        return [share for share in self.families.values() if share.tensors or share.parameters or share.bytes]
+
+    def by_dtype(self) -> dict[str, DtypeShare]:
+        """The dtype with most bytes first."""
+        return dict(sorted(self.dtypes.items(), key=lambda item: (-item[1].bytes, item[0])))
+
+    def active_parameters(self, experts: object, top_k: object) -> int | None:
+        return active_parameters({share.kind: share.parameters for share in self.present}, experts, top_k)
+
+
+def _of_meta(checkpoint: MetaCheckpoint, plan: Plan) -> Inspection:
+    g, shares = plan.geometry, _Shares()
+    families = {piece.key: kind_of(tensor.name) for tensor in plan.tensors for piece in tensor.pieces}
+    stored = {key: stored_codes(tensor) for key, tensor in checkpoint.ranks[0].tensors.items()}
     for key, tensor in stored.items():
-        nbytes = sum(stored_codes(index.tensors[key]).numel * tensor.itemsize for index in checkpoint.ranks)
-        shares[kinds.get(key, "dropped")].add(1, 0, nbytes)
-        dtypes[tensor.dtype].add(1, 0, nbytes)
+        nbytes = sum(stored_codes(index.tensors[key]).nbytes for index in checkpoint.ranks)
+        shares.add(families.get(key, "dropped"), tensor.dtype, nbytes)
     for scales in checkpoint.scales:
         for key, tensor in scales.tensors.items():
-            n = int(key not in stored)
+            shares.add("quantization_scales", tensor.dtype, tensor.nbytes, tensors=int(key not in stored))
             stored[key] = tensor
-            shares["quantization_scales"].add(n, 0, tensor.numel * tensor.itemsize)
-            dtypes[tensor.dtype].add(n, 0, tensor.numel * tensor.itemsize)
-    for kind, parameters in plan.parameters_by_kind().items():
-        shares[kind].parameters += parameters
+    for family, parameters in plan.parameters_by_kind().items():
+        shares.families[family].parameters += parameters
     binding, _ = bind_source(checkpoint.geometry, checkpoint)
-    return {
-        "path": str(checkpoint.path),
-        "layout": "meta",
-        "ranks": len(checkpoint.ranks),
-        "geometry": {
-            "hidden_size": g.dim,
-            "num_hidden_layers": g.n_layers,
-            "num_attention_heads": g.n_heads,
-            "num_key_value_heads": g.n_kv_heads,
-            "vocab_size": g.vocab_size,
-            "num_local_experts": g.n_experts,
-            "num_experts_per_tok": g.top_k,
-            "moe_layers": len(g.moe_layers),
-            "intermediate_size": g.dense_dim if g.is_dense else g.expert_dim,
-            "intermediate_size_mlp": g.dense_dim,
-            "attention_chunk_size": g.chunk_size,
-            "no_rope_layer_interval": g.nope_interval,
-            "use_qk_norm": g.use_qk_norm,
-            "vision_layers": g.vision.n_layers if g.vision else None,
-        },
-        "parameters": plan.parameters,
-        "active_parameters": _active(shares, g.n_experts, g.top_k),
-        "bytes": sum(share.bytes for share in shares.values()),
-        "by_kind": listed(shares),
-        "dtypes": _by_dtype(dtypes),
-        "spelling": spelling(binding, plan.meta_keys, kinds),
-        "quantization": _meta_quantization(checkpoint),
-        "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in stored.items()],
-        "dropped": [{"name": name, "why": why} for name, why in plan.dropped.items()],
-        "nonfinite": None,
-    }
+    return Inspection(
+        path=str(checkpoint.path),
+        layout="meta",
+        ranks=len(checkpoint.ranks),
+        geometry=Sizes(
+            hidden_size=g.dim,
+            num_hidden_layers=g.n_layers,
+            num_attention_heads=g.n_heads,
+            num_key_value_heads=g.n_kv_heads,
+            vocab_size=g.vocab_size,
+            num_local_experts=g.n_experts,
+            num_experts_per_tok=g.top_k,
+            moe_layers=len(g.moe_layers),
+            intermediate_size=g.dense_dim if g.is_dense else g.expert_dim,
+            intermediate_size_mlp=g.dense_dim,
+            attention_chunk_size=g.chunk_size,
+            no_rope_layer_interval=g.nope_interval,
+            use_qk_norm=g.use_qk_norm,
+            vision_layers=g.vision.n_layers if g.vision else None,
+        ),
+        parameters=plan.parameters,
+        active_parameters=shares.active_parameters(g.n_experts, g.top_k),
+        bytes=sum(share.bytes for share in shares.present),
+        by_kind=shares.present,
+        dtypes=shares.by_dtype(),
+        spelling=spelling(binding, plan.meta_keys, families),
+        quantization=quantization_of_meta(checkpoint),
+        tensors=_entries(stored),
+        dropped=[Dropped(name=name, why=why) for name, why in plan.dropped.items()],
+    )
 
 
-def _meta_quantization(checkpoint: MetaCheckpoint) -> dict[str, Any] | None:
-    """As `composition.quantization` tells of a directory: each rank's matrices are quantized by themselves."""
-    groups: dict[str, dict[str, Any]] = {}
-    for key, record in checkpoint.quantized.items():
-        group = groups.setdefault(
-            record.kind,
-            {
-                "scheme": record.kind,
-                "granularity": "row of each rank",
-                "matrices": 0,
-                "parameters": 0,
-                "bytes": 0,
-                "bits_per_weight": 0.0,
-                "kinds": {},
-            },
-        )
-        group["matrices"] += record.experts
-        for index in checkpoint.ranks:
-            tensor = index.tensors[key]
-            codes = stored_codes(tensor)
-            group["parameters"] += tensor.numel
-            group["bytes"] += codes.numel * codes.itemsize
-    if not groups:
-        return None
-    scales = sum(t.numel * t.itemsize for index in checkpoint.scales for t in index.tensors.values())
-    for group in groups.values():
-        group["kinds"] = {"routed_experts": group["matrices"]}
-        group["bytes"] += scales // len(groups)
-        group["bits_per_weight"] = 8 * group["bytes"] / max(1, group["parameters"])
-    return {"method": "meta", "format": next(iter(groups)), "groups": list(groups.values()), "ignored": []}
-
-
-def _transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader) -> dict[str, Any]:
+def _of_transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader) -> Inspection:
     from llama4_convert.checkpoints.quantized import QuantizedReader
 
     config = checkpoint.config
     text = config.get("text_config") or config
     if not isinstance(text, dict):
         raise BadInput("config.json: text_config is no object: convert again, or download it again")
-    vision = config.get("vision_config")
-    fields = (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
-        *("num_local_experts", "num_experts_per_tok", "moe_layers", "intermediate_size", "intermediate_size_mlp"),
-        *("attention_chunk_size", "no_rope_layer_interval", "use_qk_norm"),
-    )
-    geometry = {name: text.get(name) for name in fields}
-    if isinstance(geometry["moe_layers"], list):
-        geometry["moe_layers"] = len(geometry["moe_layers"])
-    geometry["vision_layers"] = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
-    tensors = checkpoint.tensors
-    shares, dtypes = defaultdict[str, Share](Share), defaultdict[str, Share](Share)
-    for key, tensor in tensors.items():
-        shares[kind_of(key)].add(1, 0, tensor.nbytes)
-        dtypes[tensor.dtype].add(1, 0, tensor.nbytes)
+    vision, moe_layers = config.get("vision_config"), text.get("moe_layers")
+    sizes = {field.name: text.get(field.name) for field in structs.fields(Sizes)}
+    sizes["moe_layers"] = len(moe_layers) if isinstance(moe_layers, list) else moe_layers
+    sizes["vision_layers"] = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
+    shares = _Shares()
+    for key, tensor in checkpoint.tensors.items():
+        shares.add(kind_of(key), tensor.dtype, tensor.nbytes)
     for key in reader.keys():  # noqa: SIM118
         # Packed words are no parameters: what they stand for is.
-        shares[kind_of(key)].parameters += prod(reader.shape(key))
-    told = quantization(reader) if isinstance(reader, QuantizedReader) else None
+        shares.families[kind_of(key)].parameters += prod(reader.shape(key))
+    found = quantization(reader) if isinstance(reader, QuantizedReader) else None
     matrices: Counter[str] = Counter()
-    for group in told["groups"] if told else ():
-        matrices[group["scheme"]] += group["matrices"]
-    return {
-        "path": str(checkpoint.path),
-        "layout": "transformers",
-        "files": len(checkpoint.files),
-        "geometry": geometry,
-        "parameters": sum(share.parameters for share in shares.values()),
-        "active_parameters": _active(shares, geometry["num_local_experts"], geometry["num_experts_per_tok"]),
-        "bytes": sum(t.nbytes for t in tensors.values()),
-        "by_kind": listed(shares),
-        "dtypes": _by_dtype(dtypes),
-        "spelling": None,
-        "quantization": told,
-        "quantized": dict(sorted(matrices.items())),
-        "tensors": [{"name": k, "dtype": t.dtype, "shape": list(t.shape)} for k, t in tensors.items()],
-        "nonfinite": None,
-    }
+    for group in found.groups if found else ():
+        matrices[group.scheme] += group.matrices
+    return Inspection(
+        path=str(checkpoint.path),
+        layout="transformers",
+        files=len(checkpoint.files),
+        geometry=Sizes(**sizes),
+        parameters=sum(share.parameters for share in shares.present),
+        active_parameters=shares.active_parameters(sizes["num_local_experts"], sizes["num_experts_per_tok"]),
+        bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+        by_kind=shares.present,
+        dtypes=shares.by_dtype(),
+        spelling=None,
+        quantization=found,
+        quantized=dict(sorted(matrices.items())),
+        tensors=_entries(checkpoint.tensors),
+    )
 
 
-def _active(shares: Mapping[str, Share], experts: object, top_k: object) -> int | None:
-    return active_parameters({kind: share.parameters for kind, share in shares.items()}, experts, top_k)
+def _entries(tensors: Mapping[str, StoredTensor]) -> list[TensorEntry]:
+    return [TensorEntry(name=key, dtype=t.dtype, shape=list(t.shape)) for key, t in tensors.items()]
 
 
-def _by_dtype(shares: Mapping[str, Share]) -> dict[str, dict[str, int]]:
-    largest = sorted(shares.items(), key=lambda item: (-item[1].bytes, item[0]))
-    return {dtype: {"tensors": share.tensors, "bytes": share.bytes} for dtype, share in largest}
-
-
-def _told_by(manifest: Manifest) -> dict[str, Any]:
-    """What the manifest says of the output: {tool, source, options, recipe, files, complete, errors}; without its digests."""
-    recipe = manifest.options.get("recipe")
-    told = {
-        "tool": manifest.tool,
-        "source": dict(manifest.source),
-        "options": {name: value for name, value in manifest.options.items() if name != "recipe"},
-        "recipe": recipe,
-        "files": len(manifest.files),
-        "complete": manifest.marker in manifest.files,
-        "errors": None,
-    }
-    if manifest.errors:
-        from llama4_convert.checkpoints.manifest import describe_errors
-
-        told["errors"] = describe_errors(manifest.errors)
-    return told
+def _summary(manifest: Manifest) -> ManifestSummary:
+    return ManifestSummary(
+        tool=manifest.tool,
+        source=manifest.source,
+        options={name: value for name, value in manifest.options.items() if name != "recipe"},
+        recipe=manifest.options.get("recipe"),
+        files=len(manifest.files),
+        complete=manifest.marker in manifest.files,
+        errors=describe_errors(manifest.errors) if manifest.errors else None,
+    )

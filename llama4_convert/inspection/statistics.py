@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama4.weights import Bits
+from llama4_convert.inspection.results import TensorStatistics
 
-_CHUNK = 1 << 18  # numbers at a time: np.bincount widens them to 64 bits
+_CHUNK_NUMBERS = 1 << 18  # numbers at a time: np.bincount widens them to 64 bits
 
 
 def _widened(values: NDArray[np.float32] | NDArray[np.float16]) -> NDArray[np.float64]:
@@ -45,7 +45,7 @@ DTYPES = frozenset(_VALUES)
 
 
 class Statistics:
-    """Of numbers that come with how often each occurs. Moments and range are those of the finite ones."""
+    """Sums over numbers that come with how often each occurs. Moments and range are those of the finite numbers."""
 
     def __init__(self) -> None:
         self.n = self.nan = self.inf = self.zeros = 0
@@ -72,30 +72,30 @@ class Statistics:
         for exponent in np.unique(exponents):
             self.binades[int(exponent)] += int(counts[~is_zero][exponents == exponent].sum())
 
-    def to_json(self) -> dict[str, Any]:
-        """`min` to `std` are None without a finite number; `histogram`: [exponent of 2, how many], ascending."""
+    def result(self, tensor: str) -> TensorStatistics:
+        """`min` to `std` are None without a finite number."""
         mean = self.total / self.n if self.n else None
-        std = math.sqrt(max(0.0, self.squares / self.n - mean * mean)) if mean is not None else None
-        return {
-            "min": self.least if self.n else None,
-            "max": self.most if self.n else None,
-            "mean": mean,
-            "std": std,
-            "zeros": self.zeros,
-            "nan": self.nan,
-            "inf": self.inf,
-            "histogram": [[exponent, n] for exponent, n in sorted(self.binades.items())],
-        }
+        return TensorStatistics(
+            tensor=tensor,
+            min=self.least if self.n else None,
+            max=self.most if self.n else None,
+            mean=mean,
+            std=math.sqrt(max(0.0, self.squares / self.n - mean * mean)) if mean is not None else None,
+            zeros=self.zeros,
+            nan=self.nan,
+            inf=self.inf,
+            histogram=sorted(self.binades.items()),
+        )
 
 
 def statistics(pieces: Iterable[Bits], dtype: str) -> Statistics:
-    """Of all numbers in `pieces`: raw bits of `dtype` (one of DTYPES), in arrays of any shape."""
+    """Statistics of all numbers in `pieces`: raw bits of `dtype` (one of DTYPES), in arrays of any shape."""
     found, values_of = Statistics(), _VALUES[dtype]
     patterns: NDArray[np.int64] | None = None
     for piece in pieces:
         flat = piece.reshape(-1)
-        for start in range(0, flat.size, _CHUNK):
-            bits = flat[start : start + _CHUNK]
+        for start in range(0, flat.size, _CHUNK_NUMBERS):
+            bits = flat[start : start + _CHUNK_NUMBERS]
             if bits.itemsize > 2:
                 found.add(values_of(bits), np.ones(bits.size, np.int64))
                 continue

@@ -1,12 +1,13 @@
-"""`verify`: every byte of a directory, read again and held against what was promised for it."""
+"""`verify`: every byte of a directory, read again and compared with the digests that were recorded or published for it."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from msgspec import Struct, field
 
 from llama4_convert.checkpoints.digests import Digest, Ids, digests, ids_of_download, read_ids
 from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
@@ -15,13 +16,43 @@ from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.pth import PthIndex, check_records
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import is_file_name, read_small
+from llama4_convert.progress import Progress, Start
 from quant.formats.meta import FORMATS
 
-Progress = Callable[[int], None]
-Start = Callable[[int, int], None]
 _CHECKLIST_LINE = re.compile(r"([0-9a-f]{32}) [ *](\S+)")
 _WEIGHTS = (".safetensors", ".pth", ".bin", ".pt")
-_CALLED = {"md5": "MD5", "sha256": "SHA-256", "git": "git id"}
+_DIGEST_NAMES = {"md5": "MD5", "sha256": "SHA-256", "git": "git id"}
+_DOWNLOAD_AGAIN = "download it again"
+
+
+Authority = Literal["manifest", "checklist", "list", "CRC"]
+Expected = dict[Authority, Digest]
+
+
+class FileVerification(Struct, kw_only=True):
+    """Whether a file is what it should be."""
+
+    file: str
+    """its path in the directory"""
+    sha256: str | None = None
+    """of its bytes; null where they were not read"""
+    ok: bool
+    """whether the file is there, and every digest is the one that was expected"""
+    note: str = ""
+    """what is wrong; empty where nothing is"""
+    against: list[Authority] = field(default_factory=list)
+    """what says how the file should be: the manifest, checklist.chk, published ids, the checksums inside it"""
+
+
+class Verification(Struct, frozen=True, kw_only=True):
+    """Whether the files of a directory are what they should be."""
+
+    ok: bool
+    """whether every file is what it should be"""
+    files: list[FileVerification]
+    """every file that was checked"""
+    advice: str
+    """what to do if not"""
 
 
 def verify(
@@ -30,12 +61,12 @@ def verify(
     ids: str | os.PathLike[str] | None = None,
     start: Start = lambda total, done: None,
     progress: Progress = lambda n: None,
-) -> dict[str, Any]:
-    """Check an output against its manifest, Meta's directory against its CRCs and checklist.chk, any against published ids.
+) -> Verification:
+    """Compare an output with its manifest, Meta's directory with its CRCs and checklist.chk, any directory with published ids.
 
-    `ids` is a file that lists them (`published.read_ids`); without it, those that a download has left beside the files are
-    taken. An output is held against its manifest in any case. Returns {ok, files: [{file, sha256, ok, note, against}], advice}:
-    `against` is the kinds of promise that there were. Raises UsageError if nothing tells what `path` should be.
+    `ids` is a file that lists them (`digests.read_ids`); without it, those that a download has left beside the files are
+    taken. An output is compared with its manifest in any case. `start(total, done)` and `progress(n)` count the bytes read.
+    Raises UsageError if nothing says what the files of `path` should be, BadInput or EnvironmentFailed.
     """
     path = Path(path)
     if not path.is_dir():
@@ -44,14 +75,13 @@ def verify(
     listed = read_ids(Path(ids), path) if ids is not None else {}
     manifest = Manifest.read(path)
     if manifest is not None:
-        return _output(path, manifest, listed, start, progress)
-    if ids is not None:
-        return _source(path, listed, start, progress) if is_source else _listed(path, listed, start, progress)
-    left = ids_of_download(path)
+        return _verify_output(path, manifest, listed, start, progress)
+    if ids is None:
+        listed = ids_of_download(path)
     if is_source:
-        return _source(path, left, start, progress)
-    if left:
-        return _listed(path, left, start, progress)
+        return _verify_source(path, listed, start, progress)
+    if listed:
+        return _verify_listed(path, listed, start, progress)
     if hint := inner_original(path):
         raise UsageError(f"{path} holds no checkpoint itself: did you mean {hint}?")
     raise UsageError(
@@ -60,17 +90,24 @@ def verify(
     )
 
 
-def _output(path: Path, manifest: Manifest, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
+def _result(files: list[FileVerification], advice: str) -> Verification:
+    return Verification(ok=all(file.ok for file in files), files=files, advice=advice)
+
+
+def _verify_output(path: Path, manifest: Manifest, ids: Ids, start: Start, progress: Progress) -> Verification:
     unfinished = manifest.marker not in manifest.files
     start(sum(entry.size for entry in manifest.files.values()), 0)
     files = []
     for name in sorted({*manifest.files, *ids}):
-        entry = manifest.files.get(name)
-        expected = [("manifest", Digest("sha256", entry.sha256))] if entry else []
-        expected += [("list", ids[name])] if name in ids else []
-        files.append(_held_against(path / name, name, expected, progress))
+        expected: Expected = {}
+        if name in manifest.files:
+            expected["manifest"] = Digest("sha256", manifest.files[name].sha256)
+        if name in ids:
+            expected["list"] = ids[name]
+        files.append(_verify_file(path / name, name, expected, progress))
     if unfinished:
-        files.append(_bad(manifest.marker, "not written yet: the conversion is unfinished"))
+        note = "not written yet: the conversion is unfinished"
+        files.append(FileVerification(file=manifest.marker, ok=False, note=note))
     weights = "model*.safetensors" if manifest.marker == INDEX else "consolidated.*.pth"
     for stray in sorted(p.name for p in path.glob(weights) if p.name not in manifest.files):
         why = (
@@ -78,35 +115,34 @@ def _output(path: Path, manifest: Manifest, ids: Ids, start: Start, progress: Pr
             if unfinished
             else "not of this conversion: readers may take it"
         )
-        files.append(_bad(stray, why))
+        files.append(FileVerification(file=stray, ok=False, note=why))
     advice = "run the conversion again: it goes on where it stopped" if unfinished else "convert again with --overwrite"
-    return {"ok": all(f["ok"] for f in files), "files": files, "advice": advice}
+    return _result(files, advice)
 
 
-def _bad(name: str, note: str) -> dict[str, Any]:
-    return {"file": name, "sha256": None, "ok": False, "note": note, "against": []}
-
-
-def _source(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
-    promised = _checklist(path)
-    ranks = rank_files(path)
+def _verify_source(path: Path, ids: Ids, start: Start, progress: Progress) -> Verification:
+    checklist, ranks = _checklist(path), rank_files(path)
     ranks += _scales(path, ranks)
     names = {file.name for file in ranks}
-    others = [path / name for name in {**promised, **ids} if name not in names]
+    others = [path / name for name in {**checklist, **ids} if name not in names]
     start(2 * sum(f.stat().st_size for f in ranks if f.is_file()), 0)  # digests, then the CRCs inside
     files = []
     for file in [*ranks, *others]:
         name = file.relative_to(path).as_posix()
-        expected = [(what, found[name]) for what, found in (("checklist", promised), ("list", ids)) if name in found]
-        entry = _held_against(file, name, expected, progress if file in ranks else lambda n: None)
+        expected: Expected = {}
+        if name in checklist:
+            expected["checklist"] = checklist[name]
+        if name in ids:
+            expected["list"] = ids[name]
+        found = _verify_file(file, name, expected, progress if file in ranks else lambda n: None)
         if ids and file in ranks and name not in ids:
-            entry |= {"ok": False, "note": "the list does not name it"}
-        if entry["ok"] and file in ranks:
-            entry["note"] = _damage(file, progress)
-            entry["ok"] = not entry["note"]
-            entry["against"].append("CRC")
-        files.append(entry)
-    return {"ok": all(f["ok"] for f in files), "files": files, "advice": "download it again"}
+            found.ok, found.note = False, "the list does not name it"
+        if found.ok and file in ranks:
+            found.note = _damage(file, progress)
+            found.ok = not found.note
+            found.against.append("CRC")
+        files.append(found)
+    return _result(files, _DOWNLOAD_AGAIN)
 
 
 def _scales(path: Path, ranks: list[Path]) -> list[Path]:
@@ -120,28 +156,26 @@ def _scales(path: Path, ranks: list[Path]) -> list[Path]:
 def _is_quantized(file: Path) -> bool:
     try:
         return any(tensor.dtype == CODES for tensor in PthIndex.read(file).tensors.values())
-    except BadInput:  # which is told of this file, later
+    except BadInput:  # which `_damage` reports of this file, later
         return False
 
 
-def _listed(path: Path, ids: Ids, start: Start, progress: Progress) -> dict[str, Any]:
+def _verify_listed(path: Path, ids: Ids, start: Start, progress: Progress) -> Verification:
     start(sum((path / name).stat().st_size for name in ids if (path / name).is_file()), 0)
-    files = [_held_against(path / name, name, [("list", digest)], progress) for name, digest in sorted(ids.items())]
+    files = [_verify_file(path / name, name, {"list": digest}, progress) for name, digest in sorted(ids.items())]
     for stray in sorted(path.iterdir()):
         if stray.name.endswith(_WEIGHTS) and stray.name not in ids:
-            files.append(_bad(stray.name, "the list does not name it"))
-    return {"ok": all(f["ok"] for f in files), "files": files, "advice": "download it again"}
+            files.append(FileVerification(file=stray.name, ok=False, note="the list does not name it"))
+    return _result(files, _DOWNLOAD_AGAIN)
 
 
-def _held_against(file: Path, name: str, expected: list[tuple[str, Digest]], progress: Progress) -> dict[str, Any]:
-    """`expected`: who promises which digest."""
+def _verify_file(file: Path, name: str, expected: Expected, progress: Progress) -> FileVerification:
     if not file.is_file():
-        return _bad(name, "missing")
-    found = digests(file, {"sha256", *(digest.algorithm for _, digest in expected)}, progress)
-    wrong = [_CALLED[d.algorithm] for _, d in expected if found[d.algorithm] != d.value]
+        return FileVerification(file=name, ok=False, note="missing")
+    found = digests(file, {"sha256", *(digest.algorithm for digest in expected.values())}, progress)
+    wrong = [_DIGEST_NAMES[d.algorithm] for d in expected.values() if found[d.algorithm] != d.value]
     note = f"its {' and its '.join(dict.fromkeys(wrong))} is another" if wrong else ""
-    told = {"file": name, "sha256": found["sha256"], "ok": not wrong, "note": note}
-    return {**told, "against": [what for what, _ in expected]}
+    return FileVerification(file=name, sha256=found["sha256"], ok=not wrong, note=note, against=list(expected))
 
 
 def _damage(file: Path, progress: Progress) -> str:

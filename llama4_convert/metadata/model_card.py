@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import to_builtins
+
 from llama4_convert.checkpoints.manifest import NAME, Manifest, describe_errors
 from llama4_convert.checkpoints.tensor_kinds import words
 from llama4_convert.formatting import parameters
@@ -234,7 +236,7 @@ def _use(facts: Facts) -> list[str]:
 def _quantization(facts: Facts) -> list[str]:
     if not facts.manifest.errors:
         return []
-    told = describe_errors(facts.manifest.errors)
+    told = to_builtins(describe_errors(facts.manifest.errors))
 
     def row(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
         sqnr = "-" if one["sqnr_db"] is None else f"{one['sqnr_db']:.2f}"

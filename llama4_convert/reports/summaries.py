@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4_convert.formatting import counted, gigabytes, parameters
+from llama4_convert.inspection.verify import Verification
 
 
 def plan_summary(plan: dict[str, Any]) -> str:
@@ -99,15 +100,15 @@ def quantization_summary(told: dict[str, Any]) -> list[str]:
     return lines
 
 
-def verify_summary(result: dict[str, Any]) -> str:
+def verify_summary(result: Verification) -> str:
     lines = []
-    for file in result["files"]:
-        status = "ok" if file["ok"] else "MISSING" if file["note"].startswith(("missing", "not written")) else "DAMAGED"
-        if not file["ok"] and file["note"].startswith("not recorded"):
+    for file in result.files:
+        status = "ok" if file.ok else "MISSING" if file.note.startswith(("missing", "not written")) else "DAMAGED"
+        if not file.ok and file.note.startswith("not recorded"):
             status = "UNKNOWN"
-        lines.append(f"{status:7}  {file['file']}" + (f"  ({file['note']})" if file["note"] else ""))
-    held = Counter(" and ".join(_PROMISES[what] for what in file["against"]) for file in result["files"] if file["ok"])
-    lines += [f"{counted(n, 'file')} as {what or 'nothing tells: they were only read'}" for what, n in held.items()]
+        lines.append(f"{status:7}  {file.file}" + (f"  ({file.note})" if file.note else ""))
+    reasons = Counter(" and ".join(_PROMISES[what] for what in file.against) for file in result.files if file.ok)
+    lines += [f"{counted(n, 'file')} as {why or 'nothing tells: they were only read'}" for why, n in reasons.items()]
     return "\n".join(lines)
 
 

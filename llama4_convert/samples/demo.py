@@ -43,9 +43,9 @@ def demo(
         f"2. convert   {output}: {len(converted['files'])} files, {converted['status']}, variant {converted['variant']}"
     )
     verified = verify(output)
-    if not verified["ok"]:
-        raise CheckFailed(f"{output}: {verified['advice']}")
-    say(f"3. verify    every byte of {len(verified['files'])} files matches its SHA-256")
+    if not verified.ok:
+        raise CheckFailed(f"{output}: {verified.advice}")
+    say(f"3. verify    every byte of {len(verified.files)} files matches its SHA-256")
 
     checks = {"llama4": _validate(meta, output, "llama4")}
     ours = checks["llama4"]

@@ -82,10 +82,10 @@ def test_in_every_file_of_an_output(meta_checkpoint: Callable[..., Any], tmp_pat
         for at in [*places(path.stat().st_size, chance), *(chance.randrange(64) for _ in range(2))]:
             bit = chance.randrange(8)
             commands.flip(path, at, bit)
-            bad = [one["file"] for one in verify(out)["files"] if not one["ok"]]
+            bad = [one.file for one in verify(out).files if not one.ok]
             assert bad == [path.relative_to(out).as_posix()]
             commands.flip(path, at, bit)
-    assert verify(out)["ok"]
+    assert verify(out).ok
 
 
 def test_anywhere_in_a_file_that_a_checklist_names(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -95,12 +95,12 @@ def test_anywhere_in_a_file_that_a_checklist_names(meta_checkpoint: Callable[...
     names = [path.name for path in sorted(source.iterdir())]
     digests = [hashlib.md5((source / name).read_bytes()).hexdigest() for name in names]
     (source / "checklist.chk").write_text("".join(f"{d}  {n}\n" for d, n in zip(digests, names, strict=True)))
-    assert verify(source)["ok"]
+    assert verify(source).ok
     for _ in range(300 if ALL else 20):
         name = chance.choice(names)
         at, bit = chance.randrange((source / name).stat().st_size), chance.randrange(8)
         commands.flip(source / name, at, bit)
-        assert [one["file"] for one in verify(source)["files"] if not one["ok"]] == [name]
+        assert [one.file for one in verify(source).files if not one.ok] == [name]
         commands.flip(source / name, at, bit)
 
 
@@ -117,7 +117,7 @@ def test_in_the_manifest_itself(meta_checkpoint: Callable[..., Any], tmp_path: P
         at, bit = chance.randrange(begin, end), chance.randrange(8)
         commands.flip(manifest, at, bit)
         try:
-            accused += not verify(out)["ok"]
+            accused += not verify(out).ok
         except (BadInput, EnvironmentFailed):
             accused += 1
         commands.flip(manifest, at, bit)

@@ -74,10 +74,10 @@ def test_overwrite_does_not_leave_two_models(made: Path, tmp_path: Path) -> None
     target = tmp_path / "out"
     export(made / "hf", target, ranks=2)
     convert(made / "meta", target, overwrite=True)
-    assert inspect(target)["layout"] == "transformers"
+    assert inspect(target).layout == "transformers"
     assert not list(target.glob("*.pth"))
     export(made / "meta", target, ranks=1, overwrite=True)
-    assert inspect(target)["layout"] == "meta"
+    assert inspect(target).layout == "meta"
     assert not list(target.glob("*.safetensors*"))
 
     theirs = commands.copy(made / "meta", tmp_path / "theirs")
@@ -89,7 +89,7 @@ def test_overwrite_does_not_leave_two_models(made: Path, tmp_path: Path) -> None
     (downloaded / MANIFEST).unlink()
     with pytest.raises(UsageError, match="in the other layout"):
         export(made / "meta", downloaded, overwrite=True)
-    assert inspect(downloaded)["layout"] == "transformers"
+    assert inspect(downloaded).layout == "transformers"
 
 
 @pytest.mark.parametrize("ranks", [0, -1, True, 129, "8", None])
@@ -177,7 +177,7 @@ def test_replicated_nan_are_counted_once(made: Path, tmp_path: Path) -> None:
     told = export(source, tmp_path / "out", ranks=4)["nonfinite"]
     assert [(one["tensor"], one["nan"]) for one in told] == [("norm.weight", 1)]
     for stats in (False, True):
-        assert [one["nan"] for one in inspect(tmp_path / "out", stats=stats)["nonfinite"]] == [1]
+        assert [one.nan for one in inspect(tmp_path / "out", stats=stats).nonfinite] == [1]
 
 
 def test_ids_from_inside_the_folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +186,9 @@ def test_ids_from_inside_the_folder(made: Path, tmp_path: Path, monkeypatch: pyt
     ids = tmp_path / "ids"
     ids.write_text("\ufeff" + "".join(f"{digest.upper()}  original/{name}\r\n" for name, digest in digests.items()))
     monkeypatch.chdir(source)
-    assert verify(".", ids="../ids")["ok"]
+    assert verify(".", ids="../ids").ok
     (source / "consolidated.02.pth").write_bytes((source / "consolidated.01.pth").read_bytes())
-    bad = {one["file"]: one["note"] for one in verify(source, ids=ids)["files"] if not one["ok"]}
+    bad = {one.file: one.note for one in verify(source, ids=ids).files if not one.ok}
     assert bad == {"consolidated.02.pth": "the list does not name it"}
 
 
@@ -207,7 +207,7 @@ def test_odd_entries_beside_a_download(made: Path, tmp_path: Path) -> None:
     folder = source / ".cache" / "huggingface" / "download"
     (folder / "sub.metadata").mkdir(parents=True)
     os.mkfifo(folder / "p.metadata")
-    assert verify(source)["ok"]
+    assert verify(source).ok
     (folder / "params.json.metadata").write_text("garbled")
     with pytest.raises(BadInput, match=r"params\.json\.metadata is damaged"):
         verify(source)
@@ -244,7 +244,7 @@ def test_into_the_sources_original(made: Path, tmp_path: Path) -> None:
     source = commands.copy(made / "hf", tmp_path / "hf")
     with pytest.raises(UsageError, match="would overwrite the source"):
         export(source, source / "original", overwrite=True)
-    assert verify(source)["ok"]
+    assert verify(source).ok
 
 
 def test_a_link_to_nothing(made: Path, tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ def test_a_list(form: str, repo: Path, tmp_path: Path, capsys: pytest.CaptureFix
         whole = (repo / name).read_bytes()
         for bit in (0, 8 * len(whole) - 1):
             commands.flip(repo / name, bit // 8)
-            found = {one["file"]: one for one in verify(repo, ids=ids)["files"]}
-            assert [n for n, one in found.items() if not one["ok"]] == [name]
-            assert "is another" in found[name]["note"]
+            found = {one.file: one for one in verify(repo, ids=ids).files}
+            assert [n for n, one in found.items() if not one.ok] == [name]
+            assert "is another" in found[name].note
             (repo / name).write_bytes(whole)
         (repo / name).unlink()
         missing = commands.run(capsys, "verify", repo, "--ids", ids)
@@ -96,7 +96,7 @@ def test_a_list(form: str, repo: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert f"{name}  (missing)" in missing.out
         (repo / name).write_bytes(whole)
     (repo / "model-00002.safetensors").write_bytes(b"x")
-    assert [one["note"] for one in verify(repo, ids=ids)["files"] if not one["ok"]] == ["the list does not name it"]
+    assert [one.note for one in verify(repo, ids=ids).files if not one.ok] == ["the list does not name it"]
 
 
 def test_a_list_of_the_whole_repository_for_its_original(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -105,12 +105,12 @@ def test_a_list_of_the_whole_repository_for_its_original(meta_checkpoint: Callab
     ids.write_text(
         "".join(f"{sha256(path)}  original/{path.name}\n" for path in source.iterdir()) + f"{'0' * 40}  config.json\n"
     )
-    assert verify(source, ids=ids)["ok"]
+    assert verify(source, ids=ids).ok
     params = source / "params.json"
     params.write_text(params.read_text() + " ")
-    assert [one["file"] for one in verify(source, ids=ids)["files"] if not one["ok"]] == ["params.json"]
+    assert [one.file for one in verify(source, ids=ids).files if not one.ok] == ["params.json"]
     (source / "consolidated.01.pth").unlink()
-    found = {one["file"]: one["note"] for one in verify(source, ids=ids)["files"]}
+    found = {one.file: one.note for one in verify(source, ids=ids).files}
     assert found["consolidated.01.pth"] == "missing"
 
 
@@ -122,12 +122,12 @@ def test_what_a_download_into_a_directory_leaves(repo: Path) -> None:
     for name in NAMES:
         etag = sha256(repo / name) if name.endswith(".safetensors") else git_id(repo / name)
         write_download_metadata(repo, name, "a" * 40, etag)
-    assert verify(repo)["ok"]
-    assert [one["file"] for one in verify(repo / "original")["files"]] == ["params.json"]
+    assert verify(repo).ok
+    assert [one.file for one in verify(repo / "original").files] == ["params.json"]
     commands.flip(repo / NAMES[1], 50)
-    assert [one["file"] for one in verify(repo)["files"] if not one["ok"]] == [NAMES[1]]
+    assert [one.file for one in verify(repo).files if not one.ok] == [NAMES[1]]
     (repo / NAMES[2]).write_bytes(b"")
-    assert not verify(repo / "original")["ok"]
+    assert not verify(repo / "original").ok
 
 
 def test_a_snapshot_in_the_hubs_cache(repo: Path, tmp_path: Path) -> None:
@@ -139,12 +139,12 @@ def test_a_snapshot_in_the_hubs_cache(repo: Path, tmp_path: Path) -> None:
         shutil.copy(repo / name, blobs / etag)
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(os.path.relpath(blobs / etag, (snapshot / name).parent))
-    assert verify(snapshot)["ok"]
-    assert len(verify(snapshot)["files"]) == len(NAMES)
+    assert verify(snapshot).ok
+    assert len(verify(snapshot).files) == len(NAMES)
     commands.flip((snapshot / NAMES[1]).resolve(), 3)
-    assert [one["file"] for one in verify(snapshot)["files"] if not one["ok"]] == [NAMES[1]]
+    assert [one.file for one in verify(snapshot).files if not one.ok] == [NAMES[1]]
     (snapshot / NAMES[1]).resolve().unlink()
-    assert [one["note"] for one in verify(snapshot)["files"] if not one["ok"]] == ["missing"]
+    assert [one.note for one in verify(snapshot).files if not one.ok] == ["missing"]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_each_rank_is_dequantized_with_its_own_scales(
     source = quantized(geometry, mode, ranks)
     result = convert(source, tmp_path / "out")
     assert_equal(oracle.read_safetensors_dir(tmp_path / "out"), oracle.slow_convert(by_hand(source, tmp_path / "hand")))
-    assert all(file["ok"] for file in verify(tmp_path / "out")["files"])
+    assert all(file.ok for file in verify(tmp_path / "out").files)
     assert not any("scales" in dropped["name"] for dropped in result["dropped"])
 
 
@@ -190,42 +190,42 @@ def _changed(file: Path, key: str) -> dict[str, Any]:
 def test_what_is_told_of_it(quantized: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     source = quantized("wide", INT4, 2)
     told = inspect(source)
-    [group] = told["quantization"]["groups"]
-    assert (group["scheme"], group["matrices"]) == ("int4", 2 * 3 * 4)
-    assert 4 < group["bits_per_weight"] < 9
-    assert sum(share["bytes"] for share in told["by_kind"]) == told["bytes"]
-    assert told["parameters"] == inspect(quantized("wide", FP8, 2))["parameters"]
-    listed = {t["name"]: (t["dtype"], t["shape"]) for t in told["tensors"]}
+    [group] = told.quantization.groups
+    assert (group.scheme, group.matrices) == ("int4", 2 * 3 * 4)
+    assert 4 < group.bits_per_weight < 9
+    assert sum(share.bytes for share in told.by_kind) == told.bytes
+    assert told.parameters == inspect(quantized("wide", FP8, 2)).parameters
+    listed = {t.name: (t.dtype, t.shape) for t in told.tensors}
     assert listed["layers.1.feed_forward.experts.moe_w_in_eD_F"] == ("F8_E4M3", [4 * 64, 256])
     assert listed["layers.1.feed_forward.experts.w1"] == ("F32", [4, 1, 256])
     sizes = [torch.load(path, weights_only=False) for path in source.glob("*.p*t*") if path.name != "params.json"]
-    assert told["bytes"] == sum(t.nbytes for state in sizes for t in state.values() if isinstance(t, Tensor))
+    assert told.bytes == sum(t.nbytes for state in sizes for t in state.values() if isinstance(t, Tensor))
     assert "int4, a scale a row of each rank: 24 routed experts" in commands.run(capsys, "inspect", source).out
     expert = next(
-        t for t in inspect(source, stats=True)["stats"] if t["tensor"].endswith("1.feed_forward.experts.moe_w_in_eD_F")
+        t for t in inspect(source, stats=True).stats if t.tensor.endswith("1.feed_forward.experts.moe_w_in_eD_F")
     )
-    numbers = torch.cat([meta_quantizer.dequantized(source, rank)[expert["tensor"]].flatten() for rank in (0, 1)])
-    assert expert["max"] == numbers.max()
-    assert expert["std"] == pytest.approx(numbers.double().std(correction=0).item())
+    numbers = torch.cat([meta_quantizer.dequantized(source, rank)[expert.tensor].flatten() for rank in (0, 1)])
+    assert expert.max == numbers.max()
+    assert expert.std == pytest.approx(numbers.double().std(correction=0).item())
     planned = plan(source)
     assert planned["dtype"] == "BF16"
-    assert planned["parameters"] == told["parameters"]
+    assert planned["parameters"] == told.parameters
     assert plan(source)["peak_memory_bytes"] > 96 << 20
 
 
 def test_verify_reads_the_scales(quantized: Callable[..., Path], tmp_path: Path) -> None:
     source = commands.copy(quantized("scout", FP8, 2), tmp_path / "src")
     told = verify(source)
-    assert told["ok"]
-    assert {file["file"] for file in told["files"]} >= {"fp8_scales_0.pt", "fp8_scales_1.pt"}
+    assert told.ok
+    assert {file.file for file in told.files} >= {"fp8_scales_0.pt", "fp8_scales_1.pt"}
     commands.flip(source / "fp8_scales_1.pt", commands.data_offset(source / "fp8_scales_1.pt", "/data/0"))
     (source / "fp8_scales_0.pt").unlink()
-    bad = {file["file"]: file["note"] for file in verify(source)["files"] if not file["ok"]}
+    bad = {file.file: file.note for file in verify(source).files if not file.ok}
     assert bad.keys() == {"fp8_scales_0.pt", "fp8_scales_1.pt"}
     assert bad["fp8_scales_0.pt"] == "missing"
     assert "CRC" in bad["fp8_scales_1.pt"]
     (source / "fp8_scales_1.pt").unlink()
-    bad = {file["file"]: file["note"] for file in verify(source)["files"] if not file["ok"]}
+    bad = {file.file: file.note for file in verify(source).files if not file.ok}
     assert bad == dict.fromkeys(("fp8_scales_0.pt", "fp8_scales_1.pt"), "missing")
 
 
@@ -482,7 +482,7 @@ def test_int4_groups_keep_their_bits(quantized: Callable[..., Path], tmp_path: P
                 assert found[f"{at}_shape"].tolist() == list(codes.shape)
     checked = validate(tmp_path / "out", reference=source, tokens=16)
     assert checked["passed"], checked
-    assert verify(tmp_path / "out")["ok"]
+    assert verify(tmp_path / "out").ok
     told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_packed", recipe=recipe)
     assert told["op"][-1] == "keep the codes of [128, 512] as they are, in the order of weight_packed"
     told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_scale", recipe=recipe)
@@ -592,7 +592,7 @@ def test_export_writes_what_metas_script_writes(
         layers = len({key for key in files(expected)["fp8_scales_0.pt"] if key.endswith("w1")})
         assert told["matrices"] == layers * 3 * GEOMETRIES[geometry]["moe_args"]["num_experts"] * ranks
         assert 1e-4 < told["relative_mse"] < 1e-3
-        assert verify(target)["ok"]
+        assert verify(target).ok
     for rank in range(ranks):
         loaded = meta_quantizer.load(target, rank, ranks)
         numbers = meta_quantizer.dequantized(target, rank)
@@ -652,7 +652,7 @@ def test_an_interrupted_export_goes_on(plain: Callable[..., Path], tmp_path: Pat
         export(source, target, recipe="meta-fp8")
         assert commands.digests(target) == commands.digests(tmp_path / "straight")
     (tmp_path / "straight" / "fp8_scales_1.pt").unlink()
-    assert not verify(tmp_path / "straight")["ok"]
+    assert not verify(tmp_path / "straight").ok
     expected = commands.digests(tmp_path / "counted")
     export(source, tmp_path / "straight", recipe="meta-fp8")
     assert commands.digests(tmp_path / "straight") == expected

@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from msgspec import to_builtins
 from safetensors.torch import load_file
 
 from llama4_convert import convert, inspect
@@ -83,8 +84,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return meta_model.write_checkpoint(model, params, tmp_path_factory.mktemp("broken"), ranks=2)
 
 
-def found(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    return {one["tensor"]: (one["nan"], one["inf"]) for one in result["nonfinite"]}
+def found(result: Any) -> dict[str, tuple[int, int]]:
+    """`result`: a result, or its JSON."""
+    return {one["tensor"]: (one["nan"], one["inf"]) for one in to_builtins(result)["nonfinite"]}
 
 
 def test_convert_keeps_and_counts_them(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +113,7 @@ def test_convert_keeps_and_counts_them(broken: Path, tmp_path: Path, capsys: pyt
 
 
 def test_inspect_finds_them_in_metas_files(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect(broken)["nonfinite"] is None  # nobody has counted
+    assert inspect(broken).nonfinite is None  # nobody has counted
     assert "not finite" not in commands.run(capsys, "inspect", broken).out
     names = {"tok_embeddings.weight": (0, 2), "layers.0.feed_forward.router_DE": (1, 0)}
     assert found(inspect(broken, stats=True)) == {**names, "layers.0.feed_forward.experts.moe_w_out_eF_D": (1, 1)}
@@ -137,16 +139,16 @@ def test_recipes_refuse_them_unless_allowed(recipe: str, broken: Path, tmp_path:
     assert found(result)[EXPERT] == (1, 1)
     assert any("quantized as 0 and as the largest magnitude" in text and EXPERT in text for text in said)
 
-    stats = {one["tensor"]: one for one in inspect(target, stats=True)["stats"]}
-    assert (stats[EXPERT]["nan"], stats[EXPERT]["inf"]) == (0, 0)
+    stats = {one["tensor"]: one for one in inspect(target, stats=True).stats}
+    assert (stats[EXPERT].nan, stats[EXPERT].inf) == (0, 0)
     other = tmp_path / "other.toml"  # quantizes another expert: this one only becomes a linear layer
     rule = '[[rule]]\nfamilies = ["routed_experts"]\nexperts = [0]\nscheme = "int4"\n'
     other.write_text(f'summary = ""\nformat = "compressed-tensors"\n{rule}')
     plain = convert(broken, tmp_path / "plain", recipe=str(other))
-    kept = {one["tensor"]: one for one in inspect(tmp_path / "plain", stats=True)["stats"]}
+    kept = {one["tensor"]: one for one in inspect(tmp_path / "plain", stats=True).stats}
     assert found(plain)[EXPERT] == (1, 1)  # linearized, and else as it is
-    assert stats[EXPERT]["max"] <= kept[EXPERT]["max"] * 1.01
-    assert stats[EXPERT]["std"] == pytest.approx(kept[EXPERT]["std"], rel=0.02)
+    assert stats[EXPERT].max <= kept[EXPERT].max * 1.01
+    assert stats[EXPERT].std == pytest.approx(kept[EXPERT].std, rel=0.02)
 
 
 def test_allowing_without_a_recipe_is_refused(broken: Path, tmp_path: Path) -> None:

@@ -638,8 +638,8 @@ def test_inspect_counts_what_packed_words_stand_for(
 ) -> None:
     path, result = quantized("mixed", recipe)
     found = inspect(path)
-    assert found["parameters"] == inspect(plain("mixed"))["parameters"] == result["parameters"]
-    assert sum(found["quantized"].values()) == result["quantization"]["matrices"]
+    assert found.parameters == inspect(plain("mixed")).parameters == result["parameters"]
+    assert sum(found.quantized.values()) == result["quantization"]["matrices"]
 
 
 def test_progress_ends_where_it_said(source: Callable[[str], Path], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_it_is_what_metas_code_wrote(meta_checkpoint: Callable[..., Any], tmp_pa
             assert_equal(target, truth)
             assert json.loads((target / "params.json").read_text()) == meta_model.GEOMETRIES[geometry]
             assert (target / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
-            assert verify(target)["ok"]
+            assert verify(target).ok
 
 
 @pytest.mark.parametrize("spelling", ["published", "module", "mixed"])
@@ -322,10 +322,10 @@ def test_every_rank_file_has_its_crcs(converted: Callable[[str], Path], tmp_path
     target = tmp_path / "out"
     export(converted("scout"), target, ranks=2)
     (target / "llama4-convert.json").unlink()  # Meta's directory, as any other
-    assert verify(target)["ok"]
+    assert verify(target).ok
     record = max(PthIndex.read(target / "consolidated.01.pth").records, key=lambda r: r.size)
     commands.flip(target / "consolidated.01.pth", record.offset + record.size // 2)
-    assert not verify(target)["ok"]
+    assert not verify(target).ok
 
 
 def test_where_ranks_part_a_head_metas_loader_takes_q_k_and_v_apart(tmp_path: Path) -> None:
@@ -372,11 +372,11 @@ def test_an_interrupted_export_goes_on(converted: Callable[[str], Path], tmp_pat
     source = converted("scout")
     export(source, tmp_path / "straight", ranks=4)
 
-    stop = commands.stopping_after(1.6 * inspect(source)["bytes"])  # all of it is checked, then read
+    stop = commands.stopping_after(1.6 * inspect(source).bytes)  # all of it is checked, then read
     with pytest.raises(commands.Stop):
         export(source, tmp_path / "out", ranks=4, progress=stop)
     assert not (tmp_path / "out" / "params.json").exists()
-    assert not verify(tmp_path / "out")["ok"]
+    assert not verify(tmp_path / "out").ok
     result = export(source, tmp_path / "out", ranks=4)
     assert result["files_kept_from_earlier_run"] > 0
     assert commands.digests(tmp_path / "out") == commands.digests(tmp_path / "straight")
@@ -388,7 +388,7 @@ def test_the_command(converted: Callable[[str], Path], tmp_path: Path, capsys: p
     assert outcome.code == 0
     assert outcome.json["ranks"] == 2
     assert {one["file"] for one in outcome.json["files"]} >= {"consolidated.00.pth", "params.json", "tokenizer.model"}
-    assert outcome.json["parameters"] == inspect(converted("scout"))["parameters"]
+    assert outcome.json["parameters"] == inspect(converted("scout")).parameters
     again = commands.run(capsys, "export", converted("scout"), tmp_path / "out")
     assert "is complete already" in again.out
     fewer = commands.run(capsys, "export", tmp_path / "out", tmp_path / "one", "--ranks", 1)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import to_builtins
 from safetensors.torch import load_file, save_file
 
 from llama4.weights import parameter_shapes
 from llama4_convert import convert, inspect, synth
 from llama4_convert.checkpoints.tensor_kinds import KINDS, active_parameters, kind_of
 from llama4_convert.errors import BadInput
+from llama4_convert.inspection.results import DtypeShare, Inspection, Share
 from llama4_convert.reference.checkpoint import Checkpoint
 from tests.support import commands
 
@@ -50,8 +52,8 @@ def parameters_of(path: Path) -> dict[str, int]:
     return dict(counts)
 
 
-def told(found: dict[str, Any], field: str) -> dict[str, int]:
-    return {row["kind"]: row[field] for row in found["by_kind"] if row[field]}
+def told(found: Inspection, field: str) -> dict[str, int]:
+    return {row.kind: getattr(row, field) for row in found.by_kind if getattr(row, field)}
 
 
 def entries(path: Path) -> dict[str, Any]:
@@ -72,10 +74,10 @@ def test_parameters_by_kind_are_the_references(
     for path in (source, converted(geometry)):
         found = inspect(path)
         assert told(found, "parameters") == expected
-        assert found["parameters"] == sum(expected.values())
-        assert sum(row["tensors"] for row in found["by_kind"]) == len(found["tensors"])
-        assert sum(row["bytes"] for row in found["by_kind"]) == found["bytes"]
-        assert [row["kind"] for row in found["by_kind"]] == [k for k in KINDS if k in told(found, "tensors")]
+        assert found.parameters == sum(expected.values())
+        assert sum(row.tensors for row in found.by_kind) == len(found.tensors)
+        assert sum(row.bytes for row in found.by_kind) == found.bytes
+        assert [row.kind for row in found.by_kind] == [k for k in KINDS if k in told(found, "tensors")]
 
 
 @pytest.mark.parametrize("geometry", ["maverick", "guard", "top2", "odd"])
@@ -90,7 +92,7 @@ def test_a_token_meets_all_but_the_experts_that_are_not_chosen_and_vision(
         if not name.startswith("vision.") and (".experts." not in name or int(name.split(".")[4]) in chosen)
     )
     for path in (checkpoint.path, converted(geometry)):
-        assert inspect(path)["active_parameters"] == met
+        assert inspect(path).active_parameters == met
 
 
 @pytest.mark.parametrize(
@@ -101,8 +103,8 @@ def test_the_published_models(geometry: str, total: int, active: float, tmp_path
     """Meta says 17 B active of 109 B and of 400 B; of Guard's 12 B the vision tower is 0.9 B."""
     synth(tmp_path, geometry=geometry, sparse=True)
     found = inspect(tmp_path)
-    assert found["parameters"] == total
-    assert found["active_parameters"] == pytest.approx(active, rel=0.02)
+    assert found.parameters == total
+    assert found.active_parameters == pytest.approx(active, rel=0.02)
 
 
 def test_experts_that_nobody_has_counted() -> None:
@@ -133,7 +135,7 @@ def test_bytes_by_kind_and_dtype_are_those_of_the_files(converted: Callable[[str
     found = inspect(converted("maverick"))
     assert told(found, "bytes") == dict(expected)
     (sizes,) = dtypes.values()
-    assert found["dtypes"] == {"BF16": {"tensors": len(sizes), "bytes": sum(sizes)}}
+    assert found.dtypes == {"BF16": DtypeShare(tensors=len(sizes), bytes=sum(sizes))}
 
 
 def test_metas_files_count_every_rank_and_what_is_dropped(meta_checkpoint: Callable[..., Any]) -> None:
@@ -147,7 +149,7 @@ def test_metas_files_count_every_rank_and_what_is_dropped(meta_checkpoint: Calla
     found = told(inspect(source), "bytes")
     assert (found["router"], found["dropped"]) == (sizes["router"], sizes["dropped"])
     assert sum(found.values()) == sum(sizes.values())
-    assert sum(one["bytes"] for one in inspect(source)["dtypes"].values()) == sum(sizes.values())
+    assert sum(one.bytes for one in inspect(source).dtypes.values()) == sum(sizes.values())
 
 
 def test_what_no_llama_4_has_is_other(converted: Callable[[str], Path], tmp_path: Path) -> None:
@@ -156,8 +158,8 @@ def test_what_no_llama_4_has_is_other(converted: Callable[[str], Path], tmp_path
     index = json.loads((path / commands.INDEX).read_text())
     index["weight_map"]["model.layers.0.mystery.weight"] = "model-x.safetensors"
     (path / commands.INDEX).write_text(json.dumps(index))
-    (row,) = [row for row in inspect(path)["by_kind"] if row["kind"] == "other"]
-    assert row == {"kind": "other", "tensors": 1, "parameters": 15, "bytes": 60}
+    (row,) = [row for row in inspect(path).by_kind if row.kind == "other"]
+    assert row == Share(kind="other", tensors=1, parameters=15, bytes=60)
 
 
 # -------------------- spelling
@@ -168,9 +170,9 @@ def test_what_no_llama_4_has_is_other(converted: Callable[[str], Path], tmp_path
 )
 def test_the_spelling_of_metas_keys(written: str, said: str, meta_checkpoint: Callable[..., Any]) -> None:
     source = meta_checkpoint("maverick", ranks=2, spelling=written).src
-    found = inspect(source)["spelling"]
-    assert found["spelling"] == said
-    assert {one["kind"] for one in found["kinds"]} == {
+    found = inspect(source).spelling
+    assert found.spelling == said
+    assert {one.kind for one in found.kinds} == {
         "attention",
         "routed_experts",
         "shared_expert",
@@ -178,10 +180,10 @@ def test_the_spelling_of_metas_keys(written: str, said: str, meta_checkpoint: Ca
         "norms",
     }
     if written != "mixed":
-        assert {one["spelling"] for one in found["kinds"]} == {said}
+        assert {one.spelling for one in found.kinds} == {said}
     keys = {re.sub(r"^layers\.\d+", "layers.*", key) for key in entries(source / "consolidated.00.pth")}
-    assert {key for one in found["kinds"] for key in one["keys"]} <= keys
-    experts = next(one for one in found["kinds"] if one["kind"] == "routed_experts")["keys"]
+    assert {key for one in found.kinds for key in one.keys} <= keys
+    experts = next(one for one in found.kinds if one.kind == "routed_experts").keys
     if written == "published":
         assert experts == [
             f"layers.*.feed_forward.experts.moe_w_{name}" for name in ("in_eD_F", "out_eF_D", "swiglu_eD_F")
@@ -221,18 +223,18 @@ def test_what_is_quantized_and_how(recipe: str, meta: Path, tmp_path: Path) -> N
     """Two MoE layers of four experts, two dense ones; three matrices each."""
     result = convert(meta, tmp_path / "out", recipe=recipe)
     found = inspect(tmp_path / "out")
-    said = found["quantization"]
+    said = found.quantization
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert said["method"] == config["quant_method"]
-    assert said["format"] == _METHODS[recipe]
-    assert said["ignored"] == config["ignore" if "ignore" in config else "llm_int8_skip_modules"]
+    assert said.method == config["quant_method"]
+    assert said.format == _METHODS[recipe]
+    assert said.ignored == config["ignore" if "ignore" in config else "llm_int8_skip_modules"]
     measured = ("matrices", "parameters", "bytes", "bits_per_weight")
-    groups = [{k: v for k, v in group.items() if k not in measured} for group in said["groups"]]
+    groups = [{k: v for k, v in to_builtins(group).items() if k not in measured} for group in said.groups]
     assert sorted(groups, key=str) == sorted(_GROUPS[recipe], key=str)
-    for group in said["groups"]:
-        assert group["matrices"] == sum(group["kinds"].values())
-        assert group["bits_per_weight"] == 8 * group["bytes"] / group["parameters"]
-    bits = 8 * sum(g["bytes"] for g in said["groups"]) / sum(g["parameters"] for g in said["groups"])
+    for group in said.groups:
+        assert group.matrices == sum(group.kinds.values())
+        assert group.bits_per_weight == 8 * group.bytes / group.parameters
+    bits = 8 * sum(g.bytes for g in said.groups) / sum(g.parameters for g in said.groups)
     assert bits == pytest.approx(result["quantization"]["bits_per_quantized_weight"])
     # Quantization changes no count of numbers, and its scales are none of them.
     plain = told(inspect(meta), "parameters")
@@ -240,21 +242,22 @@ def test_what_is_quantized_and_how(recipe: str, meta: Path, tmp_path: Path) -> N
     stored = sum(
         tensor.nbytes for path in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(path).values()
     )
-    assert found["bytes"] == stored == sum(told(found, "bytes").values())
-    assert told(found, "bytes")["quantization_scales"] < 0.3 * sum(g["bytes"] for g in said["groups"])
+    assert found.bytes == stored == sum(told(found, "bytes").values())
+    assert told(found, "bytes")["quantization_scales"] < 0.3 * sum(g.bytes for g in said.groups)
 
 
 def test_the_manifest_is_told_of(meta: Path, tmp_path: Path) -> None:
-    assert inspect(meta)["manifest"] is None
+    assert inspect(meta).manifest is None
     result = convert(meta, tmp_path / "out", recipe="int4", variant="instruct")
-    found = inspect(tmp_path / "out")["manifest"]
-    assert found["tool"].startswith("llama4-convert ")
-    assert (found["source"]["layout"], found["source"]["ranks"]) == ("meta", 2)
-    assert found["options"]["variant"] == "instruct"
-    assert found["recipe"]["name"] == "int4"
-    assert (found["files"], found["complete"]) == (len(result["files"]), True)
-    assert found["errors"] == {k: result["quantization"][k] for k in found["errors"]}
-    assert {"relative_mse", "families", "worst"} <= found["errors"].keys()
+    found = inspect(tmp_path / "out").manifest
+    assert found.tool.startswith("llama4-convert ")
+    assert (found.source["layout"], found.source["ranks"]) == ("meta", 2)
+    assert found.options["variant"] == "instruct"
+    assert found.recipe["name"] == "int4"
+    assert (found.files, found.complete) == (len(result["files"]), True)
+    errors = to_builtins(found.errors)
+    assert errors == {k: result["quantization"][k] for k in errors}
+    assert {"relative_mse", "families", "worst"} <= errors.keys()
 
 
 @pytest.mark.parametrize(
@@ -301,7 +304,7 @@ def test_the_summary_is_a_table(meta: Path, tmp_path: Path, capsys: pytest.Captu
     lines = commands.run(capsys, "inspect", tmp_path / "out").out.splitlines()
     assert "5.1 M parameters, 3.7 M of them active for a token of text" in lines[1]
     rows = [line for line in lines if " %  " in line]
-    assert len(rows) == len(found["by_kind"])
+    assert len(rows) == len(found.by_kind)
     assert len({row.index(" %") for row in rows}) == 1  # columns stand below each other
     attention = next(row for row in rows if row.split()[0] == "attention")
     assert attention.split()[1] == "16"
@@ -310,5 +313,5 @@ def test_the_summary_is_a_table(meta: Path, tmp_path: Path, capsys: pytest.Captu
     assert "int4 in groups of 128: 24 routed experts; 4.13 bits a weight" in text
     assert "FP8 e4m3, a scale a channel: 6 shared expert, 6 dense MLP" in text or "6 dense MLP, 6 shared expert" in text
     assert "from Meta's layout of 2 ranks" in text
-    assert f"largest {found['manifest']['errors']['worst'][0]['relative_mse']:.4g}" in text
+    assert f"largest {found.manifest.errors.worst[0].relative_mse:.4g}" in text
     assert "spelling   published" in commands.run(capsys, "inspect", meta).out

@@ -50,17 +50,17 @@ def readme(path: Path) -> str:
 )
 def test_convert_and_card_write_the_same(options: dict[str, Any], meta: Path, tmp_path: Path) -> None:
     result = convert(meta, tmp_path / "out", **options)
-    assert readme(tmp_path / "out") == card(tmp_path / "out")
+    assert readme(tmp_path / "out") == card(tmp_path / "out").card
     assert "README.md" in {file["file"] for file in result["files"]}
     assert str(tmp_path) not in readme(tmp_path / "out")
-    assert verify(tmp_path / "out")["ok"]
+    assert verify(tmp_path / "out").ok
     commands.flip(tmp_path / "out" / "README.md", 100)
-    assert [f["file"] for f in verify(tmp_path / "out")["files"] if not f["ok"]] == ["README.md"]
+    assert [f.file for f in verify(tmp_path / "out").files if not f.ok] == ["README.md"]
 
 
 @pytest.mark.parametrize("geometry", ["scout", "guard", "odd", "text_only", "dense_chunks", "top2"])
 def test_every_geometry_has_a_card(geometry: str, converted: Callable[[str], Path]) -> None:
-    assert readme(converted(geometry)) == card(converted(geometry))
+    assert readme(converted(geometry)) == card(converted(geometry)).card
     told = ModelCard(readme(converted(geometry))).data.to_dict()
     assert told["pipeline_tag"] == ("text-generation" if geometry in ("text_only", "top2") else "image-text-to-text")
     assert "base_model" not in told  # of no published size
@@ -160,7 +160,7 @@ def test_a_card_of_the_source_is_kept_beside_ours(meta: Path, tmp_path: Path) ->
     convert(tmp_path / "hf", tmp_path / "int4", recipe="int4")
     assert not (tmp_path / "int4" / "README.source.md").exists()
     assert "a Transformers directory" in readme(tmp_path / "int4")
-    assert readme(tmp_path / "int4") == card(tmp_path / "int4")
+    assert readme(tmp_path / "int4") == card(tmp_path / "int4").card
     # Somebody's does, byte for byte, and so does one that has this name already.
     (tmp_path / "hf" / "README.md").write_bytes(b"---\nlanguage: en\n---\n# Mine\xff")
     (tmp_path / "hf" / "README.source.md").write_text("its own source's")
@@ -168,7 +168,7 @@ def test_a_card_of_the_source_is_kept_beside_ours(meta: Path, tmp_path: Path) ->
     assert (tmp_path / "fp8" / "README.source.source.md").read_bytes() == b"---\nlanguage: en\n---\n# Mine\xff"
     assert (tmp_path / "fp8" / "README.source.md").read_text() == "its own source's"
     assert "# Llama 4, fp8" in readme(tmp_path / "fp8")
-    assert verify(tmp_path / "fp8")["ok"]
+    assert verify(tmp_path / "fp8").ok
 
 
 # -------------------- card --write
@@ -194,7 +194,7 @@ def test_what_validate_measured_goes_onto_the_card(
     assert written["status"] == "written"
     assert readme(out) == printed.out
     assert {name for name, digest in commands.digests(out).items() if digest != before[name]} == {"README.md", NAME}
-    assert verify(out)["ok"]
+    assert verify(out).ok
     # What is finished stays as it is, and so does the card.
     assert convert(meta, out, recipe="int4")["status"] == "already complete"
     assert readme(out) == printed.out
@@ -204,7 +204,7 @@ def test_what_validate_measured_goes_onto_the_card(
 def test_a_failed_validation_is_told_as_it_is(out: Path, parity: Path, tmp_path: Path) -> None:
     told = json.loads(parity.read_text()) | {"passed": False, "gates_failed": ["kl_mean"], "kl_mean": None}
     (tmp_path / "failed.json").write_text(json.dumps(told))
-    text = card(out, validation=tmp_path / "failed.json")
+    text = card(out, validation=tmp_path / "failed.json").card
     assert "against the source: FAILED (kl_mean)." in text
     assert "| KL divergence, nats a token | not a number |" in text
 
@@ -218,17 +218,17 @@ def test_a_card_that_was_edited_is_not_lost(out: Path, capsys: pytest.CaptureFix
     assert readme(out) == mine
     assert commands.run(capsys, "card", out, "--write", "--adopt").code == 0
     assert readme(out) == mine
-    assert verify(out)["ok"]
+    assert verify(out).ok
     (out / "README.md").write_text("something else")
     assert commands.run(capsys, "card", out, "--write", "--overwrite").code == 0
-    assert readme(out) == card(out)
-    assert verify(out)["ok"]
+    assert readme(out) == card(out).card
+    assert verify(out).ok
 
 
 def test_a_lost_card_is_made_again(out: Path) -> None:
     before = readme(out)
     (out / "README.md").unlink()
-    assert publishing.write_card(out)["status"] == "written"
+    assert publishing.write_card(out).status == "written"
     assert readme(out) == before
 
 
@@ -242,9 +242,9 @@ def test_a_kill_between_card_and_manifest_is_made_good_by_the_same_command(
         patched.setattr(Manifest, "write", die)
         with pytest.raises(commands.Stop):
             publishing.write_card(out, validation=parity)
-    assert not verify(out)["ok"]
-    assert publishing.write_card(out, validation=parity)["status"] == "written"
-    assert verify(out)["ok"]
+    assert not verify(out).ok
+    assert publishing.write_card(out, validation=parity).status == "written"
+    assert verify(out).ok
 
 
 # -------------------- refusals
@@ -284,7 +284,7 @@ def test_names_from_files_break_neither_tables_nor_front_matter(out: Path) -> No
     config = json.loads((out / "config.json").read_text())
     config["text_config"] |= {"num_hidden_layers": "many | more", "vocab_size": None, "max_position_embeddings": 1.5}
     (out / "config.json").write_text(json.dumps(config))
-    text = card(out)
+    text = card(out).card
     assert ModelCard(text).data.to_dict()["license"] == "other"
     assert "\n# heading" not in text
     assert "| layers | - |" in text

@@ -263,7 +263,7 @@ def test_a_config_that_somebody_edited_stays(source: Path, tmp_path: Path) -> No
     (target / "config.json").write_text("{}")
     assert convert(source, target)["status"] == "already complete"
     assert (target / "config.json").read_text() == "{}"
-    assert not verify(target)["ok"]
+    assert not verify(target).ok
 
 
 # -------------------- what else lies there
@@ -315,7 +315,7 @@ def test_overwrite_removes_model_files_only(source: Path, tmp_path: Path, capsys
     assert commands.run(capsys, "convert", source, target, "--overwrite").code == 0
     assert (target / "notes.txt").read_text() == "mine"
     assert not (target / "model.safetensors").exists()
-    assert verify(target)["ok"]
+    assert verify(target).ok
 
 
 def test_overwrite_goes_on_too_when_it_was_interrupted(
@@ -338,7 +338,7 @@ def test_overwrite_of_a_finished_one_writes_it_anew(source: Path, straight: dict
     convert(source, target, shard_size=commands.SHARD)
     file = sorted(target.glob("*.safetensors"))[1]
     commands.flip(file, file.stat().st_size - 1)
-    assert not verify(target)["ok"]
+    assert not verify(target).ok
     assert convert(source, target, shard_size=commands.SHARD, overwrite=True)["files_kept_from_earlier_run"] == 0
     assert commands.digests(target) == straight
 
@@ -354,7 +354,7 @@ def test_a_damaged_manifest(source: Path, tmp_path: Path, content: str) -> None:
     with pytest.raises(BadInput, match=r"is damaged .* --overwrite"):
         convert(source, target)
     convert(source, target, overwrite=True)
-    assert verify(target)["ok"]
+    assert verify(target).ok
 
 
 def test_a_manifest_reaches_no_file_outside(source: Path, tmp_path: Path) -> None:
