@@ -1,4 +1,7 @@
-"""The small files of a directory that somebody else has made: which names are taken, and how much is read of one."""
+"""Small files: which names are safe, reading within bounds, JSON, the lock of a directory, and writing a file whole.
+
+Names and contents may come from strangers: nothing is read without a bound, nothing is written through a link.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from typing import Any
 
 from llama4_convert.errors import BadInput, EnvironmentFailed, from_os_error
 
-_SMALL_FILE_LIMIT = 64 << 20
+_SMALL_FILE_LIMIT_BYTES = 64 << 20
+_NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
 
 
 def is_file_name(name: str) -> bool:
@@ -24,17 +28,36 @@ def is_file_name(name: str) -> bool:
     return alone and not any(unicodedata.category(c) in ("Cc", "Cs") for c in name) and len(name.encode()) <= 255
 
 
-def read_small(file: Path) -> bytes:
-    """The bytes of a file that is read whole (JSON, tokenizer, licence)."""
-    if not file.is_file():
-        raise BadInput(f"{file.name} is no file, or a link to nothing: download it again")
+def is_notice(name: str) -> bool:
+    """Whether a file is a licence text by its name: Meta's licence asks that these go with every copy of the weights."""
+    return name.split(".")[0].upper() in _NOTICES
+
+
+def notices(folder: Path) -> dict[str, bytes]:
+    """The licence texts of a directory, by their names. Raises BadInput or EnvironmentFailed."""
+    names = (path.name for path in sorted(folder.iterdir()) if path.is_file())
+    return {name: read_small(folder / name) for name in names if is_notice(name) and is_file_name(name)}
+
+
+def read_at_most(file: Path, limit_bytes: int = _SMALL_FILE_LIMIT_BYTES) -> bytes | None:
+    """The bytes of a file; None if there are more than `limit_bytes`. Raises EnvironmentFailed."""
     try:
         with open(file, "rb") as handle:
-            data = handle.read(_SMALL_FILE_LIMIT + 1)
+            data = handle.read(limit_bytes + 1)
     except OSError as error:
         raise from_os_error(error, f"reading {file.name}") from error
-    if len(data) > _SMALL_FILE_LIMIT:
-        raise BadInput(f"{file.name} is larger than {_SMALL_FILE_LIMIT >> 20} MiB, which it never is: wrong file?")
+    return data if len(data) <= limit_bytes else None
+
+
+def read_small(file: Path) -> bytes:
+    """The bytes of a file that is read whole (JSON, tokenizer, licence). Raises BadInput or EnvironmentFailed."""
+    if not file.is_file():
+        raise BadInput(f"{file.name} is no file, or a link to nothing: download it again")
+    data = read_at_most(file)
+    if data is None:
+        raise BadInput(
+            f"{file.name} is larger than {_SMALL_FILE_LIMIT_BYTES >> 20} MiB, which it never is: wrong file?"
+        )
     return data
 
 

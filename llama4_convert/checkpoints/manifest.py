@@ -105,7 +105,8 @@ class Manifest(Struct, forbid_unknown_fields=True):
             records = decode(body.pop("records", []), list[tuple[_Natural, str, _Natural, _Natural]], "records")
             manifest = decode(body, Manifest, NAME)
         except ValueError as error:
-            raise BadInput(f"{path} is damaged ({error}): remove it, or convert again with --overwrite") from error
+            why = str(error).removeprefix(f"{NAME}: ")
+            raise BadInput(f"{path} is damaged ({why}): remove it, or convert again with --overwrite") from error
         manifest.records = {(rank, name): (position, crc) for rank, name, position, crc in records}
         return manifest
 

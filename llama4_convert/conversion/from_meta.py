@@ -8,10 +8,11 @@ from typing import Any
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import SAFETENSORS_NAMES
-from llama4_convert.conversion.job import ConversionJob, each_alone, notices
+from llama4_convert.conversion.job import ConversionJob, each_alone
 from llama4_convert.conversion.quantization import quantization_config
 from llama4_convert.conversion.request import Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import BadInput
+from llama4_convert.files import notices
 from llama4_convert.metadata import config, variant
 from llama4_convert.metadata.tokenizer import TokenIds, tokenizer_files
 from llama4_convert.planning.planner import make_plan

@@ -15,11 +15,11 @@ from llama4_convert.checkpoints.digests import Digest, expected_digests
 from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.base_config import BaseConfig
-from llama4_convert.conversion.job import ConversionJob, each_alone, is_notice
+from llama4_convert.conversion.job import ConversionJob, each_alone
 from llama4_convert.conversion.quantization import quantization_config
 from llama4_convert.conversion.request import Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import UsageError
-from llama4_convert.files import is_file_name, read_small
+from llama4_convert.files import is_file_name, is_notice, read_small
 from llama4_convert.metadata import config
 from llama4_convert.metadata.config_repair import GENERATION, repair_generation
 from llama4_convert.metadata.model_card import CARD, SOURCE_CARD

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from msgspec import to_builtins
@@ -19,8 +18,6 @@ from llama4_convert.planning.adapter import Adapter
 from llama4_convert.streaming.bounds import DEFAULT_MEMORY
 from llama4_convert.streaming.job import Job
 from llama4_convert.streaming.memory import peak_memory
-
-_NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
 
 
 class ConversionJob(Job):
@@ -122,18 +119,3 @@ def each_alone(made: Mapping[str, bytes]) -> dict[str, Callable[[], dict[str, by
         return lambda: {name: made[name]}
 
     return {name: group(name) for name in made}
-
-
-def is_notice(name: str) -> bool:
-    return name.split(".")[0].upper() in _NOTICES
-
-
-def notices(source: Path) -> dict[str, bytes]:
-    """Licence texts beside the weights: Meta's licence asks that they go with every copy."""
-    from llama4_convert.files import is_file_name, read_small
-
-    return {
-        path.name: read_small(path)
-        for path in sorted(source.iterdir())
-        if is_notice(path.name) and is_file_name(path.name) and path.is_file()
-    }

@@ -27,10 +27,10 @@ from llama4_convert.checkpoints.state_dict_pickle import PthTensor
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.from_transformers import promises
-from llama4_convert.conversion.job import each_alone, notices
+from llama4_convert.conversion.job import each_alone
 from llama4_convert.conversion.request import load_recipe
 from llama4_convert.errors import BadInput, UsageError
-from llama4_convert.files import read_small
+from llama4_convert.files import notices, read_small
 from llama4_convert.metadata.params import contradictions, params_json, without_vision
 from llama4_convert.metadata.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.metadata.variant import recorded_variant

@@ -22,6 +22,7 @@ from llama4_convert.conversion.job import ConversionJob, each_alone
 from llama4_convert.conversion.quantization import quantization_config
 from llama4_convert.conversion.request import Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.files import is_notice
 from llama4_convert.metadata import config
 from llama4_convert.metadata.config_repair import (
     GENERATION,
@@ -209,9 +210,7 @@ class VisionJob(ConversionJob):
         if generation is not None:
             made[GENERATION] = generation
         self.repaired += told
-        made |= {
-            name: data for name, data in theirs.items() if name.split(".")[0] in ("LICENSE", "USE_POLICY", "NOTICE")
-        }
+        made |= {name: data for name, data in theirs.items() if is_notice(name)}
         return made
 
     @cached_property

@@ -15,6 +15,7 @@ from msgspec import to_builtins
 
 from llama4_convert.checkpoints.manifest import NAME, Manifest, describe_errors
 from llama4_convert.checkpoints.tensor_kinds import words
+from llama4_convert.files import is_notice
 from llama4_convert.formatting import parameters
 from quant.recipe import FORMATS
 
@@ -306,7 +307,7 @@ def _check() -> list[str]:
 
 def _licence(facts: Facts) -> list[str]:
     files = sorted(facts.manifest.files)
-    there = [_code(name) for name in files if name.split(".")[0].upper() in ("LICENSE", "USE_POLICY", "NOTICE")]
+    there = [_code(name) for name in files if is_notice(name)]
     lines = [
         "## Licence",
         "",

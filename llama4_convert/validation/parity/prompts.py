@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.config import Llama4Config
-from llama4_convert.errors import BadInput, UsageError, from_os_error
+from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.files import read_at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llama4.chat import Llama4Processor
 
-_MAX_FILE = 64 << 20
+_MAX_FILE_BYTES = 64 << 20
 _WORDS_BESIDE_TILE = 8
 
 
@@ -113,13 +114,9 @@ def _ids(path: Path, number: int, line: str) -> list[int]:
 
 
 def _read(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_FILE + 1)
-    except OSError as error:
-        raise from_os_error(error, f"reading {path}") from error
-    if len(data) > _MAX_FILE:
-        raise UsageError(f"{path} has more than {_MAX_FILE >> 20} MiB: that is no list of prompts")
+    data = read_at_most(path, _MAX_FILE_BYTES)
+    if data is None:
+        raise UsageError(f"{path} has more than {_MAX_FILE_BYTES >> 20} MiB: that is no list of prompts")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
