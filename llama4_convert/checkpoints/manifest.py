@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct, field, structs, to_builtins
 
-from llama4_convert.checkpoints.tensor_kinds import kind_of
+from llama4_convert.checkpoints.families import family_of
 from llama4_convert.errors import BadInput
 from llama4_convert.files import is_file_name, parse_json, read_small, write_small
 from quant.error import relative_mse, sqnr_db
@@ -184,7 +184,7 @@ def describe_errors(errors: Mapping[str, Sequence[float]]) -> QuantizationErrors
     """`errors`: module -> its sum of squared errors, and its sum of squared weights."""
     families: dict[str, list[Sequence[float]]] = defaultdict(list)
     for module, sums in errors.items():
-        families[kind_of(f"{module}.weight")].append(sums)
+        families[family_of(f"{module}.weight")].append(sums)
 
     def summed(several: Iterable[Sequence[float]]) -> QuantizationError:
         pairs = list(several)

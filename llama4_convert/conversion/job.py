@@ -8,8 +8,8 @@ from typing import Any
 
 from msgspec import to_builtins
 
+from llama4_convert.checkpoints.families import active_parameters
 from llama4_convert.checkpoints.manifest import INDEX, Manifest, describe_errors
-from llama4_convert.checkpoints.tensor_kinds import active_parameters
 from llama4_convert.conversion.quantization import describe_sizes
 from llama4_convert.conversion.request import Request
 from llama4_convert.metadata.config_repair import Repair

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from llama4_convert.checkpoints.families import FAMILIES, family_of
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import stored_codes
-from llama4_convert.checkpoints.tensor_kinds import KINDS, kind_of
 from llama4_convert.inspection.results import FamilySpelling, Quantization, QuantizedGroup, Spelling
 from mappings import Binding
 
@@ -41,7 +41,7 @@ def spelling(binding: Binding, keys: Iterable[str], families: Mapping[str, str])
         spelling=summed(how for found in used.values() for how in found.values()),
         kinds=[
             FamilySpelling(kind=family, spelling=summed(used[family].values()), keys=list(used[family]))
-            for family in KINDS
+            for family in FAMILIES
             if family in used
         ],
     )
@@ -61,7 +61,7 @@ def quantization(reader: QuantizedReader) -> Quantization:
         group.matrices += 1
         group.parameters += matrix.n * matrix.k
         group.bytes += stored[key.removesuffix(".weight")]
-        family = kind_of(key)
+        family = family_of(key)
         group.kinds[family] = group.kinds.get(family, 0) + 1
     return Quantization(
         method=stated.get("quant_method"),

@@ -13,10 +13,10 @@ from msgspec import structs
 
 from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
+from llama4_convert.checkpoints.families import FAMILIES, active_parameters, family_of
 from llama4_convert.checkpoints.manifest import Manifest, describe_errors
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import stored_codes
-from llama4_convert.checkpoints.tensor_kinds import KINDS, active_parameters, kind_of
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
@@ -123,7 +123,7 @@ class _Shares:
     """Sums over tensors, by family and by dtype."""
 
     def __init__(self) -> None:
-        self.families = {kind: Share(kind=kind) for kind in KINDS}
+        self.families = {kind: Share(kind=kind) for kind in FAMILIES}
         self.dtypes: defaultdict[str, DtypeShare] = defaultdict(DtypeShare)
 
     def add(self, family: str, dtype: str, nbytes: int, tensors: int = 1) -> None:
@@ -146,7 +146,7 @@ class _Shares:
 
 def _of_meta(checkpoint: MetaCheckpoint, plan: Plan) -> Inspection:
     g, shares = plan.geometry, _Shares()
-    families = {piece.key: kind_of(tensor.name) for tensor in plan.tensors for piece in tensor.pieces}
+    families = {piece.key: family_of(tensor.name) for tensor in plan.tensors for piece in tensor.pieces}
     stored = {key: stored_codes(tensor) for key, tensor in checkpoint.ranks[0].tensors.items()}
     for key, tensor in stored.items():
         nbytes = sum(stored_codes(index.tensors[key]).nbytes for index in checkpoint.ranks)
@@ -203,10 +203,10 @@ def _of_transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader
     sizes["vision_layers"] = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
     shares = _Shares()
     for key, tensor in checkpoint.tensors.items():
-        shares.add(kind_of(key), tensor.dtype, tensor.nbytes)
+        shares.add(family_of(key), tensor.dtype, tensor.nbytes)
     for key in reader.keys():  # noqa: SIM118
         # Packed words are no parameters: what they stand for is.
-        shares.families[kind_of(key)].parameters += prod(reader.shape(key))
+        shares.families[family_of(key)].parameters += prod(reader.shape(key))
     found = quantization(reader) if isinstance(reader, QuantizedReader) else None
     matrices: Counter[str] = Counter()
     for group in found.groups if found else ():

@@ -13,8 +13,8 @@ from typing import Any
 
 from msgspec import to_builtins
 
+from llama4_convert.checkpoints.families import in_words
 from llama4_convert.checkpoints.manifest import NAME, Manifest, describe_errors
-from llama4_convert.checkpoints.tensor_kinds import words
 from llama4_convert.files import is_notice
 from llama4_convert.formatting import parameters
 from quant.recipe import FORMATS
@@ -241,7 +241,7 @@ def _quantization(facts: Facts) -> list[str]:
 
     def row(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
         sqnr = "-" if one["sqnr_db"] is None else f"{one['sqnr_db']:.2f}"
-        return words(name), f"{one['matrices']:,}", f"{one['relative_mse']:.4g}", sqnr
+        return in_words(name), f"{one['matrices']:,}", f"{one['relative_mse']:.4g}", sqnr
 
     families = [row(family, one) for family, one in told["families"].items()]
     worst = [(_code(one["module"]), f"{one['relative_mse']:.4g}") for one in told["worst"]]

@@ -13,7 +13,7 @@ from math import prod
 from typing import Protocol
 
 from llama4.geometry import Geometry
-from llama4_convert.checkpoints.tensor_kinds import kind_of
+from llama4_convert.checkpoints.families import family_of
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor
 from llama4_convert.planning.changes import ChangePiece, most_bytes
 from llama4_convert.planning.locations import Holding
@@ -250,9 +250,9 @@ class Plan:
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
             if tensor.part is None:
-                counts[kind_of(tensor.name)] += tensor.numel
+                counts[family_of(tensor.name)] += tensor.numel
         for planned in self.matrices:
-            counts[kind_of(planned.matrix.key)] += planned.matrix.n * planned.matrix.k
+            counts[family_of(planned.matrix.key)] += planned.matrix.n * planned.matrix.k
         return counts
 
     @property

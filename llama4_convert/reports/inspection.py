@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import UNSET, structs
 
-from llama4_convert.checkpoints.tensor_kinds import words
+from llama4_convert.checkpoints.families import in_words
 from llama4_convert.formatting import counted, gigabytes, parameters
 from llama4_convert.inspection.results import (
     Inspection,
@@ -82,7 +82,7 @@ def _kinds(result: Inspection) -> list[str]:
         share = row.bytes / total
         numbers = f"{row.tensors:>8,} {billions(row.parameters) if row.parameters else '-':>12}"
         bar = "█" * round(share * _WIDTH) or "▏"
-        lines.append(f"  {words(row.kind):20} {numbers} {gigabytes(row.bytes):>10} {100 * share:5.1f} %  {bar}")
+        lines.append(f"  {in_words(row.kind):20} {numbers} {gigabytes(row.bytes):>10} {100 * share:5.1f} %  {bar}")
     return lines
 
 
@@ -93,7 +93,7 @@ def _dtypes(result: Inspection) -> str:
 def _spelling(told: Spelling) -> str:
     if told.spelling != "mixed":
         return str(told.spelling)
-    kinds = ", ".join(f"{words(one.kind)} {one.spelling}" for one in told.kinds)
+    kinds = ", ".join(f"{in_words(one.kind)} {one.spelling}" for one in told.kinds)
     return f"mixed: {kinds}"
 
 
@@ -101,7 +101,7 @@ def _quantization(told: Quantization) -> list[tuple[str, str]]:
     form = f", {told.format}" if told.format else ""
     rows = [("quantized", f"{told.method}{form}; all else is left as it is")]
     for group in told.groups:
-        kinds = ", ".join(f"{n:,} {words(kind)}" for kind, n in group.kinds.items())
+        kinds = ", ".join(f"{n:,} {in_words(kind)}" for kind, n in group.kinds.items())
         rows.append(("", f"{described(group)}: {kinds}; {group.bits_per_weight:.3g} bits a weight"))
     return rows
 
@@ -125,7 +125,9 @@ def _manifest(told: ManifestSummary) -> list[tuple[str, str]]:
     if told.recipe:
         rows.append(("recipe", told.recipe["name"]))
     if told.errors:
-        families = ", ".join(f"{words(family)} {one.relative_mse:.4g}" for family, one in told.errors.families.items())
+        families = ", ".join(
+            f"{in_words(family)} {one.relative_mse:.4g}" for family, one in told.errors.families.items()
+        )
         worst = told.errors.worst[0]
         rows.append(("error", f"relative squared error: {families}; largest {worst.relative_mse:.4g}"))
         rows.append(("", f"in {worst.module}"))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llama4.weights import parameter_shapes
 from llama4_convert import convert, inspect, synth
-from llama4_convert.checkpoints.tensor_kinds import KINDS, active_parameters, kind_of
+from llama4_convert.checkpoints.families import FAMILIES, active_parameters, family_of
 from llama4_convert.errors import BadInput
 from llama4_convert.inspection.results import DtypeShare, Inspection, Share
 from llama4_convert.reference.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ def test_parameters_by_kind_are_the_references(
         assert found.parameters == sum(expected.values())
         assert sum(row.tensors for row in found.by_kind) == len(found.tensors)
         assert sum(row.bytes for row in found.by_kind) == found.bytes
-        assert [row.kind for row in found.by_kind] == [k for k in KINDS if k in told(found, "tensors")]
+        assert [row.kind for row in found.by_kind] == [k for k in FAMILIES if k in told(found, "tensors")]
 
 
 @pytest.mark.parametrize("geometry", ["maverick", "guard", "top2", "odd"])
@@ -275,7 +275,7 @@ def test_the_manifest_is_told_of(meta: Path, tmp_path: Path) -> None:
     ],
 )
 def test_kinds_by_key(key: str, expected: str) -> None:
-    assert kind_of(key) == expected
+    assert family_of(key) == expected
 
 
 def test_scales_of_no_groups_are_bad_input(converted: Callable[[str], Path], tmp_path: Path) -> None:
