@@ -139,13 +139,13 @@ def test_recipes_refuse_them_unless_allowed(recipe: str, broken: Path, tmp_path:
     assert found(result)[EXPERT] == (1, 1)
     assert any("quantized as 0 and as the largest magnitude" in text and EXPERT in text for text in said)
 
-    stats = {one["tensor"]: one for one in inspect(target, stats=True).stats}
+    stats = {one.tensor: one for one in inspect(target, stats=True).stats}
     assert (stats[EXPERT].nan, stats[EXPERT].inf) == (0, 0)
     other = tmp_path / "other.toml"  # quantizes another expert: this one only becomes a linear layer
     rule = '[[rule]]\nfamilies = ["routed_experts"]\nexperts = [0]\nscheme = "int4"\n'
     other.write_text(f'summary = ""\nformat = "compressed-tensors"\n{rule}')
     plain = convert(broken, tmp_path / "plain", recipe=str(other))
-    kept = {one["tensor"]: one for one in inspect(tmp_path / "plain", stats=True).stats}
+    kept = {one.tensor: one for one in inspect(tmp_path / "plain", stats=True).stats}
     assert found(plain)[EXPERT] == (1, 1)  # linearized, and else as it is
     assert stats[EXPERT].max <= kept[EXPERT].max * 1.01
     assert stats[EXPERT].std == pytest.approx(kept[EXPERT].std, rel=0.02)
