@@ -25,14 +25,20 @@ _PATTERNS = {
     "vision": r"vision_model\..+",
 }
 _COMPILED = {family: re.compile(pattern) for family, pattern in _PATTERNS.items()}
+_SCALES = "quantization_scales"
 
 # In the order in which they are listed. What `convert` leaves behind is dropped, what no Llama 4 has is other.
-FAMILIES = (*(name for name in _PATTERNS if name != "quantization_scales"), "quantization_scales", "dropped", "other")
+FAMILIES = (*(name for name in _PATTERNS if name != _SCALES), _SCALES, "dropped", "other")
 
 
 def family_of(key: str) -> str:
     """The family of a tensor, by its key in Transformers' layout."""
-    return next((family for family, pattern in _COMPILED.items() if pattern.fullmatch(key)), "other")
+    return _SCALES if _COMPILED[_SCALES].fullmatch(key) else matrix_family_of(key)
+
+
+def matrix_family_of(key: str) -> str:
+    """The same, but scales are of the family of the matrix that they belong to."""
+    return next((name for name, pattern in _COMPILED.items() if name != _SCALES and pattern.fullmatch(key)), "other")
 
 
 def in_words(family: str) -> str:

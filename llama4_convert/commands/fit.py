@@ -58,8 +58,6 @@ def fit(path: Path, as_json: bool, **options: Any) -> None:
 
     result = run(path, **options)
     show(result, as_json, fit_table)
-    if not result["fits"]:
-        nearest = result["fit"]
-        raise CheckFailed(
-            f"{path} does not fit, {nearest['name']} comes nearest on {nearest['gpu']}: {nearest['advice']}"
-        )
+    if not result.fits:
+        nearest = result.fit
+        raise CheckFailed(f"{path} does not fit, {nearest.name} comes nearest on {nearest.gpu}: {nearest.advice}")

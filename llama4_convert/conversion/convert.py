@@ -54,24 +54,11 @@ def plan(
         if context is not None or gpus != 1:
             raise UsageError("--context and --gpus are for --gpu: name one")
         return described
-    from llama4_convert.fitting.gpus import find_gpu
-    from llama4_convert.fitting.judging import judge
-    from llama4_convert.fitting.memory import Weights
-    from llama4_convert.fitting.runtimes import Case
-    from quant.config import parted_group, storage_format
+    from llama4_convert.fitting.fit import fit_plan
 
-    kinds = {planned.scheme.kind for planned in job.plan.matrices if planned.scheme}
-    case = Case(
-        job.plan.geometry,
-        Weights.of((tensor.name, tensor.nbytes) for tensor in job.plan.tensors),
-        storage_format(kinds),
-        find_gpu(gpu),
-        n_gpus=gpus,
-        context=context,
-        group=parted_group(job.recipe) if job.recipe else None,
-        max_context=job.max_position_embeddings,
-    )
-    return {**described, "fit": judge(case)}
+    longest = job.max_position_embeddings
+    verdict = fit_plan(job.plan, job.recipe, gpu=gpu, gpus=gpus, context=context, max_context=longest)
+    return {**described, "fit": verdict}
 
 
 def convert(

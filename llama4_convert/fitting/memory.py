@@ -7,42 +7,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from math import prod
-from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
 
 from llama4.geometry import Geometry
+from llama4_convert.checkpoints.families import matrix_family_of
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
+from quant.recipe import FAMILIES, Recipe, Scheme
 
-if TYPE_CHECKING:
-    from quant.recipe import Recipe
-
-BF16 = 2
-BLOCK = 16  # tokens; runtimes reserve whole blocks
-FAMILIES = ("routed_experts", "shared_expert", "dense_mlp")
-_LOGITS = 4 * 3  # bytes of a logit: float32, its probability, and a sorted copy for top-p
+BF16_BYTES = 2
+BLOCK_TOKENS = 16  # runtimes reserve KV cache in whole blocks
+_LOGIT_BYTES = 4 * 3  # float32, its probability, and a sorted copy for top-p
 _TILES = 17  # of a picture: 16 and the whole, which is what Llama 4's processor makes of the largest
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """How many numbers a model has, by what recipes and tensor parallelism tell apart."""
+class FamilySizes(Struct, frozen=True):
+    """Sizes by family of tensors. Families that runtimes split over GPUs alike are one field."""
 
-    routed_experts: int
-    shared_expert: int
-    dense_mlp: int
-    keys_values: int  # the projections of keys and values
-    replicated: int  # routers, norms, embeddings of positions
-    other: int
+    routed_experts: int = 0
+    """all experts of all layers"""
+    shared_expert: int = 0
+    """the shared experts of all layers"""
+    dense_mlp: int = 0
+    """the feed-forward blocks of dense layers"""
+    keys_values: int = 0
+    """the projections of keys and values of the text model"""
+    replicated: int = 0
+    """what every GPU holds whole: routers, norms, embeddings of positions"""
+    other: int = 0
+    """everything else: embeddings, queries and outputs of attention, output head, vision"""
 
     @property
     def total(self) -> int:
-        return (
-            self.routed_experts + self.shared_expert + self.dense_mlp + self.keys_values + self.replicated + self.other
-        )
+        return sum(structs.astuple(self))
 
 
-def parameters(geometry: Geometry) -> Parameters:
-    """Counts from the geometry alone, which must be complete. Raises ValueError where a size is still open."""
+def parameters(geometry: Geometry) -> FamilySizes:
+    """The number of parameters by family, from the geometry alone. Raises ValueError where a size of it is None."""
     g = geometry
     if g.vocab_size is None or g.n_experts is None or g.expert_dim is None or g.dense_dim is None:
         raise ValueError("the geometry is incomplete: fill it in from the tensors first")
@@ -56,7 +60,7 @@ def parameters(geometry: Geometry) -> Parameters:
         other += v.patch_dim * v.dim + v.n_layers * block + adapter + v.output_dim * g.dim
         replicated += (1 + v.n_patches + 1) * v.dim + (v.n_layers + 1) * 4 * v.dim
     expert = 3 * g.dim * g.expert_dim
-    return Parameters(
+    return FamilySizes(
         routed_experts=n_moe * g.n_experts * expert,
         shared_expert=n_moe * expert,
         dense_mlp=(g.n_layers - n_moe) * 3 * g.dim * g.dense_dim,
@@ -66,98 +70,85 @@ def parameters(geometry: Geometry) -> Parameters:
     )
 
 
-_KINDS = (
-    ("other", re.compile(r"vision_model\.(?!.*(norm|embedding))|multi_modal_projector")),
-    ("routed_experts", re.compile(r"\.feed_forward\.experts\.")),
-    ("shared_expert", re.compile(r"\.feed_forward\.shared_expert\.")),
-    ("replicated", re.compile(r"\.feed_forward\.router\.|norm|class_embedding|positional_embedding")),
-    ("dense_mlp", re.compile(r"\.feed_forward\.")),
-    ("keys_values", re.compile(r"\.self_attn\.[kv]_proj\.")),
-)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of a model's weights, of the kinds that `Parameters` counts."""
-
-    routed_experts: int = 0
-    shared_expert: int = 0
-    dense_mlp: int = 0
-    keys_values: int = 0
-    replicated: int = 0
-    other: int = 0
+class Weights(FamilySizes, frozen=True):
+    """Bytes of a model's weights."""
 
     @staticmethod
-    def of(tensors: Iterable[tuple[str, int]]) -> Weights:
-        """From (name in Transformers' layout, bytes) of every tensor."""
-        found = dict.fromkeys(Weights.__dataclass_fields__, 0)
-        for name, nbytes in tensors:
-            found[next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")] += nbytes
+    def from_tensors(tensors: Iterable[tuple[str, int]]) -> Weights:
+        """From (key in Transformers' layout, bytes) of every tensor."""
+        found: dict[str, int] = dict.fromkeys(Weights.__struct_fields__, 0)
+        for key, nbytes in tensors:
+            found[_field(key)] += nbytes
         return Weights(**found)
 
     @staticmethod
-    def of_geometry(geometry: Geometry) -> Weights:
-        """All of them in bf16. Raises ValueError where a size is still open."""
-        return Weights(**{kind: n * BF16 for kind, n in vars(parameters(geometry)).items()})
+    def from_geometry(geometry: Geometry) -> Weights:
+        """All of them in bf16. Raises ValueError where a size of the geometry is None."""
+        return Weights(*(n * BF16_BYTES for n in structs.astuple(parameters(geometry))))
 
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
-    def of_tensor_parallel(self, n_gpus: int, n_kv_heads: int) -> int:
-        """Bytes on one of `n_gpus`: GPUs beyond the KV heads hold copies of theirs, and all hold what is replicated."""
+    def split_by_tensors(self, n_gpus: int, n_kv_heads: int) -> int:
+        """Bytes on one of `n_gpus`: GPUs beyond the KV heads hold copies of their projections, and all hold `replicated`."""
         shared = self.routed_experts + self.shared_expert + self.dense_mlp + self.other
         return -(-shared // n_gpus) + -(-self.keys_values // min(n_gpus, n_kv_heads)) + self.replicated
 
-    def of_whole_layers(self, n_gpus: int, geometry: Geometry) -> int:
+    def split_by_layers(self, n_gpus: int, geometry: Geometry) -> int:
         """Bytes on the fullest of `n_gpus` that share out whole layers: at most one layer more than an even share."""
         if n_gpus == 1:
             return self.total
         n_moe = len(geometry.moe_layers)
         moe = (self.routed_experts + self.shared_expert) // max(1, n_moe)
         dense = self.dense_mlp // max(1, geometry.n_layers - n_moe)
-        attention = 2 * geometry.dim * (geometry.n_heads + geometry.n_kv_heads) * geometry.head_dim * BF16
+        attention = 2 * geometry.dim * (geometry.n_heads + geometry.n_kv_heads) * geometry.head_dim * BF16_BYTES
         return min(self.total, -(-self.total // n_gpus) + max(moe, dense) + attention)
 
     def quantized(self, geometry: Geometry, recipe: Recipe) -> Weights:
-        """What `recipe` makes of weights that are not quantized yet, to the byte. Raises ValueError where widths do not suit."""
+        """The bytes of these weights, not quantized yet, after `recipe`. Raises ValueError where widths do not suit a scheme."""
         counts = parameters(geometry)
         sizes: dict[str, int] = {}
         for family in FAMILIES:
-            taken, made = _quantized(geometry, family, recipe)
+            quantized, nbytes = _quantized_share(geometry, family, recipe)
             total = getattr(counts, family)
-            sizes[family] = made + (getattr(self, family) * (total - taken) // total if total else 0)
-        return replace(self, **sizes)
+            sizes[family] = nbytes + (getattr(self, family) * (total - quantized) // total if total else 0)
+        return structs.replace(self, **sizes)
 
 
-def _quantized(geometry: Geometry, family: str, recipe: Recipe) -> tuple[int, int]:
-    """(numbers that the recipe quantizes in the family, bytes that they become)."""
-    from llama4_convert.checkpoints.tensors import ITEM_SIZES
-    from quant.encoders import encoder_for
-    from quant.recipe import Scheme
+def _field(key: str) -> str:
+    """The field of `FamilySizes` that counts a tensor."""
+    family = matrix_family_of(key)
+    if family in FAMILIES:
+        return family
+    if family == "attention" and re.search(r"\.[kv]_proj\.", key):
+        return "keys_values"
+    if family in ("router", "norms"):
+        return "replicated"
+    if family == "vision" and re.search(r"norm|class_embedding|positional_embedding", key):
+        return "replicated"
+    return "other"
 
-    g = geometry
-    width = (g.dense_dim if family == "dense_mlp" else g.expert_dim) or 0
-    known: dict[Scheme, int] = {}
 
-    def nbytes(scheme: Scheme) -> int:
-        if scheme not in known:
-            encoder = encoder_for(scheme)
-            pairs = ((width, g.dim), (width, g.dim), (g.dim, width))  # gate, up, down
-            outputs = [output for n, k in pairs for output in encoder.outputs(n, k)]
-            known[scheme] = sum(prod(output.shape) * ITEM_SIZES[output.dtype] for output in outputs)
-        return known[scheme]
-
-    taken = made = 0
-    for layer in range(g.n_layers):
-        if g.is_moe(layer) == (family == "dense_mlp"):
+def _quantized_share(geometry: Geometry, family: str, recipe: Recipe) -> tuple[int, int]:
+    """(parameters of the family that the recipe quantizes, bytes that they become)."""
+    width = (geometry.dense_dim if family == "dense_mlp" else geometry.expert_dim) or 0
+    parameters = nbytes = 0
+    for layer in range(geometry.n_layers):
+        if geometry.is_moe(layer) == (family == "dense_mlp"):
             continue
-        for expert in range(g.n_experts or 0) if family == "routed_experts" else (None,):
-            scheme = recipe.scheme(family, layer, g.n_layers, expert)
+        for expert in range(geometry.n_experts or 0) if family == "routed_experts" else (None,):
+            scheme = recipe.scheme(family, layer, geometry.n_layers, expert)
             if scheme is not None:
-                taken += 3 * g.dim * width
-                made += nbytes(scheme)
-    return taken, made
+                parameters += 3 * geometry.dim * width
+                nbytes += _mlp_bytes(scheme, geometry.dim, width)
+    return parameters, nbytes
+
+
+@cache
+def _mlp_bytes(scheme: Scheme, dim: int, width: int) -> int:
+    """Bytes of quantized gate, up and down projections. Raises ValueError where the scheme cannot store these widths."""
+    from quant.encoders import encoder_for
+
+    encoder = encoder_for(scheme)
+    outputs = [output for n, k in ((width, dim), (width, dim), (dim, width)) for output in encoder.outputs(n, k)]
+    return sum(prod(output.shape) * ITEM_SIZES[output.dtype] for output in outputs)
 
 
 @dataclass(frozen=True)
@@ -166,30 +157,52 @@ class KVCache:
 
     token_bytes: int  # of one token in one layer
     full_layers: int
-    chunked_layers: int
-    chunk: int  # tokens
-    piece: int  # tokens behind the chunk that the runtime keeps as well, once for all sequences
+    chunked_layers: int = 0
+    chunk_tokens: int = 0
+    piece_tokens: int = 0  # behind the chunk, which the runtime keeps as well, once for all sequences
 
     def nbytes(self, context: int, sequences: int = 1) -> int:
         """For `sequences` of `context` tokens each."""
-        tokens = sequences * self.full_layers * _blocks(context)
+        tokens = sequences * self.full_layers * _in_blocks(context)
         if self.chunked_layers:
-            behind = min(self.piece, max(0, context - self.chunk))
-            tokens += self.chunked_layers * (sequences * _blocks(min(context, self.chunk)) + _blocks(behind))
+            chunks = sequences * _in_blocks(min(context, self.chunk_tokens))
+            tokens += self.chunked_layers * (chunks + _in_blocks(self._piece(context)))
         return self.token_bytes * tokens
 
+    def chunked_share(self, context: int, sequences: int) -> float:
+        """Tokens that a chunked layer keeps, as a share of those that a full layer keeps."""
+        return (sequences * min(context, self.chunk_tokens) + self._piece(context)) / (sequences * context)
 
-def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK) * BLOCK
+    def _piece(self, context: int) -> int:
+        return min(self.piece_tokens, max(0, context - self.chunk_tokens))
 
 
-def chunked_layers(geometry: Geometry) -> int:
-    return sum(geometry.is_chunked(layer) for layer in range(geometry.n_layers))
+def _in_blocks(tokens: int) -> int:
+    """Rounded up to whole blocks."""
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def kv_bytes(geometry: Geometry, n_gpus: int = 1, element: int = BF16) -> int:
+def layer_counts(geometry: Geometry) -> tuple[int, int]:
+    """(full, chunked) layers of the model."""
+    chunked = sum(geometry.is_chunked(layer) for layer in range(geometry.n_layers))
+    return geometry.n_layers - chunked, chunked
+
+
+def layers_on_fullest_gpu(geometry: Geometry, n_gpus: int) -> tuple[int, int]:
+    """The most (full, chunked) layers on any of `n_gpus` that hold consecutive layers, one more than an even share at most."""
+    full, chunked = layer_counts(geometry)
+    if n_gpus == 1:
+        return full, chunked
+    layers = min(geometry.n_layers, -(-geometry.n_layers // n_gpus) + 1)
+    if not chunked:
+        return layers, 0
+    interval = geometry.nope_interval or geometry.n_layers + 1
+    return min(full, -(-layers // interval)), min(chunked, layers - layers // interval)
+
+
+def kv_bytes(geometry: Geometry, n_gpus: int = 1, element_bytes: int = BF16_BYTES) -> int:
     """Bytes of a token in a layer on one of `n_gpus`, which share KV heads; more of them than heads hold copies."""
-    return 2 * -(-geometry.n_kv_heads // n_gpus) * geometry.head_dim * element
+    return 2 * -(-geometry.n_kv_heads // n_gpus) * geometry.head_dim * element_bytes
 
 
 def grouped_layers(full: int, chunked: int) -> tuple[int, int]:
@@ -220,13 +233,13 @@ def prefill_bytes(geometry: Geometry, tokens: int, batch: int, n_gpus: int) -> i
     picture = 0
     if (v := g.vision) is not None:
         picture = _TILES * (v.n_patches + 1) * (4 * v.dim + v.mlp_dim)
-    return (tokens * width + picture) * BF16 + batch * (g.vocab_size or 0) * _LOGITS
+    return (tokens * width + picture) * BF16_BYTES + batch * (g.vocab_size or 0) * _LOGIT_BYTES
 
 
 def all_experts_bytes(geometry: Geometry) -> int:
     """Activations of one token where every expert runs on every token: input, scaled input, output; gate, up, their product."""
     g = geometry
-    return max(1, g.n_experts or 0) * 3 * (g.dim + (g.expert_dim or g.dense_dim or 0)) * BF16
+    return max(1, g.n_experts or 0) * 3 * (g.dim + (g.expert_dim or g.dense_dim or 0)) * BF16_BYTES
 
 
 def repeated_kv_bytes(geometry: Geometry) -> int:
@@ -237,4 +250,4 @@ def repeated_kv_bytes(geometry: Geometry) -> int:
     """
     g = geometry
     heads = 2 * g.n_heads if g.n_heads > g.n_kv_heads else g.n_kv_heads
-    return heads * g.head_dim * BF16
+    return heads * g.head_dim * BF16_BYTES

@@ -1,173 +1,115 @@
-"""What a runtime makes of a case: the verdict, what there is to say about it, and the command that serves."""
+"""The command that serves a deployment in a runtime, and the notes that go with it: the texts of runtimes.toml, filled in."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
-from llama4_convert.fitting.gpus import allowances
-from llama4_convert.fitting.memory import chunked_layers
-from llama4_convert.fitting.runtimes import (
-    SGLANG_PIECE,
-    Case,
-    Runtime,
-    batch,
+from llama4_convert.fitting.deployment import (
+    Deployment,
     has_fp8_kv,
-    holds_chunks,
-    largest_context,
-    memory,
-    refusal,
-    transformers_piece,
-    vllm_piece,
+    keeps_chunks,
+    memory_use,
+    prefill_tokens,
+    requests,
 )
+from llama4_convert.fitting.gpus import allowances
+from llama4_convert.fitting.memory import layer_counts
+from llama4_convert.fitting.runtimes import Fact, Phrase, Runtime
 from llama4_convert.formatting import gib
 
 
-def verdict(case: Case, runtime: Runtime) -> dict[str, Any]:
-    """Whether and how `runtime` serves the case; of `memory`, the bytes are one GPU's, at the context of `command`."""
-    refused = refusal(case, runtime)
-    if refused:
-        return {
-            "runtime": runtime,
-            "fits": False,
-            "max_context": 0,
-            "max_context_fp8_kv": None,
-            "command": "",
-            "note": refused,
-            "memory": None,
-        }
-    of, notes = memory(case, runtime), []
-    largest = largest_context(case, of)
-    fits = largest >= case.needed
-    room = case.usable - of.activations - of.weights
-    if runtime == "transformers" and case.format is not None and case.format.startswith("compressed-tensors"):
-        notes.append("decompresses to bf16 at the first forward: this format saves disk here, not memory")
-        if case.format == "compressed-tensors-fp8" and case.gpu.fp8:
-            notes.append(
-                "CompressedTensorsConfig(use_optimized_inference=True) may keep FP8, which is not counted on here"
-            )
-    if room <= 0:
-        each = "" if case.n_gpus == 1 else " on each GPU"
-        limit = case.usable - of.activations
-        notes.insert(0, f"weights need {gib(of.weights)}{each}, there are {gib(limit)}")
-    elif not fits and case.needed > case.max_context:
-        notes.append(f"the model itself ends at {case.max_context:,} tokens")
-    elif not fits:
-        many = f"{case.sequences} x " if case.sequences > 1 else ""
-        notes.append(f"{many}{case.needed:,} tokens are more than the {gib(room)} left for the KV cache hold")
-    if largest:
-        notes += _serving_notes(case, runtime)
-    served = case.context if fits and case.context is not None else largest
-    return {
-        "runtime": runtime,
-        "fits": fits,
-        "max_context": largest,
-        "max_context_fp8_kv": _with_fp8_kv(case, runtime, largest),
-        "command": command(case, runtime, served) if largest else "",
-        "note": "; ".join(notes),
-        "memory": {
-            "weights": of.weights,
-            "kv_cache": of.cache.nbytes(served, case.sequences),
-            "activations": of.activation_bytes(served),
-            "context_overhead": allowances().overhead,
-        },
+def command(deployment: Deployment, runtime: Runtime, context: int) -> str:
+    """One line for a shell that serves `context` tokens, or loads the model."""
+    values = placeholders(deployment, runtime, context)
+    return " ".join(_filled_in(runtime.command, facts(deployment, runtime), values))
+
+
+def notes(deployment: Deployment, runtime: Runtime, largest: int) -> list[str]:
+    """What is to be said of the deployment, of which sequences of `largest` tokens fit; where that is too few, why."""
+    use = memory_use(deployment, runtime)
+    needed, limit = deployment.needed_context, deployment.usable_bytes - use.activations()
+    found = [*_notes_on_loading(deployment, runtime)]
+    if use.weights >= limit:
+        each = "" if deployment.n_gpus == 1 else " on each GPU"
+        found.insert(0, f"weights need {gib(use.weights)}{each}, there are {gib(limit)}")
+    elif largest < needed and needed > deployment.max_context:
+        found.append(f"the model itself ends at {deployment.max_context:,} tokens")
+    elif largest < needed:
+        many = f"{deployment.sequences} x " if deployment.sequences > 1 else ""
+        room = gib(limit - use.weights)
+        found.append(f"{many}{needed:,} tokens are more than the {room} left for the KV cache hold")
+    return [*found, *_notes_on_serving(deployment, runtime, largest)] if largest else found
+
+
+def _notes_on_loading(deployment: Deployment, runtime: Runtime) -> Iterator[str]:
+    if deployment.format in runtime.decompresses:
+        yield "decompresses to bf16 at the first forward: this format saves disk here, not memory"
+    yield from _filled_in(runtime.loading_notes, facts(deployment, runtime), {})
+
+
+def _notes_on_serving(deployment: Deployment, runtime: Runtime, context: int) -> Iterator[str]:
+    true, values = facts(deployment, runtime), placeholders(deployment, runtime, context)
+    if deployment.format in runtime.loads and "FP8" in true and "FP8 units" not in true:
+        yield "this GPU has no FP8 units: weights are widened as they are used"
+    yield from _filled_in(runtime.notes, true, values)
+    _, chunked = layer_counts(deployment.geometry)
+    if chunked and "keeps chunks" not in true:
+        yield "every layer holds every token"
+    if "FP8 KV cache" in true:
+        yield "FP8 KV cache without calibrated scales: validate it"
+    elif deployment.fp8_kv:
+        yield "the KV cache stays bf16" + (": this GPU has no FP8 units" if "fp8" in runtime.kv_dtypes else "")
+    if runtime.usage:
+        yield runtime.usage.format_map(values)
+
+
+def facts(deployment: Deployment, runtime: Runtime) -> set[Fact]:
+    """Those that are true."""
+    format = deployment.format
+    every: dict[Fact, bool] = {
+        "several GPUs": deployment.n_gpus > 1,
+        "AMD": deployment.gpu.maker == "amd",
+        "FP8 units": deployment.gpu.fp8,
+        "experts": bool(deployment.geometry.moe_layers),
+        "int4": format in ("compressed-tensors-int4", "compressed-tensors-mixed"),
+        "FP8": format == "compressed-tensors-fp8",
+        "NF4": format == "bitsandbytes-nf4",
+        "FP8 KV cache": has_fp8_kv(deployment, runtime),
+        "keeps chunks": keeps_chunks(deployment.geometry, runtime),
     }
+    return {fact for fact, is_true in every.items() if is_true}
 
 
-def _with_fp8_kv(case: Case, runtime: Runtime, largest: int) -> int | None:
-    """The largest context with an FP8 KV cache; None where there is none."""
-    other = replace(case, fp8_kv=True)
-    if not has_fp8_kv(other, runtime):
-        return None
-    return largest if case.fp8_kv else largest_context(other, memory(other, runtime))
+def placeholders(deployment: Deployment, runtime: Runtime, context: int) -> dict[str, int | str]:
+    """What the texts of runtimes.toml may have in braces."""
+    use = memory_use(deployment, runtime)
+    usable, memory = deployment.usable_bytes, deployment.gpu.nbytes
+    has_vision = deployment.geometry.vision is not None
+    values: dict[str, int | str] = {
+        "directory": shlex.quote(deployment.directory),
+        "directory_literal": json.dumps(deployment.directory),  # of Python
+        "context": context,
+        "gpus": deployment.n_gpus,
+        "requests": requests(deployment, runtime),
+        "prefill_tokens": prefill_tokens(deployment, runtime),
+        # What the runtime may take, rounded down: no more than was counted.
+        "share_of_gpu": _rounded_down(usable / memory),
+        # Weights and KV cache as a share of what is free before weights are loaded.
+        "share_of_free": _rounded_down((usable - use.activations()) / (memory - allowances().context.nbytes)),
+        # Tokens that chunked layers keep, as a share of those that full ones keep; rounded up.
+        "chunked_share": f"{min(1.0, math.ceil(use.cache.chunked_share(context, deployment.sequences) * 1e4) / 1e4):g}",
+        "model_class": "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM",
+        "device_map": "cuda" if deployment.n_gpus == 1 else "auto",
+    }
+    return {**values, "script": shlex.quote(runtime.script.format_map(values))}
 
 
-def _serving_notes(case: Case, runtime: Runtime) -> list[str]:
-    notes = []
-    if case.format == "compressed-tensors-fp8" and not case.gpu.fp8 and runtime != "transformers":
-        notes.append("this GPU has no FP8 units: weights are widened as they are used")
-    if case.gpu.maker == "amd":
-        if _has_int4(case) and runtime == "sglang":
-            notes.append("whether its ROCm kernels take int4 experts is not known here")
-        elif case.format == "bitsandbytes-nf4":
-            notes.append("asks for a bitsandbytes that is built for ROCm")
-    if chunked_layers(case.geometry):
-        if runtime == "vllm":
-            notes.append("hybrid KV cache: chunked layers hold one chunk")
-        elif runtime == "vllm-no-hybrid-cache":
-            notes.append("every layer holds every token")
-        elif runtime == "sglang":
-            hybrid = holds_chunks(case.geometry, runtime)
-            piece = f"chunked layers hold one chunk and {SGLANG_PIECE:,} tokens"
-            notes.append(piece if hybrid else "every layer holds every token")
-    if case.fp8_kv:
-        if has_fp8_kv(case, runtime):
-            notes.append("FP8 KV cache without calibrated scales: validate it")
-        else:
-            notes.append(
-                "the KV cache stays bf16" + ("" if runtime == "transformers" else ": this GPU has no FP8 units")
-            )
-    if runtime == "transformers":
-        piece = f"{transformers_piece(case.geometry, case.sequences)}"
-        notes.append(f"call generate with prefill_chunk_size={piece}: it runs every expert on every token")
-    return notes
+def _filled_in(phrases: Iterable[Phrase], true: set[Fact], values: Mapping[str, int | str]) -> list[str]:
+    return [phrase.text.format_map(values) for phrase in phrases if true.issuperset(phrase.when)]
 
 
-def command(case: Case, runtime: Runtime, context: int) -> str:
-    """One line for a shell that serves `context` tokens; of Transformers, one that loads the model."""
-    where, n, gpu = shlex.quote(case.directory), case.n_gpus, case.gpu
-    if runtime == "transformers":
-        name = "AutoModelForCausalLM" if case.geometry.vision is None else "AutoModelForImageTextToText"
-        device = "cuda" if n == 1 else "auto"
-        load = f'm = {name}.from_pretrained({json.dumps(case.directory)}, dtype="auto", device_map="{device}")'
-        return f"python -i -c {shlex.quote(f'from transformers import {name}; {load}')}"
-    if runtime == "sglang":
-        of = memory(case, runtime)
-        parts = [f"python -m sglang.launch_server --model-path {where} --context-length {context}"]
-        # A share of what is free before weights are loaded. Rounded down: no more may be taken than was counted.
-        free = gpu.nbytes - allowances().context
-        parts.append(f"--mem-fraction-static {_floor3((case.usable - of.activations) / free)}")
-        parts.append(f"--chunked-prefill-size {SGLANG_PIECE} --max-running-requests {batch(case)}")
-        if of.cache.chunked_layers:
-            chunked = case.sequences * min(context, of.cache.chunk) + min(
-                SGLANG_PIECE, max(0, context - of.cache.chunk)
-            )
-            ratio = math.ceil(chunked / (case.sequences * context) * 1e4) / 1e4
-            parts.append(f"--swa-full-tokens-ratio {min(1.0, ratio):g}")
-        if _has_int4_experts(case):
-            parts.append("--moe-runner-backend triton")
-        if has_fp8_kv(case, runtime):
-            parts.append("--kv-cache-dtype fp8_e4m3")
-        return " ".join([*parts, *([f"--tp {n}"] if n > 1 else [])])
-    parts = [f"vllm serve {where} --max-model-len {context}"]
-    if n > 1:
-        parts.append(f"--tensor-parallel-size {n}")
-    parts.append(f"--gpu-memory-utilization {_floor3(case.usable / gpu.nbytes)}")
-    parts.append(f"--max-num-batched-tokens {vllm_piece(case)}")
-    parts.append(f"--max-num-seqs {batch(case)}")
-    if _has_int4_experts(case):
-        parts.append("--moe-backend triton")
-    if has_fp8_kv(case, runtime):
-        parts.append("--kv-cache-dtype fp8")
-    if runtime == "vllm-no-hybrid-cache":
-        parts.append("--disable-hybrid-kv-cache-manager")
-    elif holds_chunks(case.geometry, runtime):
-        # Off by default for chunked attention in some versions.
-        parts.insert(0, "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=1")
-    return " ".join(parts)
-
-
-def _has_int4(case: Case) -> bool:
-    return case.format in ("compressed-tensors-int4", "compressed-tensors-mixed")
-
-
-def _has_int4_experts(case: Case) -> bool:
-    """Whether a command must name Triton's kernels: others apply the router's score elsewhere than on an expert's input."""
-    return _has_int4(case) and bool(case.geometry.moe_layers)
-
-
-def _floor3(fraction: float) -> str:
-    return f"{math.floor(fraction * 1000) / 1000:g}"
+def _rounded_down(share: float) -> str:
+    return f"{math.floor(share * 1000) / 1000:g}"

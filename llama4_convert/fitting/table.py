@@ -3,107 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from llama4_convert.fitting.gpus import gpus
-from llama4_convert.fitting.runtimes import RUNTIMES
+from llama4_convert.fitting.results import Fit, FitVerdict
 from llama4_convert.formatting import gib
 
 
-def fit_summary(fit: dict[str, Any]) -> str:
+def fit_summary(verdict: FitVerdict) -> str:
     """The verdict on one format: a line on the memory, one or two a runtime, and what would fit where nothing does."""
-    each = " each" if fit["n_gpus"] > 1 else ""
-    asked = f", {fit['context']:,} tokens asked" if fit["context"] is not None else ""
+    each = " each" if verdict.n_gpus > 1 else ""
+    asked = f", {verdict.context:,} tokens asked" if verdict.context is not None else ""
     lines = [
-        f"fit      {'yes' if fit['fits'] else 'no'}: {_gpus(fit)}, {gib(fit['gpu_bytes'])}{each};"
-        f" weights {gib(fit['weight_bytes'])}, room for KV cache {gib(fit['kv_cache'])}{each}{asked}"
+        f"fit      {'yes' if verdict.fits else 'no'}: {_gpus(verdict)}, {gib(verdict.gpu_bytes)}{each};"
+        f" weights {gib(verdict.weight_bytes)}, room for KV cache {gib(verdict.kv_cache)}{each}{asked}"
     ]
-    for r in fit["runtimes"]:
-        told = f"{'yes' if r['fits'] else 'no ':3}  {r['max_context']:>10,} tokens" if r["max_context"] else "no"
-        lines.append(f"         {r['runtime']:20}  {told}{'  ' if r['note'] else ''}{r['note']}")
-        if r["fits"]:
-            lines.append(f"         {'':20}  $ {r['command']}")
-    if fit["advice"]:
-        lines.append(f"         fits instead: {fit['advice']}")
+    for r in verdict.runtimes:
+        answer = f"{'yes' if r.fits else 'no ':3}  {r.max_context:>10,} tokens" if r.max_context else "no"
+        lines.append(f"         {r.runtime:20}  {answer}{'  ' if r.note else ''}{r.note}")
+        if r.fits:
+            lines.append(f"         {'':20}  $ {r.command}")
+    if verdict.advice:
+        lines.append(f"         fits instead: {verdict.advice}")
     return "\n".join(lines)
 
 
-def fit_table(result: dict[str, Any]) -> str:
+def fit_table(fit: Fit) -> str:
     """The text of the command: a table of formats and runtimes, or of GPUs and formats; the advice; how to serve it."""
-    several = f", {result['sequences']} sequences at a time" if result["sequences"] > 1 else ""
-    kv = ", FP8 KV cache" if result["kv_cache_dtype"] == "fp8" else ""
-    lines = [f"{result['path']}: {result['model']}, context of {result['max_context']:,} tokens at most{several}{kv}"]
-    if len({v["gpu"] for v in result["verdicts"]}) > 1:
-        lines += _of_gpus(result["verdicts"])
-    else:
-        lines += _of_runtimes(result["verdicts"])
-    lines += ["", result["advice"]]
-    return "\n".join([*lines, *_commands(result)])
+    several = f", {fit.sequences} sequences at a time" if fit.sequences > 1 else ""
+    kv = ", FP8 KV cache" if fit.kv_cache_dtype == "fp8" else ""
+    several_gpus = len({v.gpu for v in fit.verdicts}) > 1
+    lines = [
+        f"{fit.path}: {fit.model}, context of {fit.max_context:,} tokens at most{several}{kv}",
+        *(_gpu_rows(fit.verdicts) if several_gpus else _format_rows(fit.verdicts)),
+        "",
+        fit.advice,
+        *_commands(fit),
+    ]
+    return "\n".join(lines)
 
 
-def _commands(result: dict[str, Any]) -> list[str]:
-    """For each runtime the format that is advised, or where that is not for it, the first that is."""
-    advised = result["fit"]
-    here = [advised, *(v for v in result["verdicts"] if v["gpu"] == advised["gpu"])]
+def _commands(fit: Fit) -> list[str]:
+    """For each runtime how to serve the format that is advised, or where that does not fit there, the first that does."""
+    here = [fit.fit, *(v for v in fit.verdicts if v.gpu == fit.fit.gpu)]
     lines: list[str] = []
-    made = ""
-    for i, runtime in enumerate(RUNTIMES):
-        chosen = next((v for v in here if v["runtimes"][i]["fits"]), None)
+    made: object = ""
+    for i, runtime in enumerate(fit.fit.runtimes):
+        chosen = next((v for v in here if v.runtimes[i].fits), None)
         if chosen is None:
             continue
-        if chosen["convert"] != made:
-            made = chosen["convert"]
-            lines += ["", f"{chosen['name']}:", f"  $ {made}"]
-        r = chosen["runtimes"][i]
-        lines += [
-            "",
-            f"{runtime}, {r['max_context']:,} tokens{': ' if r['note'] else ''}{r['note']}",
-            f"  $ {r['command']}",
-        ]
+        if chosen.convert != made:
+            made = chosen.convert
+            lines += ["", f"{chosen.name}:", f"  $ {made}"]
+        r = chosen.runtimes[i]
+        note = f": {r.note}" if r.note else ""
+        lines += ["", f"{runtime.runtime}, {r.max_context:,} tokens{note}", f"  $ {r.command}"]
     return lines
 
 
-def _of_runtimes(verdicts: Sequence[dict[str, Any]]) -> list[str]:
+def _format_rows(verdicts: Sequence[FitVerdict]) -> list[str]:
     """A row a format: what its weights and its KV cache take of one GPU, and the largest context in each runtime."""
     first = verdicts[0]
-    each = " each" if first["n_gpus"] > 1 else ""
+    each = " each" if first.n_gpus > 1 else ""
     lines = [
-        f"{_gpus(first)}, {gpus()[first['gpu']].name}: {gib(first['gpu_bytes'])}{each}, of which {gib(first['context_overhead'])}"
+        f"{_gpus(first)}, {gpus()[first.gpu].name}: {gib(first.gpu_bytes)}{each}, of which {gib(first.context_overhead)}"
         " are left to CUDA and the runtime"
-        f" and {gib(first['activations'])} to activations (allowances, see docs/fit.md)",
+        f" and {gib(first.activations)} to activations (allowances, see docs/fit.md)",
     ]
-    if first["kv_bytes_of_chunked_layers"]:
+    if first.kv_bytes_of_chunked_layers:
         lines.append(
-            f"of keys and values, chunked layers keep {gib(first['kv_bytes_of_chunked_layers'])}"
+            f"of keys and values, chunked layers keep {gib(first.kv_bytes_of_chunked_layers)}"
             " a sequence at most where the runtime knows them; all others keep what is said for 1,000 tokens"
         )
-    rows = [["format", "weights", "KV, 1,000 tokens", "left for KV", *RUNTIMES, "verdict"]]
+    runtimes = [r.runtime for r in first.runtimes]
+    rows = [["format", "weights", "KV, 1,000 tokens", "left for KV", *runtimes, "verdict"]]
     for v in verdicts:
-        contexts = [f"{r['max_context']:,}" if r["max_context"] else "-" for r in v["runtimes"]]
-        token = f"{v['kv_bytes_per_token'] * 1000 / (1 << 20):.1f} MiB"
-        rows.append([v["name"], gib(v["weights"]), token, gib(v["kv_cache"]), *contexts, "fits" if v["fits"] else "no"])
+        contexts = [f"{r.max_context:,}" if r.max_context else "-" for r in v.runtimes]
+        token = f"{v.kv_bytes_per_token * 1000 / (1 << 20):.1f} MiB"
+        rows.append([str(v.name), gib(v.weights), token, gib(v.kv_cache), *contexts, "fits" if v.fits else "no"])
     return [*lines, "", *_aligned(rows)]
 
 
-def _of_gpus(verdicts: Sequence[dict[str, Any]]) -> list[str]:
+def _gpu_rows(verdicts: Sequence[FitVerdict]) -> list[str]:
     """A row a GPU, a column a format: the largest context in any runtime that fits."""
-    names = list(dict.fromkeys(v["name"] for v in verdicts))
-    rows = [
-        ["", *names],
-        ["weights", *(gib(next(v["weight_bytes"] for v in verdicts if v["name"] == n)) for n in names)],
-    ]
-    for key in dict.fromkeys(v["gpu"] for v in verdicts):
-        row = {v["name"]: v for v in verdicts if v["gpu"] == key}
-        cells = []
-        for name in names:
-            tokens = max((r["max_context"] for r in row[name]["runtimes"] if r["fits"]), default=0)
-            cells.append(f"{tokens:,}" if tokens else "-")
-        rows.append([_gpus(row[names[0]]), *cells])
+    by_gpu: dict[str, list[FitVerdict]] = {}
+    for v in verdicts:
+        by_gpu.setdefault(v.gpu, []).append(v)
+    formats = next(iter(by_gpu.values()))
+    rows = [["", *(str(v.name) for v in formats)], ["weights", *(gib(v.weight_bytes) for v in formats)]]
+    for here in by_gpu.values():
+        contexts = [max((r.max_context for r in v.runtimes if r.fits), default=0) for v in here]
+        rows.append([_gpus(here[0]), *(f"{tokens:,}" if tokens else "-" for tokens in contexts)])
     return ["largest context in tokens, in the runtime that holds most; - where it does not fit", "", *_aligned(rows)]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    """Columns of one width, the first and the last to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1
     return [
         "  ".join(
@@ -114,5 +109,5 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _gpus(fit: dict[str, Any]) -> str:
-    return f"{fit['n_gpus']} x {fit['gpu']}" if fit["n_gpus"] > 1 else str(fit["gpu"])
+def _gpus(verdict: FitVerdict) -> str:
+    return f"{verdict.n_gpus} x {verdict.gpu}" if verdict.n_gpus > 1 else verdict.gpu

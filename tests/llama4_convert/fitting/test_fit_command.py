@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from llama4_convert import convert, fit, synth
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.from_meta import MetaJob
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.fitting.results import FitVerdict
 from tests.support import commands, meta_model
 
 GIB = 1 << 30
@@ -69,9 +71,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., commands.Outcome]:
 Run = Callable[..., commands.Outcome]
 
 
-def largest(verdict: dict[str, Any], runtime: str) -> int:
-    found: int = next(r["max_context"] for r in verdict["runtimes"] if r["runtime"] == runtime)
-    return found
+def largest(verdict: FitVerdict, runtime: str) -> int:
+    return next(r.max_context for r in verdict.runtimes if r.runtime == runtime)
 
 
 # -------------------- Scout on one H100
@@ -79,20 +80,20 @@ def largest(verdict: dict[str, Any], runtime: str) -> int:
 
 def test_meta_source_of_scout_on_one_h100(scout: Path) -> None:
     result = fit(scout)
-    by_name = {v["name"]: v for v in result["verdicts"]}
+    by_name = {v.name: v for v in result.verdicts}
     assert list(by_name) == ["bf16", "fp8", "int4-experts", "mixed", "int4", "int4-signed", "nf4"]
-    assert [name for name, v in by_name.items() if not v["fits"]] == ["bf16", "fp8"]
-    assert by_name["bf16"]["weight_bytes"] == 2 * 108_641_793_536
+    assert [name for name, v in by_name.items() if not v.fits] == ["bf16", "fp8"]
+    assert by_name["bf16"].weight_bytes == 2 * 108_641_793_536
     # 72 GiB less the weights and less 36 layers x 8,192 tokens x 4 KiB, in 48 KiB a token and whole blocks of 16.
-    room = 72 * GIB - by_name["int4"]["weight_bytes"] - 36 * 8192 * 4096
+    room = 72 * GIB - by_name["int4"].weight_bytes - 36 * 8192 * 4096
     assert largest(by_name["int4"], "vllm") == room // 49152 // 16 * 16 == 228_432
     assert largest(by_name["nf4"], "vllm") == 0
-    assert by_name["fp8"]["elsewhere"] == ["2 x h100-80gb", "h200-141gb"]
-    assert result["fits"]
-    assert result["fit"]["name"] == "int4"
-    assert result["fit"]["convert"] == f"llama4-convert convert {scout} llama4-int4 --recipe int4"
-    assert "fp8 (106.8 GiB) does not fit (2 x h100-80gb or h200-141gb would)" in result["advice"]
-    assert "int4 (60.4 GiB) fits with 228,432 tokens in vllm" in result["advice"]
+    assert by_name["fp8"].elsewhere == ("2 x h100-80gb", "h200-141gb")
+    assert result.fits
+    assert result.fit.name == "int4"
+    assert result.fit.convert == f"llama4-convert convert {scout} llama4-int4 --recipe int4"
+    assert "fp8 (106.8 GiB) does not fit (2 x h100-80gb or h200-141gb would)" in result.advice
+    assert "int4 (60.4 GiB) fits with 228,432 tokens in vllm" in result.advice
 
 
 @pytest.mark.parametrize(("recipe", "format"), [(None, None), ("fp8", "fp8"), ("int4", "int4"), ("mixed", "mixed")])
@@ -100,14 +101,14 @@ def test_a_directory_is_judged_as_its_recipe_was(
     recipe: str | None, format: str | None, scout: Path, tmp_path: Path
 ) -> None:
     path = directory(scout, tmp_path / "out", recipe)
-    there = fit(path)["fit"]
-    planned = next(v for v in fit(scout)["verdicts"] if v["name"] == (recipe or "bf16"))
-    assert there["weight_bytes"] == planned["weight_bytes"]
-    assert there["format"] == (f"compressed-tensors-{format}" if format else None)
-    for a, b in zip(there["runtimes"], planned["runtimes"], strict=True):
-        assert a["max_context"] == b["max_context"]
-        assert str(path) in a["command"] or not a["command"]
-    assert there["convert"] == ""
+    there = fit(path).fit
+    planned = next(v for v in fit(scout).verdicts if v.name == (recipe or "bf16"))
+    assert there.weight_bytes == planned.weight_bytes
+    assert there.format == (f"compressed-tensors-{format}" if format else None)
+    for a, b in zip(there.runtimes, planned.runtimes, strict=True):
+        assert a.max_context == b.max_context
+        assert str(path) in a.command or not a.command
+    assert there.convert == ""
 
 
 def test_fp8_scout_on_one_h100_is_no_and_says_what_would(run: Run, scout: Path, tmp_path: Path) -> None:
@@ -167,13 +168,13 @@ def test_a_table_of_formats_and_runtimes(run: Run, scout: Path) -> None:
 def test_a_finished_directory(recipe: str | None, format: str | None, tiny: Path, tmp_path: Path) -> None:
     path = directory(tiny, tmp_path / "out", recipe)
     result = fit(path, gpu="l4-24gb")
-    assert result["fit"]["format"] == format
+    assert result.fit.format == format
     tensors = TransformersCheckpoint.open(path).tensors.values()
-    assert result["fit"]["weight_bytes"] == sum(t.nbytes for t in tensors)
+    assert result.fit.weight_bytes == sum(t.nbytes for t in tensors)
     # All of Meta's source is in its table, too.
-    there = next(v for v in fit(tiny)["verdicts"] if v["name"] == (recipe or "bf16"))
-    assert there["weight_bytes"] == result["fit"]["weight_bytes"]
-    assert there["format"] == format
+    there = next(v for v in fit(tiny).verdicts if v.name == (recipe or "bf16"))
+    assert there.weight_bytes == result.fit.weight_bytes
+    assert there.format == format
 
 
 def test_blocks_and_groups_are_read_off_the_scales(tiny: Path, tmp_path: Path) -> None:
@@ -185,9 +186,9 @@ def test_blocks_and_groups_are_read_off_the_scales(tiny: Path, tmp_path: Path) -
     widths = MetaJob(Request(tiny)).plan.geometry
     assert (widths.expert_dim, widths.dense_dim) == (384, 768)
     # Experts 384 wide: a half is one and a half blocks of 128, and three groups of 64.
-    notes = {n: fit(tmp_path / n, gpus=2)["fit"]["runtimes"][0] for n in ("blocks", "groups")}
-    assert "FP8 blocks of 128 do not divide the 192" in notes["blocks"]["note"]
-    assert notes["groups"]["fits"]
+    notes = {n: fit(tmp_path / n, gpus=2).fit.runtimes[0] for n in ("blocks", "groups")}
+    assert "FP8 blocks of 128 do not divide the 192" in notes["blocks"].note
+    assert notes["groups"].fits
 
 
 def test_what_transformers_has_saved(tmp_path: Path) -> None:
@@ -211,9 +212,9 @@ def test_what_transformers_has_saved(tmp_path: Path) -> None:
     model = Llama4ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     result = fit(tmp_path, gpu="rtx4090-24gb")
-    assert result["fit"]["weight_bytes"] == 2 * sum(p.numel() for p in model.parameters())
-    assert [r["max_context"] for r in result["fit"]["runtimes"]] == [4096] * 4
-    assert "AutoModelForCausalLM" in result["fit"]["runtimes"][3]["command"]
+    assert result.fit.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
+    assert [r.max_context for r in result.fit.runtimes] == [4096] * 4
+    assert "AutoModelForCausalLM" in result.fit.runtimes[3].command
 
 
 @pytest.mark.parametrize("name", sorted(meta_model.GEOMETRIES))
@@ -221,14 +222,15 @@ def test_every_geometry_of_meta_gets_a_verdict(name: str, meta_checkpoint: Calla
     """The same from params.json as from the config.json that is made of it: chunks, dense layers, no vision and all."""
     source = meta_checkpoint(name).src
     result = fit(source, gpu="l4-24gb")
-    assert result["fits"]
-    assert result["fit"]["runtimes"][0]["max_context"] == result["max_context"]
+    assert result.fits
+    assert result.fit.runtimes[0].max_context == result.max_context
     made = fit(directory(source, tmp_path / "out", None), gpu="l4-24gb")
-    for verdict in (result["verdicts"][0], made["fit"]):
-        del verdict["convert"], verdict["name"], verdict["recipe"], verdict["best_recipe"]
-        for r in verdict["runtimes"]:
-            del r["command"]
-    assert made["fit"] == result["verdicts"][0]
+
+    def without_names(verdict: FitVerdict) -> FitVerdict:
+        runtimes = tuple(structs.replace(r, command="") for r in verdict.runtimes)
+        return structs.replace(verdict, convert="", name="", recipe=None, best_recipe=None, runtimes=runtimes)
+
+    assert without_names(made.fit) == without_names(result.verdicts[0])
 
 
 # -------------------- what is refused
@@ -243,7 +245,7 @@ def test_no_byte_of_weights_is_read(scout: Path, tmp_path: Path, monkeypatch: py
 
     path = directory(scout, tmp_path / "out", "nf4")
     monkeypatch.setattr(readers, "_read", refuse)
-    assert fit(path)["fit"]["format"] == "bitsandbytes-nf4"
+    assert fit(path).fit.format == "bitsandbytes-nf4"
 
 
 def test_refusals(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -290,11 +292,11 @@ def test_json_is_one_object_also_where_the_answer_is_no(run: Run, scout: Path) -
 
 def test_the_docs_show_what_is_printed(scout: Path) -> None:
     text = (Path(__file__).resolve().parents[3] / "docs" / "fit.md").read_text()
-    verdicts = {v["name"]: v for v in fit(scout)["verdicts"]}
+    verdicts = {v.name: v for v in fit(scout).verdicts}
     for name in ("bf16", "fp8", "int4"):
-        assert f"{verdicts[name]['weight_bytes']:,} bytes" in text
-    for r in verdicts["int4"]["runtimes"][:3]:
-        assert f"{r['max_context']:,} tokens" in text
-    assert f"{verdicts['int4']['runtimes'][0]['max_context_fp8_kv']:,} tokens" in text
+        assert f"{verdicts[name].weight_bytes:,} bytes" in text
+    for r in verdicts["int4"].runtimes[:3]:
+        assert f"{r.max_context:,} tokens" in text
+    assert f"{verdicts['int4'].runtimes[0].max_context_fp8_kv:,} tokens" in text
     assert f"{largest(verdicts['nf4'], 'transformers'):,} tokens" in text
     assert f"{largest(verdicts['int4-experts'], 'vllm'):,} tokens" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama4_convert.errors import UsageError
-from llama4_convert.fitting.gpus import _table, allowances, find_gpu, gpus
+from llama4_convert.fitting.gpus import allowances, find_gpu, gpus
 
 GIB = 1 << 30
 
@@ -19,13 +19,15 @@ def test_the_table_of_gpus() -> None:
 
 
 def test_every_figure_has_its_source() -> None:
-    for row in [*_table()["gpus"].values(), *_table()["allowances"].values()]:
-        assert len(row["source"]) > 10
+    every = allowances()
+    sources = [gpu.source for gpu in gpus().values()]
+    sources += [allowance.source for allowance in (every.overhead, every.activations, every.context)]
+    assert all(len(source) > 10 for source in sources)
 
 
 def test_of_an_h100_74_gib_are_left_after_the_overhead() -> None:
-    assert (find_gpu("h100-80gb").nbytes - allowances().overhead) / GIB == pytest.approx(74, abs=0.01)
-    assert allowances().context < allowances().overhead
+    assert (find_gpu("h100-80gb").nbytes - allowances().overhead.nbytes) / GIB == pytest.approx(74, abs=0.01)
+    assert allowances().context.nbytes < allowances().overhead.nbytes
 
 
 def test_a_gpu_that_is_sold_under_two_names() -> None:

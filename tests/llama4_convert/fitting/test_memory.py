@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from llama4.geometry import Geometry
 from llama4_convert.conversion.from_meta import MetaJob
 from llama4_convert.conversion.request import Request
+from llama4_convert.fitting.deployment import Deployment, memory_use
 from llama4_convert.fitting.gpus import find_gpu
 from llama4_convert.fitting.memory import KVCache, Weights, grouped_layers, kv_bytes, parameters, prefill_bytes
-from llama4_convert.fitting.runtimes import Case, memory
+from llama4_convert.fitting.runtimes import runtimes
 from quant.recipe import built_in
 from tests.support import meta_model
 from tests.support.geometries import GUARD, MAVERICK, SCOUT
@@ -46,7 +47,7 @@ def test_parameters_are_those_of_the_published_models() -> None:
     ],
 )
 def test_sizes_of_recipes(g: Geometry, sizes: dict[str, float]) -> None:
-    bf16 = Weights.of_geometry(g)
+    bf16 = Weights.from_geometry(g)
     assert bf16.total / GIB == pytest.approx({16: 202.4, 128: 748.0}[g.n_experts or 0], abs=0.05)
     for name, gib in sizes.items():
         assert bf16.quantized(g, built_in()[name]).total / GIB == pytest.approx(gib, abs=0.05)
@@ -64,34 +65,34 @@ def test_int4_of_scout_by_hand() -> None:
     packed = matrices * (5120 * 8192 // 2 + 5120 * 8192 // 128 * 2 + 16)
     counts = parameters(SCOUT)
     kept = 2 * (counts.total - counts.routed_experts - counts.shared_expert)
-    assert Weights.of_geometry(SCOUT).quantized(SCOUT, built_in()["int4"]).total == packed + kept
+    assert Weights.from_geometry(SCOUT).quantized(SCOUT, built_in()["int4"]).total == packed + kept
 
 
 @pytest.mark.parametrize("name", sorted(meta_model.GEOMETRIES))
 def test_every_tensor_is_counted_as_what_it_is(name: str, meta_checkpoint: Callable[..., Any]) -> None:
     """By the names of a plan and by the geometry: two ways to the same numbers, kind by kind."""
     plan = MetaJob(Request(meta_checkpoint(name).src)).plan
-    by_name = Weights.of((t.name, t.numel * 2) for t in plan.tensors)
-    by_geometry = Weights.of_geometry(plan.geometry)
+    by_name = Weights.from_tensors((t.name, t.numel * 2) for t in plan.tensors)
+    by_geometry = Weights.from_geometry(plan.geometry)
     assert by_name == by_geometry
-    assert sum(vars(by_name).values()) == 2 * plan.parameters
+    assert by_name.total == 2 * plan.parameters
 
 
 def test_a_directory_of_fused_experts_counts_as_one_of_single_ones(meta_checkpoint: Callable[..., Any]) -> None:
     plan = MetaJob(Request(meta_checkpoint("scout").src)).plan
     linear = [("language_model.model.layers.0.feed_forward.experts.3.gate_proj.weight_packed", 10)]
-    assert Weights.of(linear).routed_experts == 10
-    assert Weights.of((t.name, t.nbytes) for t in plan.tensors).routed_experts > 0
+    assert Weights.from_tensors(linear).routed_experts == 10
+    assert Weights.from_tensors((t.name, t.nbytes) for t in plan.tensors).routed_experts > 0
 
 
 def test_gpus_that_split_tensors() -> None:
     g = replace(SCOUT, n_kv_heads=2)
     weights = Weights(routed_experts=800, shared_expert=80, dense_mlp=8, keys_values=40, replicated=3, other=16)
     assert weights.total == 947
-    assert weights.of_tensor_parallel(1, 2) == 947
-    assert weights.of_tensor_parallel(8, 2) == 904 // 8 + 40 // 2 + 3  # two KV heads on eight GPUs: four copies each
-    assert weights.of_whole_layers(1, g) == 947
-    assert Weights.of_geometry(SCOUT).of_whole_layers(4, SCOUT) / GIB == pytest.approx(202.4 / 4 + 4.07, abs=0.1)
+    assert weights.split_by_tensors(1, 2) == 947
+    assert weights.split_by_tensors(8, 2) == 904 // 8 + 40 // 2 + 3  # two KV heads on eight GPUs: four copies each
+    assert weights.split_by_layers(1, g) == 947
+    assert Weights.from_geometry(SCOUT).split_by_layers(4, SCOUT) / GIB == pytest.approx(202.4 / 4 + 4.07, abs=0.1)
 
 
 # -------------------- KV cache
@@ -110,7 +111,7 @@ def test_a_cache_of_scout_by_hand() -> None:
     assert cache.nbytes(131072) == 4096 * (12 * 131072 + 36 * 8192) == 7.125 * GIB
     assert cache.nbytes(131072, 3) == 3 * cache.nbytes(131072)
     assert cache.nbytes(17) == cache.nbytes(32)  # whole blocks of 16
-    behind = replace(cache, piece=4096)
+    behind = replace(cache, piece_tokens=4096)
     assert behind.nbytes(8192) == cache.nbytes(8192)
     assert behind.nbytes(131072, 3) == cache.nbytes(131072, 3) + 4096 * 36 * 4096  # the piece once, not for each
 
@@ -162,11 +163,12 @@ def test_prefill_of_scout_by_hand() -> None:
 
 def test_what_is_derived_counts_where_it_is_more_than_the_allowance() -> None:
     """A thousand rows of logits, and the keys and values that two pieces of a prompt write behind the chunk."""
-    asked = Case(SCOUT, Weights(), None, find_gpu("h100-80gb"), sequences=1024)
+    vllm, without_chunks = runtimes()[:2]
+    asked = Deployment(SCOUT, Weights(), None, find_gpu("h100-80gb"), sequences=1024)
     written = 36 * 2 * 2048 * 4096
-    assert memory(asked, "vllm").activations == prefill_bytes(SCOUT, 2048, 1024, 1) + written > 2 * GIB
-    assert memory(asked, "vllm-no-hybrid-cache").activations == prefill_bytes(SCOUT, 2048, 1024, 1)
-    assert memory(replace(asked, sequences=1), "vllm").activations == 2 * GIB
+    assert memory_use(asked, vllm).activations() == prefill_bytes(SCOUT, 2048, 1024, 1) + written > 2 * GIB
+    assert memory_use(asked, without_chunks).activations() == prefill_bytes(SCOUT, 2048, 1024, 1)
+    assert memory_use(replace(asked, sequences=1), vllm).activations() == 2 * GIB
 
 
 def test_a_plan_tells_its_recipes_sizes_to_the_byte(tmp_path: Path) -> None:
@@ -176,9 +178,11 @@ def test_a_plan_tells_its_recipes_sizes_to_the_byte(tmp_path: Path) -> None:
     params["moe_args"] = {**params["moe_args"], "num_experts": 3, "interleave_moe_layer_step": 2}
     meta_model.write_checkpoint(meta_model.build(params, seed=1), params, tmp_path, ranks=2)
     plain = MetaJob(Request(tmp_path)).plan
-    weights = Weights.of((t.name, t.nbytes) for t in plain.tensors)
+    weights = Weights.from_tensors((t.name, t.nbytes) for t in plain.tensors)
     for name, recipe in built_in().items():
         if recipe.format == "meta":
             continue  # for export
         planned = MetaJob(Request(tmp_path, recipe=name)).plan
-        assert weights.quantized(plain.geometry, recipe) == Weights.of((t.name, t.nbytes) for t in planned.tensors)
+        assert weights.quantized(plain.geometry, recipe) == Weights.from_tensors(
+            (t.name, t.nbytes) for t in planned.tensors
+        )
