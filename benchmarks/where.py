@@ -66,7 +66,7 @@ def main() -> None:
         source = Path(folder) / "meta"
         size = synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8)["bytes"]
         os.sync()
-        timed(from_meta.MetaJob, "__init__", "planning")
+        timed(from_meta, "from_meta", "planning")
         timed(Source, "read", "reading threads: read")
         timed(Source, "check", "reading threads: CRC-32")
         timed(encode.MatrixEncoder, "_encode", "main thread: encode, or wait for the next matrix")

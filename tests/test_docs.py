@@ -224,7 +224,9 @@ def options(command: click.Command) -> set[str]:
 
 
 BENCHMARKS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
-OF_RUNTIMES = re.findall(r"--[a-z-]+", (ROOT / "llama4_convert" / "fitting" / "runtimes.toml").read_text(encoding="utf-8"))
+OF_RUNTIMES = re.findall(
+    r"--[a-z-]+", (ROOT / "llama4_convert" / "fitting" / "runtimes.toml").read_text(encoding="utf-8")
+)
 ALL_OPTIONS = {"--version", *re.findall(r'"(--[a-z-]+)"', BENCHMARKS), *OF_RUNTIMES}.union(
     *(options(command) for command in cli.cli.commands.values())
 )

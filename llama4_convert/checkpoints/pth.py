@@ -20,7 +20,7 @@ from pathlib import Path
 from isal.isal_zlib import crc32
 
 from llama4_convert.checkpoints.inert_pickle import Opaque, RefusedPickle, Storage, TensorView, read_state_dict
-from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor
+from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, TensorFile
 from llama4_convert.errors import BadInput, from_os_error
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -54,7 +54,7 @@ class PthIndex:
 class DamagedRecord(BadInput):
     """The bytes of a record do not match the CRC of its archive. `path` is the archive's, `record` the record's name."""
 
-    def __init__(self, index: PthIndex, record: Record) -> None:
+    def __init__(self, index: TensorFile, record: Record) -> None:
         keys = [key for key, tensor in index.tensors.items() if tensor.record.name == record.name]
         super().__init__(
             f"{index.path.name}: {keys[0] if keys else record.name} is damaged (its bytes do not match the archive's CRC):"
@@ -63,7 +63,7 @@ class DamagedRecord(BadInput):
         self.path, self.record = index.path, record.name
 
 
-def check_records(index: PthIndex, records: Iterable[Record], progress: Callable[[int], None]) -> None:
+def check_records(index: TensorFile, records: Iterable[Record], progress: Callable[[int], None]) -> None:
     """Read records only to compare their CRCs; `progress` counts bytes.
 
     Raises DamagedRecord, BadInput (the file ends early) or EnvironmentFailed (it cannot be read).

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Protocol
 
 _DTYPES_BY_SIZE = {8: "F64 I64 U64", 4: "F32 I32 U32", 2: "BF16 F16 I16 U16", 1: "F8_E4M3 F8_E5M2 I8 U8 BOOL"}
 # dtype, as safetensors spells it -> bytes a number
@@ -51,6 +54,16 @@ class StoredTensor:
                 return False
             step *= size
         return self.offset == 0 and self.nbytes == self.record.size
+
+
+class TensorFile(Protocol):
+    """An opened file of tensors, in either layout: its index, without its data."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -28,6 +28,9 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return formatting.parse_size(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+T = TypeVar("T")
 
 
 def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

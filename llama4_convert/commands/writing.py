@@ -48,7 +48,7 @@ def plan(source: Path, as_json: bool, **request: Any) -> None:
     from llama4_convert.conversion.convert import plan as run
 
     result = run(source, **request)
-    for text in result["warnings"]:
+    for text in result.warnings:
         terminal.warn(text)
     show(result, as_json, summaries.plan_summary)
 

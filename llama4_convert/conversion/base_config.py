@@ -1,4 +1,4 @@
-"""`--config-from`: a fine-tune keeps its tensors and gets back what its config.json has lost, from what it was made from."""
+"""`--config-from`: a fine-tune keeps its tensors; what its config.json has lost comes from the model it was made from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
-from llama4_convert.conversion.from_meta import MetaJob
+from llama4_convert.conversion.from_meta import from_meta
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import json_object, read_small
@@ -23,18 +23,17 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """What a base says of itself, in either layout. Of a Transformers directory no weights are needed."""
+    """The configuration of a base model, in either layout. A Transformers directory needs no weights for that."""
 
     path: Path
-    body: Mapping[str, Any]  # its config.json, or what a conversion would write
-    generation: bytes | None
+    body: Mapping[str, Any]  # its config.json, or the one that its conversion would have
+    generation: bytes | None  # generation_config.json
 
     @staticmethod
     def open(path: Path) -> BaseConfig:
         """Raises UsageError, BadInput or EnvironmentFailed."""
         if is_meta(path):
-            contents = MetaJob(Request(path)).contents()
-            made = {name: contents[name]()[name] for name in (_CONFIG, GENERATION)}
+            made = from_meta(Request(path)).job.small_files
             return BaseConfig(path, json.loads(made[_CONFIG]), made[GENERATION])
         if not (path / _CONFIG).is_file():
             raise UsageError(f"{path} has neither params.json (Meta's layout) nor config.json (Transformers')")
@@ -42,15 +41,15 @@ class BaseConfig:
         return BaseConfig(path, json_object(path / _CONFIG), read_small(generation) if generation.is_file() else None)
 
     def repaired(self, source: TransformersCheckpoint) -> tuple[TransformersCheckpoint, list[Repair]]:
-        """`source` with a repaired configuration; as a text model's, if its tensors are. Raises BadInput."""
+        """`source` with a repaired configuration: a text model's if its tensors are one's. Raises BadInput."""
         tensors = source.tensors
         try:
-            body, told = repair(source.config, self.body, tensors)
+            body, repairs = repair(source.config, self.body, tensors)
         except (ConfigError, BadInput) as error:
             raise BadInput(f"{source.path}, with --config-from {self.path}: {error}") from error
-        return replace(source if vision_keys(tensors) else source.without_prefix(TEXT_PREFIX), config=body), told
+        return replace(source if vision_keys(tensors) else source.without_prefix(TEXT_PREFIX), config=body), repairs
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of what is read of it."""
-        made = {_CONFIG: json.dumps(self.body, sort_keys=True).encode(), GENERATION: self.generation}
-        return {name: hashlib.sha256(data).hexdigest() for name, data in made.items() if data is not None}
+        """SHA-256 of the files that a repair reads."""
+        read = {_CONFIG: json.dumps(self.body, sort_keys=True).encode(), GENERATION: self.generation}
+        return {name: hashlib.sha256(data).hexdigest() for name, data in read.items() if data is not None}

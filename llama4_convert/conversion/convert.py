@@ -8,57 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import UsageError
-from llama4_convert.progress import Progress, Start, Warn
+from llama4_convert.progress import Callbacks, Progress, Start, Warn
 from llama4_convert.streaming.bounds import DEFAULT_MEMORY, Bounds
-from llama4_convert.streaming.execution import execute
+from llama4_convert.streaming.output_directory import output_directory
 
 if TYPE_CHECKING:
-    from llama4_convert.conversion.job import ConversionJob
-
-
-def job_of(request: Request) -> ConversionJob:
-    """The job for the layout that the source is in. Raises UsageError, BadInput or EnvironmentFailed."""
-    # The readers import numpy; taking the lock must not wait for that.
-    from llama4_convert.checkpoints import is_meta
-
-    if request.vision_from is not None:
-        from llama4_convert.conversion.with_vision import VisionJob
-
-        return VisionJob(request)
-    if not is_meta(request.source):
-        from llama4_convert.conversion.from_transformers import TransformersJob
-
-        return TransformersJob(request)
-    if request.config_from is not None:
-        raise UsageError(f"{request.source} has a params.json: --config-from repairs a Transformers directory")
-    from llama4_convert.conversion.from_meta import MetaJob
-
-    return MetaJob(request)
-
-
-def plan(
-    source: str | os.PathLike[str],
-    *,
-    gpu: str | None = None,
-    gpus: int = 1,
-    context: int | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """What `convert` would write, as the JSON of the design says. Options: those of `Request`. Reads no tensor data.
-
-    With `gpu` ("h100-80gb"), `fit` says in which runtimes the result fits onto `gpus` of them with `context` tokens.
-    """
-    job = job_of(Request(Path(source), **options))
-    described = job.describe()
-    if gpu is None:
-        if context is not None or gpus != 1:
-            raise UsageError("--context and --gpus are for --gpu: name one")
-        return described
-    from llama4_convert.fitting.fit import fit_plan
-
-    longest = job.max_position_embeddings
-    verdict = fit_plan(job.plan, job.recipe, gpu=gpu, gpus=gpus, context=context, max_context=longest)
-    return {**described, "fit": verdict}
+    from llama4_convert.conversion.bound_request import BoundRequest
+    from llama4_convert.conversion.results import Conversion, PlanSummary
 
 
 def convert(
@@ -72,17 +28,68 @@ def convert(
     start: Start = lambda total, done: None,
     progress: Progress = lambda n: None,
     **options: Any,
-) -> dict[str, Any]:
+) -> Conversion:
     """Convert Meta's checkpoint, or a fine-tune in Transformers' layout, at `source` to a Transformers directory at `target`.
 
     `options` are the fields of `Request`. `max_memory` (bytes) bounds the process's own memory above an idle interpreter.
     `start(total, done)` and `progress(n)` count bytes of tensor data; `progress` may be called from another thread.
-    An interrupted conversion goes on when called again; a finished one is left alone.
-    `max_error` bounds the relative squared error of every quantized matrix (CheckFailed beyond).
-    Raises a ConvertError; the target then holds nothing that loads as a model.
+    `max_error` bounds the relative squared error of every quantized matrix (CheckFailed beyond). An interrupted conversion is
+    continued by the next call; a finished one is left alone. Raises a ConvertError; the target then holds nothing that loads as
+    a model.
     """
     request = Request(Path(source), **options)
     bounds = Bounds(max_memory, max_error, overwrite)
-    others = (request.adapter, request.vision_from, request.config_from)
-    sources = [Path(path) for path in (source, *others) if path is not None]
-    return execute(lambda: job_of(request), sources, Path(target), bounds, warn, start, progress)
+    with output_directory(Path(target), request.sources) as output:
+        # numpy and the readers are imported once the directory is owned: who comes second is told at once.
+        from llama4_convert.conversion.summaries import conversion_result
+        from llama4_convert.streaming.execution import run
+
+        bound = bind(request)
+        finished = run(bound.job, output, bounds, Callbacks(warn, start, progress))
+        return conversion_result(bound, finished)
+
+
+def bind(request: Request) -> BoundRequest:
+    """Open the source, bind it to the tables, and plan the output. Reads no tensor data.
+
+    Raises UsageError, BadInput or EnvironmentFailed.
+    """
+    from llama4_convert.checkpoints import is_meta
+
+    if request.vision_from is not None:
+        from llama4_convert.conversion.with_vision import with_vision
+
+        return with_vision(request)
+    if not is_meta(request.source):
+        from llama4_convert.conversion.from_transformers import from_transformers
+
+        return from_transformers(request)
+    from llama4_convert.conversion.from_meta import from_meta
+
+    return from_meta(request)
+
+
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    gpu: str | None = None,
+    gpus: int = 1,
+    context: int | None = None,
+    **options: Any,
+) -> PlanSummary:
+    """Summarize what `convert` would write. `options` are the fields of `Request`. Reads no tensor data.
+
+    With `gpu` ("h100-80gb"), `fit` says in which runtimes the result fits onto `gpus` of them with `context` tokens.
+    """
+    from llama4_convert.conversion.summaries import plan_summary
+
+    bound = bind(Request(Path(source), **options))
+    if gpu is None:
+        if context is not None or gpus != 1:
+            raise UsageError("--context and --gpus are for --gpu: name one")
+        return plan_summary(bound)
+    from llama4_convert.fitting.fit import fit_plan
+
+    longest = bound.max_position_embeddings
+    verdict = fit_plan(bound.job.plan, bound.recipe, gpu=gpu, gpus=gpus, context=context, max_context=longest)
+    return plan_summary(bound, verdict)

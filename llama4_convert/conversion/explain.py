@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from llama4.config import Llama4Config
 from llama4.config_fields import ConfigError
@@ -20,65 +22,74 @@ from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
-from llama4_convert.conversion.convert import job_of
+from llama4_convert.conversion.convert import bind
+from llama4_convert.conversion.explanation import (
+    CopiedPiece,
+    Destination,
+    Explanation,
+    LogicalBox,
+    PieceTarget,
+    Place,
+    TensorLine,
+)
 from llama4_convert.conversion.origin import origin
 from llama4_convert.conversion.request import Request
 from llama4_convert.conversion.steps import Move, layout_of, row, scheme_words, steps
 from llama4_convert.conversion.tensor_names import Found, Names
-from llama4_convert.conversion.to_meta import ExportJob, ExportRequest
+from llama4_convert.conversion.to_meta import ExportRequest, bind_export
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.planning.binding import model_shape, shape_of_config
 from llama4_convert.planning.plan import Piece, PlannedTensor
 from llama4_convert.streaming.job import Job
 from mappings import Box, MappingError, load_table
 
+_NOWHERE = Place(file=None, bytes=None, dtype=None, shape=None)
 
-def explain(path: str | os.PathLike[str], tensor: str, *, ranks: int | None = None, **options: Any) -> dict[str, Any]:
-    """What becomes of `tensor` in `path`, or what makes it, as the JSON of the design says. Reads no tensor data.
 
-    Of Meta's directory the outputs are what `convert` would write, with `ranks` what `export` would; of a Transformers directory
-    what `export` would write, with `recipe` what `convert` would. `options`: the fields of `Request`. `tensor`: a stored key, a
-    name of the reference, a module, or a shell-like pattern; where it means several, they are listed as `matches`.
-    Raises a ConvertError; UsageError where nothing is called so.
+def explain(path: str | os.PathLike[str], tensor: str, *, ranks: int | None = None, **options: Any) -> Explanation:
+    """Explain what becomes of `tensor` in `path`, or what makes it. Reads no tensor data.
+
+    For Meta's directory the outputs are what `convert` would write, with `ranks` what `export` would; for a Transformers
+    directory what `export` would write, with `recipe` what `convert` would. `options` are the fields of `Request`. `tensor` is a
+    stored key, a name of the reference, a module, or a shell-like pattern; where it means several tensors, `matches` lists them.
+    Raises a ConvertError; UsageError where no tensor has that name.
     """
     subject = _subject(Path(path), ranks, options)
     found = subject.names.find(tensor)
-    head = {"path": str(path), "command": subject.command, "warnings": subject.warnings}
+    explanation = partial(Explanation, path=str(path), command=subject.command, warnings=subject.warnings)
     if len(found) > 1:
-        return {**head, "tensor": tensor, "matches": [subject.listed(one) for one in found]}
-    return {**head, **subject.explained(found[0])}
+        return explanation(tensor=tensor, matches=[subject.line(one) for one in found])
+    return explanation(**subject.explained(found[0]))
 
 
 @dataclass(frozen=True)
 class _Output:
-    """A tensor to be written: in which file, and at which byte."""
+    """A tensor to be written, and its file."""
 
     file: str
-    offset: int
     tensor: PlannedTensor
 
     @property
-    def place(self) -> dict[str, Any]:
+    def place(self) -> Place:
         t = self.tensor
-        end = self.offset + t.nbytes
-        return {"file": self.file, "bytes": [self.offset, end], "dtype": t.dtype, "shape": list(t.shape)}
+        return Place(file=self.file, bytes=[t.offset, t.offset + t.nbytes], dtype=t.dtype, shape=list(t.shape))
 
 
 @dataclass(frozen=True)
 class _Input:
-    """A tensor of the source; None: an entry that is no tensor."""
+    """A tensor of the source and its file; `stored` is None for an entry that is no tensor."""
 
     file: str
     stored: StoredTensor | None
 
     @property
-    def place(self) -> dict[str, Any]:
+    def place(self) -> Place:
         t = self.stored
         if t is None:
-            return {"file": self.file, "bytes": None, "dtype": None, "shape": None}
+            return Place(file=self.file, bytes=None, dtype=None, shape=None)
         first = t.record.offset + t.offset * t.itemsize
         span = _span(t.shape, t.strides, t.itemsize)
-        return {"file": self.file, "bytes": [first, first + span], "dtype": t.dtype, "shape": list(t.shape)}
+        return Place(file=self.file, bytes=[first, first + span], dtype=t.dtype, shape=list(t.shape))
 
 
 def _span(shape: Iterable[int], strides: Iterable[int], itemsize: int) -> int:
@@ -93,9 +104,9 @@ def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subj
         if "quantization_config" in source.config:  # nothing is made of it; but it can be told what it was made of
             return _Subject(source, None, None)
     if ranks is None and (request.recipe or is_meta(path)):
-        job, command = job_of(request), "convert"
+        bound, command = bind(request), "convert"
         command += f" --recipe {request.recipe}" if request.recipe else ""
-        return _Subject(job.source, job, command)
+        return _Subject(bound.source, bound.job, command)
     theirs = {"source", "allow_rank_mismatch"}
     given = [f.name for f in fields(Request) if f.name not in theirs and getattr(request, f.name) != f.default]
     if given:
@@ -103,15 +114,16 @@ def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subj
             f"--{given[0].replace('_', '-')} is for `convert`; of {path}"
             f"{' with --ranks' if ranks else ''} this explains what `export` would write: leave it out"
         )
-    export = ExportJob(ExportRequest(path, ranks, request.allow_rank_mismatch))
-    return _Subject(export.source, export, f"export --ranks {export.ranks}")
+    export = bind_export(ExportRequest(path, ranks, request.allow_rank_mismatch))
+    return _Subject(export.source, export.job, f"export --ranks {export.ranks}")
 
 
 class _Subject:
-    """A checkpoint, and what would be made of it by `command` (None: nothing)."""
+    """A checkpoint, and the job that `command` would carry out on it (None: nothing is made of it)."""
 
     def __init__(self, source: MetaCheckpoint | TransformersCheckpoint, job: Job | None, command: str | None) -> None:
         self.source, self.plan, self.command = source, job.plan if job else None, command
+        self.source_files = job.source_files if job else ()
         self.warnings = list(self.plan.warnings) if self.plan else []
         self.manifest = Manifest.read(source.path) if isinstance(source, TransformersCheckpoint) else None
         if isinstance(source, MetaCheckpoint):
@@ -135,17 +147,13 @@ class _Subject:
         """By name; in Meta's layout every rank file has one."""
         found: dict[str, list[_Output]] = {}
         for file in self.plan.files if self.plan else ():
-            envelope = file.envelope()
-            position = len(envelope.head())
             for tensor in file.tensors:
-                position += len(envelope.begin())
-                found.setdefault(tensor.name, []).append(_Output(file.name, position, tensor))
-                position += tensor.nbytes + len(envelope.finish(0))
+                found.setdefault(tensor.name, []).append(_Output(file.name, tensor))
         return found
 
     @cached_property
     def inputs(self) -> dict[str, list[_Input]]:
-        """By name, of each rank; also what was dropped when this directory was made, which is nowhere any more."""
+        """By name, of each rank; also the keys that were dropped when this directory was made, with no place."""
         found: dict[str, list[_Input]] = {}
         files = self.source.ranks if isinstance(self.source, MetaCheckpoint) else self.source.files
         for index in files:
@@ -157,15 +165,13 @@ class _Subject:
             found.setdefault(name, [])
         return found
 
-    def listed(self, found: Found) -> dict[str, Any]:
-        """A line of many."""
-        places = self._places(found)
-        place = places[0] if places else {"file": None, "bytes": None, "dtype": None, "shape": None}
-        return {"tensor": found.name, "role": found.role, **place, "dropped": self._dropped(found)}
+    def line(self, found: Found) -> TensorLine:
+        place = self._places(found)[0]
+        return TensorLine(tensor=found.name, role=found.role, **_fields(place), dropped=self._dropped(found))
 
-    def _places(self, found: Found) -> list[dict[str, Any]]:
+    def _places(self, found: Found) -> list[Place]:
         ends = self.outputs[found.name] if found.role == "output" else self.inputs[found.name]
-        return [end.place for end in ends]
+        return [end.place for end in ends] or [_NOWHERE]
 
     def _dropped(self, found: Found) -> str | None:
         if found.role == "output":
@@ -177,20 +183,21 @@ class _Subject:
         return None
 
     def explained(self, found: Found) -> dict[str, Any]:
-        told = {
-            **self.listed(found),
+        """The fields of an `Explanation` of one tensor."""
+        line, came_from = self.line(found), None
+        if self.manifest and found.role == "input" and line.dropped is None:
+            try:
+                came_from = origin(found.name, line.dtype or "", self.manifest, self.binding)
+            except MappingError as error:
+                raise BadInput(f"{self.source.path}: llama4-convert.json does not fit config.json: {error}") from error
+        return {
+            **_fields(line),
             "other_ranks": self._places(found)[1:],
             "replicated": found.name in self.binding.meta and self.binding.is_replicated(found.name),
             "part": self._box(*found.part) if found.part else None,
-            "came_from": None,
+            "came_from": came_from,
             **(self._as_output(found) if found.role == "output" else self._as_input(found)),
         }
-        if self.manifest and found.role == "input" and told["dropped"] is None:
-            try:
-                told["came_from"] = origin(found.name, told["dtype"], self.manifest, self.binding)
-            except MappingError as error:
-                raise BadInput(f"{self.source.path}: llama4-convert.json does not fit config.json: {error}") from error
-        return told
 
     def _as_output(self, found: Found) -> dict[str, Any]:
         outputs = self.outputs[found.name]
@@ -212,15 +219,9 @@ class _Subject:
                 pieces = [piece for piece in _pieces(output.tensor) if piece.key == found.name]
                 if pieces:
                     tensors.update(dict.fromkeys(piece.target.tensor for piece in pieces))
-                    goes_to.append(
-                        {
-                            "tensor": name,
-                            **output.place,
-                            "op": self._steps(output.tensor, pieces),
-                            "pieces": [self._piece(output, piece) for piece in pieces],
-                        }
-                    )
-        keys = [found.name, *dict.fromkeys(to["tensor"] for to in goes_to)]
+                    op, copied = self._steps(output.tensor, pieces), [self._piece(output, piece) for piece in pieces]
+                    goes_to.append(Destination(tensor=name, **_fields(output.place), op=op, pieces=copied))
+        keys = [found.name, *dict.fromkeys(to.tensor for to in goes_to)]
         return {
             "op": [],
             "row": row(self.binding, list(tensors), keys) if tensors else None,
@@ -229,61 +230,64 @@ class _Subject:
         }
 
     def _steps(self, tensor: PlannedTensor, pieces: list[Piece]) -> list[str]:
-        """Of what is done to make a tensor, as far as these pieces take part."""
+        """The steps in which these pieces make a tensor."""
         if tensor.part is not None and tensor.part.constant is not None:
             return ["write what the scheme and the size of the matrix say: no number of the source is in it"]
         layout = layout_of(self.binding, tensor.name) if tensor.part is None else None
-        said = steps(self.binding, [Move(p.key, p.held, p.target) for p in pieces], layout, self.ranks)
+        done = steps(self.binding, [Move(p.key, p.held, p.target) for p in pieces], layout, self.ranks)
         read, written = pieces[0].source.dtype, tensor.dtype
         if tensor.part is None:
-            return said + ([f"cast {read} to {written}"] if read != written else [])
-        planned = tensor.part.matrix
-        n, k = planned.matrix.n, planned.matrix.k
-        said = [step for step in said if step != "copy as it is"]
-        said += [f"cast {read} to {planned.gathered.dtype}"] if read != planned.gathered.dtype else []
-        if planned.scheme is None:
-            return [*said, f"write as a linear layer of its own, [{n}, {k}]"]
-        ending = tensor.name.removeprefix(f"{planned.matrix.module}.")
-        if planned.keeps_bits:
-            return [*said, f"keep the codes of [{n}, {k}] as they are, in the order of {ending}"]
-        return [*said, f"quantize [{n}, {k}] as {scheme_words(planned.scheme)}, of which this is {ending}"]
+            return done + ([f"cast {read} to {written}"] if read != written else [])
+        encoded = tensor.part.matrix
+        n, k = encoded.matrix.n, encoded.matrix.k
+        done = [step for step in done if step != "copy as it is"]
+        done += [f"cast {read} to {encoded.gathered.dtype}"] if read != encoded.gathered.dtype else []
+        if encoded.scheme is None:
+            return [*done, f"write as a linear layer of its own, [{n}, {k}]"]
+        ending = tensor.name.removeprefix(f"{encoded.matrix.module}.")
+        if encoded.keeps_bits:
+            return [*done, f"keep the codes of [{n}, {k}] as they are, in the order of {ending}"]
+        return [*done, f"quantize [{n}, {k}] as {scheme_words(encoded.scheme)}, of which this is {ending}"]
 
-    def _box(self, tensor: str, box: Box) -> dict[str, Any]:
+    def _box(self, tensor: str, box: Box) -> LogicalBox:
         axes = self.binding.logical_tensor(tensor).sizes
         ranges = zip(axes, box.start, box.size, strict=True)
-        return {"tensor": tensor, "box": {axis: [start, start + n] for axis, start, n in ranges}}
+        return LogicalBox(tensor=tensor, box={axis: [start, start + n] for axis, start, n in ranges})
 
-    def _piece(self, output: _Output, piece: Piece) -> dict[str, Any]:
-        """One strided copy: from where, to where, and what of the logical tensor it is."""
+    def _piece(self, output: _Output, piece: Piece) -> CopiedPiece:
         part = output.tensor.part
-        whole = part.matrix.gathered if part else output.tensor  # the parts of an encoded matrix are made of all of it
+        whole = part.matrix.gathered if part else output.tensor  # every part of an encoded matrix is made of all of it
         common = piece.held.box.common(piece.target.box)
         assert common is not None
         copy, read, write = piece.copy, piece.source.itemsize, ITEM_SIZES[whole.dtype]
         first = piece.source.record.offset + copy.source_offset * read
-        base = 0 if part else output.offset
-        start = base + copy.target_offset * write
-        return {
-            "file": self.source.archives[piece.rank].path.name,
-            "tensor": piece.key,
-            "bytes": [first, first + _span(copy.shape, copy.source_strides, read)],
-            "dtype": piece.source.dtype,
-            "shape": list(copy.shape),
-            "strides": [s * read for s in copy.source_strides],
-            "source_box": self._box(piece.target.tensor, common),
-            "op": _run_words(piece),
-            "into": {
-                **({"matrix": part.matrix.matrix.module} if part else {"file": output.file, "tensor": whole.name}),
-                "dtype": whole.dtype,
-                "whole_shape": list(whole.shape),
-                "bytes": [start, start + _span(copy.shape, copy.target_strides, write)],
-                "strides": [s * write for s in copy.target_strides],
-            },
-        }
+        start = (0 if part else output.tensor.offset) + copy.target_offset * write
+        named = {"matrix": part.matrix.matrix.module} if part else {"file": output.file, "tensor": whole.name}
+        return CopiedPiece(
+            file=self.source_files[piece.file].path.name,
+            tensor=piece.key,
+            bytes=[first, first + _span(copy.shape, copy.source_strides, read)],
+            dtype=piece.source.dtype,
+            shape=list(copy.shape),
+            strides=[s * read for s in copy.source_strides],
+            source_box=self._box(piece.target.tensor, common),
+            op=_run_words(piece),
+            into=PieceTarget(
+                **named,
+                dtype=whole.dtype,
+                whole_shape=list(whole.shape),
+                bytes=[start, start + _span(copy.shape, copy.target_strides, write)],
+                strides=[s * write for s in copy.target_strides],
+            ),
+        )
+
+
+def _fields(struct: msgspec.Struct) -> dict[str, Any]:
+    return msgspec.structs.asdict(struct)
 
 
 def _pieces(tensor: PlannedTensor, part: tuple[str, Box] | None = None) -> Iterator[Piece]:
-    """What a tensor is made of, all of it or the part of a logical tensor; of an encoded matrix each part of all pieces."""
+    """The pieces of a tensor, or of its part of a logical tensor. An encoded part has all pieces of its matrix."""
     if tensor.part is not None:
         if tensor.part.constant is None:
             yield from tensor.part.matrix.gathered.pieces

@@ -1,19 +1,20 @@
-"""What a tensor of a converted directory was made of, as far as its manifest and the tables tell: keys and ranks, no bytes."""
+"""The origin of a tensor of a converted directory, by its manifest and the tables: keys and ranks, no bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
+from llama4_convert.conversion.explanation import Origin
 from llama4_convert.conversion.steps import Move, layout_of, row, steps
 from mappings import Binding, Placement
 from mappings.matrices import Matrix, matrices
 
 
-def origin(name: str, dtype: str, manifest: Manifest, binding: Binding) -> dict[str, Any] | None:
-    """Of a tensor of the directory, which is stored as `dtype`. None for a name that the tables do not know.
+def origin(name: str, dtype: str, manifest: Manifest, binding: Binding) -> Origin | None:
+    """The origin of a tensor of the directory, which is stored as `dtype`; None for a name that the tables do not have.
 
     Raises MappingError where manifest and model do not fit together.
     """
@@ -22,29 +23,24 @@ def origin(name: str, dtype: str, manifest: Manifest, binding: Binding) -> dict[
         return None
     key, targets, matrix = found
     recipe = manifest.options.get("recipe")
-    told: dict[str, Any] = {
-        "tool": manifest.tool,
-        "layout": manifest.source.get("layout"),
-        "recipe": recipe["name"] if recipe else None,
-        "dtype": manifest.options.get("dtype"),
-    }
-    if told["layout"] != "meta":
-        return {**told, "tensors": [key], "files": [], "row": None, "op": []}
+    layout, cast = manifest.source.get("layout"), manifest.options.get("dtype")
+    made = partial(Origin, tool=manifest.tool, layout=layout, recipe=recipe["name"] if recipe else None, dtype=cast)
+    if layout != "meta":
+        return made(tensors=[key], files=[], row=None, op=[])
     ranks = manifest.source.get("ranks", 1)
     moves = list(_moves(targets, set(manifest.meta_keys), binding, ranks))
     keys = list(dict.fromkeys(move.key for move in moves))
     op = steps(binding, moves, None if matrix else layout_of(binding, key), ranks)
     if recipe and matrix:
         op = [*(step for step in op if step != "copy as it is"), f"store as recipe {recipe['name']} says"]
-    if told["dtype"] and not (recipe and matrix):
-        op.append(f"cast to {told['dtype']}")
-    return {
-        **told,
-        "tensors": keys,
-        "files": [f"consolidated.{rank:02d}.pth" for rank in range(ranks)],
-        "row": row(binding, [target.tensor for target in targets], [*keys, key]),
-        "op": op,
-    }
+    if cast and not (recipe and matrix):
+        op.append(f"cast to {cast}")
+    return made(
+        tensors=keys,
+        files=[f"consolidated.{rank:02d}.pth" for rank in range(ranks)],
+        row=row(binding, [target.tensor for target in targets], [*keys, key]),
+        op=op,
+    )
 
 
 def _targets(name: str, encoded: bool, binding: Binding) -> tuple[str, list[Placement], Matrix | None] | None:

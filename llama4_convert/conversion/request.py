@@ -1,4 +1,4 @@
-"""What is asked of a conversion, before its source has been looked at; the recipe and the adapter that it names."""
+"""The options of a conversion, before its source is opened, and the recipe and the adapter that they name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_SHARD_SIZE = 5_000_000_000  # bytes
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, before the source has been looked at. Sizes in bytes; None: concluded from the source."""
+    """The options of a conversion. Sizes count bytes; None means that the source decides."""
 
     source: Path
     text_only: bool = False
@@ -35,6 +35,12 @@ class Request:
     adapter: Path | None = None  # a PEFT LoRA adapter's directory, to be merged
     vision_from: Path | None = None  # the model that the source, a text-only fine-tune, was made from
     config_from: Path | None = None  # the model that the source was made from, to repair its config.json by
+
+    @property
+    def sources(self) -> list[Path]:
+        """The directories that are only read."""
+        named = (self.source, self.adapter, self.vision_from, self.config_from)
+        return [Path(path) for path in named if path is not None]
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in SAFETENSORS_NAMES:
@@ -65,8 +71,10 @@ def _check_device(request: Request) -> None:
         raise UsageError(str(error)) from error
 
 
-def load_recipe(name: str, *, to_meta: bool = False) -> Recipe:
-    """A recipe for the layout that is written. Raises UsageError."""
+def load_recipe(name: str | None, *, to_meta: bool = False) -> Recipe | None:
+    """The recipe of a name or a path, for the layout that is written; None without a name. Raises UsageError."""
+    if name is None:
+        return None
     from quant.recipe import RecipeError, load
 
     try:
@@ -80,6 +88,7 @@ def load_recipe(name: str, *, to_meta: bool = False) -> Recipe:
 
 
 def load_adapter(path: Path | None) -> Adapter | None:
+    """The adapter in a directory; None without one. Raises UsageError, BadInput or EnvironmentFailed."""
     if path is None:
         return None
     from llama4_convert.planning.adapter import Adapter
@@ -88,11 +97,12 @@ def load_adapter(path: Path | None) -> Adapter | None:
 
 
 def check_recipe(recipe: Recipe, plan: Plan) -> None:
+    """Raises UsageError for a recipe that names layers or experts which the model lacks, or that quantizes nothing of it."""
     from quant.recipe import RecipeError
 
     try:
         recipe.check(plan.geometry.n_layers, plan.geometry.n_experts or 0)
     except RecipeError as error:
         raise UsageError(str(error)) from error
-    if not any(planned.scheme for planned in plan.matrices):
+    if not any(encoded.scheme for encoded in plan.matrices):
         raise UsageError(f"recipe {recipe.name} quantizes nothing of this model: leave it out")

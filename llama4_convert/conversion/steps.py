@@ -1,14 +1,15 @@
-"""What happens to a tensor on its way from one layout to the other, in words: which row of the tables, and which steps.
+"""The way of a tensor from one layout to the other in words: the row of the tables, and the steps.
 
-The words are made of the patterns and the placements that the copies are made of, so that they cannot say something else.
+The words are made of the same patterns and placements as the copies, so that they cannot contradict them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from llama4_convert.conversion.explanation import Row
 from mappings import Binding, Layout, Placement
 from quant.recipe import Scheme
 
@@ -40,28 +41,28 @@ def layout_of(binding: Binding, key: str) -> Layout | None:
     return stored.layout if stored else None
 
 
-def row(binding: Binding, tensors: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
+def row(binding: Binding, tensors: Sequence[str], keys: Iterable[str]) -> Row:
     """The part of the table that is about these logical tensors and stored keys."""
     logical = {name: binding.logical_tensor(name) for name in tensors}
     keys = list(keys)
-    return {
-        "table": f"mappings/llama4_{'vision' if tensors[0].startswith('vision.') else 'text'}.toml",
-        "tensors": {name: " ".join(tensor.sizes) for name, tensor in logical.items()},
-        "sharded": sorted({tensor.shard for tensor in logical.values() if tensor.shard}),
-        "meta": {key: binding.meta[key].layout.pattern for key in keys if key in binding.meta},
-        "transformers": {key: binding.transformers[key].layout.pattern for key in keys if key in binding.transformers},
-    }
+    return Row(
+        table=f"mappings/llama4_{'vision' if tensors[0].startswith('vision.') else 'text'}.toml",
+        tensors={name: " ".join(tensor.sizes) for name, tensor in logical.items()},
+        sharded=sorted({tensor.shard for tensor in logical.values() if tensor.shard}),
+        meta={key: binding.meta[key].layout.pattern for key in keys if key in binding.meta},
+        transformers={key: binding.transformers[key].layout.pattern for key in keys if key in binding.transformers},
+    )
 
 
 def steps(binding: Binding, moves: Sequence[Move], target: Layout | None, ranks: int) -> list[str]:
-    """What is done, step by step, to make a tensor with the pattern `target` (None: of one logical tensor, in plain order).
+    """The steps that make a tensor with the pattern `target` (None: one logical tensor, in plain order).
 
-    `ranks`: of a source in Meta's layout; 1 for the other.
+    `ranks`: rank count of a source in Meta's layout, 1 for a Transformers directory.
     """
-    said: dict[str, None] = {}  # each step once, in order
+    done: dict[str, None] = {}  # each step once, in order
     keys = list(dict.fromkeys(move.key for move in moves))
     for key in keys:
-        said.update(dict.fromkeys(_taking_apart(binding, key, moves, target)))
+        done.update(dict.fromkeys(_taking_apart(binding, key, moves, target)))
     groups: dict[str, list[Move]] = defaultdict(list)
     for move in moves:
         groups[move.target.tensor].append(move)
@@ -69,13 +70,13 @@ def steps(binding: Binding, moves: Sequence[Move], target: Layout | None, ranks:
     for tensor, several in groups.items():
         axes = list(binding.logical_tensor(tensor).sizes)
         if ranks > 1 and binding.logical_tensor(tensor).shard is None:
-            said["take the first rank's: all ranks have the same"] = None
+            done["take the first rank's: all ranks have the same"] = None
         found = [*_joined(axes, several, ranks), *_cut(axes, several)]
         changed = changed or bool(found)
-        said.update(dict.fromkeys([*found, *_transposed(axes, several[0])]))
+        done.update(dict.fromkeys([*found, *_transposed(axes, several[0])]))
     if target is not None and (changed or [layout_of(binding, key) for key in keys] != [target]):
-        said.update(dict.fromkeys(_putting_together(target, moves)))
-    return list(said) or ["copy as it is"]
+        done.update(dict.fromkeys(_putting_together(target, moves)))
+    return list(done) or ["copy as it is"]
 
 
 def _taking_apart(binding: Binding, key: str, moves: Sequence[Move], target: Layout | None) -> Iterable[str]:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from llama4.config import Llama4Config
 from llama4.weights import parameter_shapes
@@ -26,7 +26,7 @@ class Found:
     """
 
     name: str
-    role: str
+    role: Literal["output", "input"]
     part: tuple[str, Box] | None = None
 
 
@@ -74,7 +74,7 @@ class Names:
         return modules
 
     def _stored(self, name: str) -> list[Found]:
-        role = "output" if name in self.outputs else "input"
+        role: Literal["output", "input"] = "output" if name in self.outputs else "input"
         return [Found(name, role)] if name in self.outputs or name in self.inputs else []
 
     def _parts_of(self, key: str) -> list[Found]:

@@ -27,6 +27,8 @@ from llama4_convert.fitting.memory import Weights
 from llama4_convert.fitting.results import Fit, FitVerdict
 from llama4_convert.formatting import parameters
 from llama4_convert.metadata.variant import infer_variant, max_position_embeddings
+from llama4_convert.planning.binding import bind_meta
+from llama4_convert.planning.layouts import TransformersLayout
 from llama4_convert.planning.plan import Plan
 from llama4_convert.planning.planner import make_plan
 from quant.config import parted_group, storage_format
@@ -112,7 +114,7 @@ def _convert(path: Path, recipe: str | None, target: str) -> str:
 
 def _of_meta(path: Path) -> tuple[str, dict[str | None, Deployment]]:
     """The model in words, and by recipe what each makes of it."""
-    plan = make_plan(MetaCheckpoint.open(path))
+    plan = make_plan(bind_meta(MetaCheckpoint.open(path)), TransformersLayout())
     variant, _ = infer_variant(plan.geometry, plan.base_evidence, path)
     weights = Weights.from_tensors((tensor.name, tensor.nbytes) for tensor in plan.tensors)
     base = Deployment(

@@ -32,10 +32,12 @@ from llama4_convert.inspection.results import (
     TensorEntry,
     TensorStatistics,
 )
-from llama4_convert.planning.binding import bind_source
+from llama4_convert.planning.binding import bind_meta, model_shape
+from llama4_convert.planning.layouts import TransformersLayout
 from llama4_convert.planning.plan import Plan
 from llama4_convert.planning.planner import make_plan
 from llama4_convert.progress import Progress, Start
+from mappings import load_table
 
 if TYPE_CHECKING:
     from llama4_convert.checkpoints.readers import DirectoryReader
@@ -61,7 +63,7 @@ def inspect(
     replaced: list[NonFinite] = []
     if is_meta(path):
         checkpoint = MetaCheckpoint.open(path)
-        plan = make_plan(checkpoint, allow_rank_mismatch=True)
+        plan = make_plan(bind_meta(checkpoint, allow_rank_mismatch=True), TransformersLayout())
         result, readers, quantized = _of_meta(checkpoint, plan), _meta_readers(checkpoint, plan), frozenset[str]()
     else:
         directory = TransformersCheckpoint.open(path)
@@ -89,7 +91,7 @@ def _meta_readers(checkpoint: MetaCheckpoint, plan: Plan) -> Readers:
     ranks: defaultdict[str, set[int]] = defaultdict(set)
     for tensor in plan.tensors:
         for piece in tensor.pieces:
-            ranks[piece.key].add(piece.rank)
+            ranks[piece.key].add(piece.file)
     readers = [RankReader(index) for index in checkpoint.ranks]
     return {key: [readers[rank] for rank in sorted(ranks[key] or {0})] for key in checkpoint.ranks[0].tensors}
 
@@ -157,7 +159,7 @@ def _of_meta(checkpoint: MetaCheckpoint, plan: Plan) -> Inspection:
             stored[key] = tensor
     for family, parameters in plan.parameters_by_kind().items():
         shares.families[family].parameters += parameters
-    binding, _ = bind_source(checkpoint.geometry, checkpoint)
+    binding = load_table().bind(model_shape(plan.geometry))
     return Inspection(
         path=str(checkpoint.path),
         layout="meta",

@@ -356,3 +356,18 @@ def tokenizer_model(tokenizer_json: bytes) -> bytes:
             f"tokenizer.json has {wrong} at {added[wrong]}, Llama 4 at {expected[wrong]}: no tokenizer.model can be made"
         )
     return text
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A tokenizer.model and the options of its conversion, which is put off: it takes ten times the file's size in memory."""
+
+    model: bytes
+    variant: str
+    vision: bool
+    max_length: int
+    first_file = "tokenizer.json"
+
+    def files(self) -> dict[str, bytes]:
+        """File name to content, as `tokenizer_files` makes them."""
+        return tokenizer_files(self.model, variant=self.variant, vision=self.vision, max_length=self.max_length)

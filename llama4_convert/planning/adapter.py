@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from llama4.weights import TensorReader
 from llama4_convert.checkpoints.numbers import count_nonfinite
@@ -23,7 +25,7 @@ from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.checkpoints.transformers import SafetensorsIndex, TransformersCheckpoint
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.planning.adapter_config import AdapterConfig
-from llama4_convert.planning.changes import Change, Changed, Changes, LowRank, Whole, row_blocks
+from llama4_convert.planning.changes import Change, Changed, Changes, LowRankUpdate, TensorReplacement, row_blocks
 from mappings import Binding, Box, Placement
 from mappings.matrices import Matrix, linearized
 
@@ -40,7 +42,22 @@ _FUSED = ("gate_up_proj", "down_proj")
 _LISTS = re.compile(
     r"\.experts\.(gate|up|down)_projs\.(\d+)(?=\.)"
 )  # axolotl's linearized experts: a list a projection
-_READ = 16 << 20  # bytes that are looked through for NaN at once
+_CHECK_BYTES = 16 << 20  # searched for NaN at once
+
+
+class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What was merged of an adapter."""
+
+    matrices_merged: int
+    """Matrices that a product was added to; an expert's projection is one."""
+    tensors_replaced: list[str]
+    """Keys of tensors that were trained whole and replace the model's."""
+    rank: int
+    """The rank that adapter_config.json states."""
+    ranks: list[int]
+    """The ranks of all pairs of factors."""
+    sha256: dict[str, str]
+    """SHA-256 of the adapter's files, by name."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +90,23 @@ class Adapter:
     def changes(self, binding: Binding) -> Changes:
         """By logical tensor: what changes it, and where. Raises BadInput naming the key that does not fit the model."""
         found: dict[str, list[Changed]] = defaultdict(list)
-        for changed in _Bound(self, binding).all():
+        for changed in _BoundAdapter(self, binding).all():
             for placement in changed.placements:
                 found[placement.tensor].append(Changed(changed.change, placement))
         return found
 
-    def told(self, plan: Plan) -> dict[str, Any]:
-        """What a plan makes of it: matrices that a product is added to (an expert's is one), tensors that are replaced."""
+    def summary(self, plan: Plan) -> AdapterSummary:
+        """What a plan takes of the adapter."""
         changes = {piece.change for tensor in plan.changed for piece in tensor.changes}
-        products = [change for change in changes if isinstance(change, LowRank)]
-        return {
-            "matrices_merged": len({(p.a, p.expert) for p in products}),
-            "tensors_replaced": sorted({c.key for c in changes if isinstance(c, Whole) and c.replaces}),
-            "rank": self.config.r,
-            "ranks": sorted({p.rank for p in products}),
-            "sha256": dict(self.fingerprint),
-        }
+        products = [change for change in changes if isinstance(change, LowRankUpdate)]
+        replacements = [change for change in changes if isinstance(change, TensorReplacement)]
+        return AdapterSummary(
+            matrices_merged=len({(p.a, p.expert) for p in products}),
+            tensors_replaced=sorted({change.key for change in replacements if change.replaces}),
+            rank=self.config.r,
+            ranks=sorted({p.rank for p in products}),
+            sha256=dict(self.fingerprint),
+        )
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, str]]:
@@ -126,7 +144,7 @@ def _check_numbers(file: Path, reader: TensorReader, key: str) -> None:
     dtype, shape = reader.dtype(key), reader.shape(key)
     if dtype not in ("BF16", "F16", "F32") or not shape:
         raise BadInput(f"{file.name}: {key} is {dtype} {list(shape)}: adapters hold matrices in bf16, fp16 or fp32")
-    step = max(1, _READ // max(1, 4 * prod(shape[1:])))
+    step = max(1, _CHECK_BYTES // max(1, 4 * prod(shape[1:])))
     for start in range(0, shape[0], step):
         if any(found := count_nonfinite(reader.read(key, (start, start + step)).tobytes(), dtype)):
             raise BadInput(f"{file.name}: {key} has {found} numbers: its training failed, or it is damaged")
@@ -146,8 +164,8 @@ class _Placed:
     placements: Sequence[Placement]
 
 
-class _Bound:
-    """An adapter held against a model."""
+class _BoundAdapter:
+    """An adapter and the model that it changes: finds the tensor of the model for each key."""
 
     def __init__(self, adapter: Adapter, binding: Binding) -> None:
         self.adapter, self.binding, self.reader = adapter, binding, adapter.reader
@@ -206,7 +224,7 @@ class _Bound:
                 ),
             )
         for rows, placed in row_blocks(shape, placements):
-            yield _Placed(Whole(self.reader, key, rows, shape), placed)
+            yield _Placed(TensorReplacement(self.reader, key, rows, shape), placed)
 
     def _module(self, module: str, keys: Mapping[str, str]) -> Iterator[_Placed]:
         kind = "embedding_" if any(part.startswith("embedding_") for part in keys) else ""
@@ -244,9 +262,9 @@ class _Bound:
             if is_embedding:
                 height = rows[1] - rows[0]
                 turned = [Placement(p.tensor, p.box, 0, (1, height)) for p in placed]
-                yield _Placed(LowRank(self.reader, a, b, scaling, (n, height), columns=rows), turned)
+                yield _Placed(LowRankUpdate(self.reader, a, b, scaling, (n, height), columns=rows), turned)
             else:
-                yield _Placed(LowRank(self.reader, a, b, scaling, (rows[1] - rows[0], k), rows=rows), placed)
+                yield _Placed(LowRankUpdate(self.reader, a, b, scaling, (rows[1] - rows[0], k), rows=rows), placed)
 
     def _bias(self, path: str, weight: str, key: str) -> _Placed:
         name = self._find(f"{path}.bias")
@@ -257,7 +275,7 @@ class _Bound:
         if self.reader.shape(key) != shape:
             raise self._error(key, f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}")
         scaling = self.adapter.config.scaling(path)
-        return _Placed(Whole(self.reader, key, (0, shape[0]), shape, scaling), placements)
+        return _Placed(TensorReplacement(self.reader, key, (0, shape[0]), shape, scaling), placements)
 
     def _fused(self, path: str, a: str, b: str) -> Iterator[_Placed]:
         """`target_parameters`: E matrices at once. A [r E, x] has an expert's rows together, B [y, r E] has them E apart."""
@@ -282,7 +300,7 @@ class _Bound:
                 box = Box((expert, 0, 0), (1, height, width))
                 offset, strides = (whole.offset, (0, columns, 1)) if as_stored else (whole.offset * rows, (0, 1, rows))
                 placed.append(Placement(whole.tensor, box, offset, strides))
-            change = LowRank(self.reader, a, b, scaling, (outer, inner), expert=(expert, n_experts))
+            change = LowRankUpdate(self.reader, a, b, scaling, (outer, inner), expert=(expert, n_experts))
             yield _Placed(change, placed)
 
     def _square_as_stored(self) -> bool:

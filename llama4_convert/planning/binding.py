@@ -1,29 +1,123 @@
-"""The tables bound to a source, and what its index must hold by them: sizes, shapes and dtypes, and replicas that agree."""
+"""A source bound to the tables: where it stores each logical tensor, and everything that its index must hold by the tables.
+
+Sizes, shapes, dtypes and replicas are checked here, from the index alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from llama4.config import Llama4Config
+from llama4.config_fields import ConfigError
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.tensors import TORCH_NAMES
+from llama4_convert.checkpoints.tensors import TORCH_NAMES, Record, TensorFile
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.errors import BadInput
+from llama4_convert.planning.locations import Locations, StoredPart, locate_in_meta, locate_in_transformers
 from mappings import Binding, MappingError, ModelShape, load_table
 
-
-def bind_directory(source: TransformersCheckpoint) -> tuple[Llama4Config, Binding]:
-    """The table bound to a Transformers directory. Raises ConfigError, and MappingError for a tensor that is no float."""
-    config = Llama4Config.from_json(source.config)
-    for index in source.files:
-        for key, stored in index.tensors.items():
-            if stored.dtype not in TORCH_NAMES:
-                raise MappingError(f"{key} is {stored.dtype}: take a directory in bf16, fp16 or fp32")
-    return config, load_table().bind(shape_of_config(config))
+VISION_PREFIX = "vision."  # of the vision tower's logical tensors
 
 
-def bind_source(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
-    """The table bound to the source; sizes that params.json leaves open are read off the tensors."""
+@dataclass(frozen=True)
+class BoundSource:
+    """A checkpoint, in either layout, as the planner sees it."""
+
+    name: str  # how messages call it
+    binding: Binding
+    geometry: Geometry
+    files: Sequence[TensorFile]  # the files that a run opens; `StoredPart.file` numbers them
+    locations: Locations
+    records: Sequence[tuple[int, Record]] = ()  # (file number, record) whose CRC a run must check: safetensors has none
+    compare: Sequence[tuple[str, int]] = ()  # (key, rank): replicas to compare with rank 0's by value
+    meta_keys: Sequence[str] = ()  # the Meta keys that store the logical tensors
+    dropped: Mapping[str, str] = field(default_factory=dict)  # key -> why
+    base_evidence: Sequence[str] = ()  # keys that only base models carry
+    warnings: Sequence[str] = ()
+
+
+def bind_meta(source: MetaCheckpoint, *, text_only: bool = False, allow_rank_mismatch: bool = False) -> BoundSource:
+    """Meta's directory bound to the tables; sizes that params.json leaves open are read off the tensors.
+
+    Raises BadInput where names, shapes or ranks do not fit together, naming the key.
+    """
+    try:
+        stated = replace(source.geometry, vision=None) if text_only else source.geometry
+        binding, geometry = _bind_geometry(stated, source)
+        claims = binding.claim(source.keys, text_only=text_only)
+        _check_tensors(binding, source)
+        warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
+        locations = locate_in_meta(binding, source, claims.spelling)
+    except MappingError as error:
+        raise BadInput(f"{source.path.name}: {error}") from error
+    left_out = [key for key, rule in claims.dropped.items() if rule.when == "text_only"]
+    skipped = {
+        (rank, index.tensors[key].record.name)
+        for rank, index in enumerate(source.ranks)
+        for key in left_out
+        if key in index.tensors
+    }
+    return BoundSource(
+        name=source.path.name,
+        binding=binding,
+        geometry=geometry,
+        files=source.archives,
+        locations=locations,
+        records=[(number, record) for number, record in source.records() if (number, record.name) not in skipped],
+        compare=compare,
+        meta_keys=sorted(set(claims.spelling.values())),
+        dropped={key: rule.why for key, rule in claims.dropped.items()} | source.unused_scales,
+        base_evidence=[key for key, rule in claims.dropped.items() if rule.only_in == "base"],
+        warnings=warnings,
+    )
+
+
+def bind_transformers(source: TransformersCheckpoint) -> BoundSource:
+    """A Transformers directory bound to the tables, experts fused or linear layers of their own.
+
+    Raises BadInput where names, shapes or dtypes do not fit config.json, naming the key.
+    """
+    try:
+        config = Llama4Config.from_json(source.config)
+        for index in source.files:
+            for key, stored in index.tensors.items():
+                if stored.dtype not in TORCH_NAMES:
+                    raise MappingError(f"{key} is {stored.dtype}: take a directory in bf16, fp16 or fp32")
+        binding = load_table().bind(shape_of_config(config))
+        locations = locate_in_transformers(binding, source)
+    except (MappingError, ConfigError) as error:
+        raise BadInput(f"{source.path}: {error}") from error
+    return BoundSource(str(source.path), binding, config.to_geometry(), source.files, locations)
+
+
+def with_vision_of(base: BoundSource, text: BoundSource, config: Llama4Config) -> BoundSource:
+    """The text model of one source with the vision tower of another; `config` describes the whole.
+
+    The base's files come first, since replicas are compared with those of its rank 0.
+    """
+    vision = {name: parts for name, parts in base.locations.items() if name.startswith(VISION_PREFIX)}
+    stored = [part for parts in vision.values() for part in parts]
+    keys = {part.key for part in stored}
+    checked = {(part.file, part.stored.record.name): (part.file, part.stored.record) for part in stored}
+    moved: dict[str, Sequence[StoredPart]] = {
+        name: [replace(part, file=part.file + len(base.files)) for part in parts]
+        for name, parts in text.locations.items()
+    }
+    return BoundSource(
+        name=text.name,
+        binding=load_table().bind(shape_of_config(config)),
+        geometry=config.to_geometry(),
+        files=(*base.files, *text.files),
+        locations={**vision, **moved},
+        records=[checked[key] for key in sorted(checked) if checked[key][1].crc is not None],
+        compare=[(key, rank) for key, rank in base.compare if key in keys],
+    )
+
+
+def _bind_geometry(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
+    """The tables bound to a geometry, and the geometry with the sizes that only the tensors tell."""
     ranks = len(source.ranks)
     shapes = source.shapes()
     table = load_table()
@@ -44,7 +138,7 @@ def bind_source(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Ge
 
 
 def shape_of_config(config: Llama4Config) -> ModelShape:
-    """The same for a Transformers directory."""
+    """The sizes of the tables' axes by config.json (the letters are explained in the tables)."""
     c, v = config.text_config, config.vision_config
     sizes = {"D": c.hidden_size, "Q": c.num_attention_heads * c.head_dim, "K": c.num_key_value_heads * c.head_dim}
     sizes |= {"V": c.vocab_size, "E": c.num_local_experts, "F": c.intermediate_size, "G": c.intermediate_size_mlp}
@@ -58,7 +152,7 @@ def shape_of_config(config: Llama4Config) -> ModelShape:
 
 
 def model_shape(g: Geometry) -> ModelShape:
-    """The sizes that the tables' axes have in this geometry (the letters are explained in the tables)."""
+    """The sizes of the tables' axes by params.json."""
     sizes = {"D": g.dim, "Q": g.n_heads * g.head_dim, "K": g.n_kv_heads * g.head_dim}
     open_sizes = {"V": g.vocab_size, "E": g.n_experts, "F": g.expert_dim, "G": g.dense_dim}
     sizes |= {axis: size for axis, size in open_sizes.items() if size is not None}
@@ -70,8 +164,8 @@ def model_shape(g: Geometry) -> ModelShape:
     return ModelShape(sizes, units, g.n_layers, frozenset(g.moe_layers), v.n_layers if v else None)
 
 
-def check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
-    """Every rank's shapes and dtypes against the geometry."""
+def _check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
+    """Compare every rank's shapes and dtypes with the geometry. Raises MappingError."""
     ranks = len(source.ranks)
     for rank, index in enumerate(source.ranks):
         for key, tensor in index.tensors.items():
@@ -108,10 +202,10 @@ def _shape_message(
     return text
 
 
-def check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tuple[list[str], list[tuple[str, int]]]:
-    """Replicated tensors must be equal on all ranks; where each fills a record, the zip CRCs tell without reading.
+def _check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tuple[list[str], list[tuple[str, int]]]:
+    """Compare the replicas of tensors that all ranks hold, by the CRCs of their records where each fills one.
 
-    Returns warnings, and the (key, rank) that remain to be compared by value with rank 0's.
+    Returns warnings, and the (key, rank) that a run must compare by value with rank 0's. Raises MappingError.
     """
     warnings, remaining = [], []
     for key, first in source.ranks[0].tensors.items():
@@ -132,6 +226,7 @@ def check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tup
 
 
 def mismatch(key: str, first: str, other: str) -> str:
+    """The message for a replica that differs; `first` and `other` are file names."""
     return (
         f"the ranks disagree: {key} differs between {first} and {other}: download them again"
         " (--allow-rank-mismatch takes the first)"

@@ -1,11 +1,11 @@
-"""What an adapter does to the numbers of a tensor: products of small factors that are added, and tensors that take its place.
+"""How an adapter changes the numbers of a tensor: it adds products of small factors, or replaces whole tensors.
 
-A change has an array of values and says, with placements as any stored tensor has, which boxes of which logical tensors they
-are for. So the copies of the table bring it to the output in whatever layout that is: fused, linearized, transposed. Values
-are made when they are needed, one matrix at a time, and added in fp32.
+A change has an array of values, and placements that say to which boxes of which logical tensors the values belong, as they do for
+any stored tensor. So the same strided copies bring a change to every output layout: fused, linear layers, transposed. Values are
+computed when a run needs them, one matrix at a time, and added in fp32.
 
-The arithmetic is PEFT's, operation by operation and on the same shapes, with the same library: a matrix product's last bit
-depends on all of these. torch is imported here when the first product is made, and nowhere else in a conversion.
+The arithmetic is PEFT's, operation by operation, on the same shapes and with the same library, since the last bit of a matrix
+product depends on all three. torch is imported when the first product is computed, and nowhere else in a conversion.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ Floats = NDArray[np.float32]
 
 # A product above this many bytes is made in blocks of rows, each of at most that many: of Scout's matrices only the vocabulary's
 # (4 GB) are. Blocks are aligned, so that the library computes their numbers as it does those of the whole.
-_WHOLE, _BLOCK, _ALIGNED = 512 << 20, 256 << 20, 64
-_READ = 16 << 20
+_WHOLE_BYTES, _BLOCK_BYTES, _ALIGNED_ROWS = 512 << 20, 256 << 20, 64
+_READ_BYTES = 16 << 20
 
 
 class Change(Protocol):
-    """Values for boxes of logical tensors."""
+    """Values that change boxes of logical tensors."""
 
     @property
     def replaces(self) -> bool:
-        """Whether the values take the place of what is there; else they are added to it."""
+        """Whether the values replace the tensor's; else they are added to them."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """What `values` takes in memory."""
+        """Bytes of memory that `values` takes."""
         ...
 
     def values(self) -> Floats:
-        """Flat, in the order that the placements speak of."""
+        """float32, flat, in the element order that the placements count."""
         ...
 
 
@@ -78,8 +78,8 @@ Changes = Mapping[str, Sequence[Changed]]  # by logical tensor
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """scaling * B @ A: of a linear layer A [r, k] and B [n, r]; of one of E experts A [r E, k] and B [n, r E]."""
+class LowRankUpdate:
+    """scaling * B @ A. A linear layer has A [r, k] and B [n, r]; E fused experts have A [r E, k] and B [n, r E] together."""
 
     reader: TensorReader
     a: str
@@ -121,8 +121,8 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Rows of a stored tensor, in the place of the model's; with a `scaling` they are added (a factor's bias)."""
+class TensorReplacement:
+    """Rows of a stored tensor that replace the model's; with a `scaling` they are added instead (the bias of a factor)."""
 
     reader: TensorReader
     key: str
@@ -150,7 +150,7 @@ def _read(reader: TensorReader, key: str, rows: tuple[int, int] | None = None) -
 def _columns(reader: TensorReader, key: str, first: int, step: int) -> Floats:
     """Every `step`-th column, some rows at a time: the factors of all experts are as large as an expert."""
     height, width = reader.shape(key)
-    rows = max(1, _READ // (4 * width))
+    rows = max(1, _READ_BYTES // (4 * width))
     found = np.empty((height, width // step), np.float32)
     for start in range(0, height, rows):
         found[start : start + rows] = _read(reader, key, (start, start + rows))[:, first::step]
@@ -158,7 +158,7 @@ def _columns(reader: TensorReader, key: str, first: int, step: int) -> Floats:
 
 
 def row_blocks(
-    shape: Sequence[int], placements: Sequence[Placement], whole: int = _WHOLE, block: int = _BLOCK
+    shape: Sequence[int], placements: Sequence[Placement], whole: int = _WHOLE_BYTES, block: int = _BLOCK_BYTES
 ) -> Iterator[tuple[tuple[int, int], list[Placement]]]:
     """Ranges of rows (of the first dimension) of a tensor with at most `block` bytes in fp32, and what each of them holds.
 
@@ -170,7 +170,7 @@ def row_blocks(
         return
     n = -(-4 * height * row // block)
     step = -(-height // n)
-    step += -step % _ALIGNED if step > _ALIGNED else 0
+    step += -step % _ALIGNED_ROWS if step > _ALIGNED_ROWS else 0
     for start in range(0, height, step):
         stop = min(start + step, height)
         yield (start, stop), [_rows_of(p, row, start, stop) for p in placements]
@@ -186,7 +186,7 @@ def _rows_of(placement: Placement, row: int, start: int, stop: int) -> Placement
     return replace(placement, box=at)
 
 
-class Merger:
+class ChangeApplier:
     """Changes ranges of tensors, and keeps the values that it is at: those of one matrix, or of two side by side."""
 
     def __init__(self) -> None:

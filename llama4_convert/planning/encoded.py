@@ -10,8 +10,8 @@ from types import MappingProxyType
 
 from llama4_convert.checkpoints.meta_quantized import CODES, DequantizedView
 from llama4_convert.planning.changes import ChangePiece, Changes
-from llama4_convert.planning.locations import Holdings
-from llama4_convert.planning.plan import ExpertScales, Part, Piece, PlannedMatrix, PlannedTensor
+from llama4_convert.planning.locations import Locations
+from llama4_convert.planning.plan import EncodedMatrix, EncodedPart, ExpertScales, Piece, PlannedTensor
 from mappings import Binding, Copy, MappingError, Placement, copies
 from mappings.matrices import Matrix, matrices
 from quant.encoding import Encoder, Linear
@@ -26,7 +26,10 @@ def is_quantized(recipe: Recipe, key: str, n_layers: int) -> bool:
 
 
 def planned_codes(tensor: PlannedTensor, experts: int, file: str) -> tuple[PlannedTensor, PlannedTensor]:
-    """A rank's experts as codes, and their scales; `file` is the rank's. The source's own where it has them of the same rows."""
+    """A rank's experts [E * K, N] as FP8 codes, and their scales [E, N]; `file` is the name of the rank's file.
+
+    Where the source has codes with a scale for the same rows, codes and scales are copied; else they are made.
+    """
     key, n = scale_key(tensor.name), tensor.shape[-1]
     assert key is not None
     scales = PlannedTensor(key, "F32", (experts, n), 0, ())
@@ -45,7 +48,7 @@ def planned_codes(tensor: PlannedTensor, experts: int, file: str) -> tuple[Plann
 
 
 def linear_layers(binding: Binding, recipe: Recipe | None) -> tuple[tuple[Matrix, Scheme | None], ...]:
-    """Every matrix that a recipe could name, and what it says of it. None without one."""
+    """Every matrix that a recipe could name, with the scheme that it gives to it; empty without a recipe."""
     if recipe is None:
         return ()
     return tuple(
@@ -59,19 +62,19 @@ def planned_tensor(
     name: str,
     shape: tuple[int, ...],
     targets: Sequence[Placement],
-    holdings: Holdings,
+    locations: Locations,
     dtype: str | None = None,
     changes: Changes = MappingProxyType({}),
 ) -> PlannedTensor:
-    """An output tensor with all pieces of it that the source holds. Raises MappingError where these do not make it up.
+    """An output tensor with its pieces: the copies from every stored part that overlaps one of its `targets`.
 
-    `dtype` casts; None keeps the source's.
+    `dtype` casts; None keeps the source's dtype. Raises MappingError where the pieces do not cover the tensor exactly once.
     """
     pieces: list[Piece] = []
     changed: list[ChangePiece] = []
     for target in targets:
-        for held in holdings[target.tensor]:
-            piece = Piece.of(held, target)
+        for part in locations[target.tensor]:
+            piece = Piece.between(part, target)
             if piece is not None:
                 pieces.append(piece)
         for change, placement in changes.get(target.tensor, ()):
@@ -91,17 +94,17 @@ def planned_tensor(
 
 
 def output_tensors(
-    binding: Binding, holdings: Holdings, changes: Changes, dtype: str | None, recipe: Recipe | None, device: str
+    binding: Binding, locations: Locations, changes: Changes, dtype: str | None, recipe: Recipe | None, device: str
 ) -> list[PlannedTensor]:
-    """Every tensor of a Transformers directory, made of what is held; as the recipe says, where it says something."""
-    linear = {held.key for several in holdings.values() for held in several}
+    """Every tensor of a Transformers directory in the order of the tables; matrices that the recipe names become its tensors."""
+    linear = {part.key for parts in locations.values() for part in parts}
     tensors: list[PlannedTensor] = []
     for name in binding.transformers:
         to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
         for matrix, scheme in to_encode:
             # Schemes quantize bf16, which is what checkpoints are published in.
             to = "BF16" if scheme else dtype
-            gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], holdings, to, changes)
+            gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], locations, to, changes)
             if scheme and not gathered.changes and _keeps_bits(matrix, scheme, gathered):
                 tensors += _with_bits_kept(matrix, scheme, gathered)
             else:
@@ -109,16 +112,16 @@ def output_tensors(
         if not to_encode:
             shape = binding.transformers_shape(name)
             targets = binding.transformers_placements(name)
-            tensors.append(planned_tensor(name, shape, targets, holdings, dtype, changes))
+            tensors.append(planned_tensor(name, shape, targets, locations, dtype, changes))
     return tensors
 
 
 def _to_encode(
     binding: Binding, key: str, recipe: Recipe, linear: Collection[str]
 ) -> Iterator[tuple[Matrix, Scheme | None]]:
-    """The matrices of a Transformers tensor that are stored in another way, and how; None: linearized, no more.
+    """The matrices of the tensor `key` that become linear layers of their own, with their schemes (None: unquantized).
 
-    Experts always: runtimes that read some of them quantized expect none fused.
+    Experts always do: runtimes that read some experts quantized expect none fused.
     """
     for matrix in matrices(binding, key, linear):
         scheme = recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
@@ -137,8 +140,8 @@ def _encoder(scheme: Scheme | None, device: str, dtype: str) -> Encoder:
 def _encoded(
     matrix: Matrix, scheme: Scheme | None, encoder: Encoder, gathered: PlannedTensor, keeps_bits: bool = False
 ) -> Iterator[PlannedTensor]:
-    """The tensors that a matrix becomes. Raises MappingError if its size does not fit the scheme."""
-    planned = PlannedMatrix(matrix, scheme, encoder, gathered, keeps_bits)
+    """The tensors that a matrix is encoded into. Raises MappingError if its size does not fit the scheme."""
+    encoded = EncodedMatrix(matrix, scheme, encoder, gathered, keeps_bits)
     try:
         outputs = encoder.outputs(matrix.n, matrix.k)
     except ValueError as error:
@@ -147,17 +150,18 @@ def _encoded(
     for output in outputs:
         name = f"{matrix.module}.{output.suffix}"
         if output.constant is not None:
-            yield PlannedTensor(name, output.dtype, output.shape, 0, (), Part(planned, 0, output.constant))
+            yield PlannedTensor(name, output.dtype, output.shape, 0, (), EncodedPart(encoded, 0, output.constant))
             continue
         pieces = gathered.pieces if index == 0 else ()
-        yield PlannedTensor(name, output.dtype, output.shape, 0, pieces, Part(planned, index))
+        yield PlannedTensor(name, output.dtype, output.shape, 0, pieces, EncodedPart(encoded, index))
         index += 1
 
 
 def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool:
-    """Whether the source holds codes that the scheme can keep: Meta's int4, or FP8 with one scale for all inputs of an output.
+    """Whether the source has codes that the scheme can keep: Meta's int4, or FP8 with one scale for all inputs of an output.
 
-    The down projections of several ranks have an FP8 scale for each rank's share of the inputs; groups of int4 lie inside of one.
+    Down projections that are cut into several ranks have an FP8 scale for each rank's share of the inputs, so their codes cannot
+    be kept. Groups of int4 lie inside a rank.
     """
     records = [piece.source.record for piece in gathered.pieces]
     if scheme.kind == "fp8" and scheme.granularity == "channel":
@@ -170,23 +174,31 @@ def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool
 
 
 def _with_bits_kept(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> Iterator[PlannedTensor]:
-    """Codes and scales as the source has them: the scales in float32, which holds Meta's and is what runtimes widen to."""
+    """The source's codes and scales, copied. Scales become float32, which holds Meta's exactly and is what runtimes widen to.
+
+    On a rank's records, with K inputs and N outputs of one of E experts (`step`: inputs in a row of codes, 2 for int4):
+
+        codes   [E * K/step, N]      rows e * K/step ...  ->  [K/step, N] of the gathered matrix, at (first input / step, column)
+        scales  [E, groups, N]       or [E, N]            ->  [N, groups] of weight_scale, transposed
+
+    K and N are the rank's share of the matrix: `first` and `column` are where the share begins.
+    """
     codes, scales = [], []
     for piece in gathered.pieces:
         record = piece.source.record
         assert isinstance(record, DequantizedView)
         assert matrix.expert is not None
-        k, n, of_scales = record.k, record.n, record.format.scales_shape(record.k, record.n)
+        k, n, scales_shape = record.k, record.n, record.format.scales_shape(record.k, record.n)
         first, column = divmod(piece.copy.target_offset, matrix.n)
-        step, group = record.format.inputs_a_row, k * n // prod(of_scales)
-        at, to = matrix.expert * (k // step) * n, first // step * matrix.n + column
-        copy = Copy((k // step, n), record.codes.offset + at, (n, 1), to, (matrix.n, 1))
+        step, group = record.format.inputs_a_row, k * n // prod(scales_shape)
+        start, to = matrix.expert * (k // step) * n, first // step * matrix.n + column
+        copy = Copy((k // step, n), record.codes.offset + start, (n, 1), to, (matrix.n, 1))
         codes.append(replace(piece, source=record.codes, copy=copy))
-        at, groups = record.scales.offset + matrix.expert * prod(of_scales), matrix.k // group
+        start, groups = record.scales.offset + matrix.expert * prod(scales_shape), matrix.k // group
         if groups == 1:
-            copy = Copy((n,), at, (1,), column, (1,))
+            copy = Copy((n,), start, (1,), column, (1,))
         else:
-            copy = Copy((n, k // group), at, (1, n), column * groups + first // group, (groups, 1))
+            copy = Copy((n, k // group), start, (1, n), column * groups + first // group, (groups, 1))
         scales.append(Piece(record.scales_archive, record.key, record.scales, copy, piece.held, piece.target))
     stored = replace(gathered, dtype=CODES, shape=(matrix.k // step, matrix.n), pieces=tuple(codes))
     encoder = Linear(CODES) if scheme.kind == "fp8" else MetaWords()

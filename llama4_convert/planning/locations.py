@@ -1,4 +1,4 @@
-"""Where a source holds the model's logical tensors: in which file, under which key, in which strides."""
+"""Where a source stores the model's logical tensors: in which file, under which key, with which strides."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from mappings.matrices import linearized
 
 
 @dataclass(frozen=True)
-class Holding:
-    """A stored tensor that holds a logical one, or a part of it. `file` counts the source's files: its ranks, or shards."""
+class StoredPart:
+    """A stored tensor that holds a logical tensor, or a box of one, in the strides of `placement`.
+
+    `file` numbers the source's files from 0: rank files, or safetensors files.
+    """
 
     file: int
     key: str
@@ -24,25 +27,28 @@ class Holding:
     placement: Placement
 
 
-Holdings = Mapping[str, Sequence[Holding]]
+Locations = Mapping[str, Sequence[StoredPart]]  # by logical tensor
 
 
-def of_meta(binding: Binding, source: MetaCheckpoint, spelling: Mapping[str, str]) -> Holdings:
-    """`spelling`: logical tensor -> the Meta key that holds it. What all ranks hold is taken from the first."""
+def locate_in_meta(binding: Binding, source: MetaCheckpoint, spelling: Mapping[str, str]) -> Locations:
+    """`spelling`: logical tensor -> the Meta key that stores it. Replicated tensors are located in the first rank."""
     ranks = len(source.ranks)
-    found: dict[str, list[Holding]] = defaultdict(list)
+    found: dict[str, list[StoredPart]] = defaultdict(list)
     for key in dict.fromkeys(spelling.values()):
         for rank in range(1 if binding.is_replicated(key) else ranks):
             stored = source.tensor(rank, key)
             for placement in binding.meta_placements(key, ranks, rank, stored.strides):
-                found[placement.tensor].append(Holding(rank, key, stored, placement))
+                found[placement.tensor].append(StoredPart(rank, key, stored, placement))
     return found
 
 
-def of_transformers(binding: Binding, source: TransformersCheckpoint) -> Holdings:
-    """Fused experts or linearized ones. Raises MappingError for a key that is unknown, missing or of another shape."""
+def locate_in_transformers(binding: Binding, source: TransformersCheckpoint) -> Locations:
+    """Experts may be fused, or linear layers of their own.
+
+    Raises MappingError for a key that is unknown, missing or of another shape than config.json makes it.
+    """
     single = {m.key: m for key in binding.transformers for m in linearized(binding, key)}
-    found: dict[str, list[Holding]] = defaultdict(list)
+    found: dict[str, list[StoredPart]] = defaultdict(list)
     for file, index in enumerate(source.files):
         for key, stored in index.tensors.items():
             expected: tuple[int, ...]
@@ -56,11 +62,12 @@ def of_transformers(binding: Binding, source: TransformersCheckpoint) -> Holding
             if stored.shape != expected:
                 raise MappingError(f"{key} has shape {list(stored.shape)}, but config.json makes it {list(expected)}")
             for placement in placements:
-                found[placement.tensor].append(Holding(file, key, stored, placement))
+                found[placement.tensor].append(StoredPart(file, key, stored, placement))
     for name, logical in binding.logical.items():
-        held = sum(prod(holding.placement.box.size) for holding in found[name])
-        total = prod(logical.sizes.values())
-        if held != total:
+        stored_elements = sum(prod(part.placement.box.size) for part in found[name])
+        elements = prod(logical.sizes.values())
+        if stored_elements != elements:
             keys = [key for key, stored in binding.transformers.items() if name in stored.tensors.values()]
-            raise MappingError(f"{'missing' if held < total else 'two keys hold'} {keys[0]}, or a part of it")
+            problem = "missing" if stored_elements < elements else "two keys hold"
+            raise MappingError(f"{problem} {keys[0]}, or a part of it")
     return found

@@ -1,14 +1,14 @@
-"""The plan as data: files, the tensors in them with their byte ranges, and the pieces of source tensors that each is made of.
+"""The plan as data: output files, the tensors in them with their byte ranges, and the source slices that each is copied from.
 
-`planning` makes it; the dry run, the size estimate, the progress bar, the resume and the run itself read it.
+`planner.plan` makes it. The dry run, the size estimate, the progress bar, the resumption and the run itself read it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol
 
@@ -16,24 +16,25 @@ from llama4.geometry import Geometry
 from llama4_convert.checkpoints.families import family_of
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor
 from llama4_convert.planning.changes import ChangePiece, most_bytes
-from llama4_convert.planning.locations import Holding
+from llama4_convert.planning.locations import StoredPart
 from mappings import Box, Copy, Placement, copies
 from mappings.matrices import Matrix
 from quant.encoding import Encoder
 from quant.recipe import Scheme
 
-RecordKey = tuple[int, str]  # rank, record name
+RecordKey = tuple[int, str]  # number of the source file, name of the record in it
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A strided copy of part of one source tensor into an output tensor; offsets count from the record's start.
+    """A strided copy of a part of one source tensor into an output tensor.
 
-    `held` and `target`: where the logical tensor that they have in common lies in either. The copy is made of these; that of
-    scales has the places of their codes.
+    `copy` counts elements: offsets in the source from the start of the record, offsets in the target from the tensor's first
+    element. `held` and `target` are the places of the same logical tensor in the source and in the output; the copy is what they
+    have in common. A piece of scales has the placements of its codes.
     """
 
-    rank: int
+    file: int  # number of the source file
     key: str
     source: StoredTensor
     copy: Copy
@@ -41,17 +42,17 @@ class Piece:
     target: Placement
 
     @staticmethod
-    def of(held: Holding, target: Placement) -> Piece | None:
-        """What of `target` is held there; None if that is nothing."""
-        copy = copies(target, held.placement)
+    def between(part: StoredPart, target: Placement) -> Piece | None:
+        """The copy from a stored part into `target`; None if they have no element in common."""
+        copy = copies(target, part.placement)
         if copy is None:
             return None
-        shifted = replace(copy, source_offset=copy.source_offset + held.stored.offset)
-        return Piece(held.file, held.key, held.stored, shifted, held.placement, target)
+        shifted = replace(copy, source_offset=copy.source_offset + part.stored.offset)
+        return Piece(part.file, part.key, part.stored, shifted, part.placement, target)
 
     def narrowed(self, box: Box) -> Piece | None:
-        """The same for `box` of the logical tensor, which must lie inside of the target's; None if nothing of it is here."""
-        return Piece.of(Holding(self.rank, self.key, self.source, self.held), self.target.within(box))
+        """The part of the copy inside `box`, which must lie in the target's box; None if the source has nothing of it."""
+        return Piece.between(StoredPart(self.file, self.key, self.source, self.held), self.target.within(box))
 
     @property
     def numel(self) -> int:
@@ -59,7 +60,7 @@ class Piece:
 
     @property
     def record_key(self) -> RecordKey:
-        return self.rank, self.source.record.name
+        return self.file, self.source.record.name
 
     @property
     def is_sequential(self) -> bool:
@@ -69,41 +70,41 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class PlannedMatrix:
+class EncodedMatrix:
     """A matrix that a recipe stores in its own way: gathered whole, encoded, and written as several tensors."""
 
     matrix: Matrix
-    scheme: Scheme | None  # None: linearized and otherwise as it is
+    scheme: Scheme | None  # None: written as a linear layer of its own, unquantized
     encoder: Encoder
-    gathered: PlannedTensor
-    keeps_bits: bool = False  # the source has it in this scheme: its codes are gathered, and no error is made
+    gathered: PlannedTensor  # the matrix before it is encoded
+    keeps_bits: bool = False  # the source has codes of this scheme: they are gathered, and no error is made
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the tensors that a matrix is encoded into: which of the encoder's parts, or the bytes where they are known."""
+class EncodedPart:
+    """One of the tensors that a matrix is encoded into: the encoder's part number `index`, or `constant` bytes."""
 
-    matrix: PlannedMatrix
+    matrix: EncodedMatrix
     index: int
     constant: bytes | None = None
 
 
 @dataclass(frozen=True)
 class ExpertScales:
-    """Of a tensor of experts' codes in Meta's layout: the key of its scales, which are made with it and written behind it."""
+    """The scales of a tensor of experts' codes in Meta's layout. They are made with the codes and written in the next file."""
 
     key: str
     experts: int
-    label: str  # what the manifest calls the error of this rank's experts
+    label: str  # the manifest's name for the error of this rank's experts
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor. `offset` is the position of its first byte in the file; `pieces` cover it exactly once.
+    """One output tensor. `offset` is the position of its first byte in the file.
 
-    Of the parts of an encoded matrix the first that is no constant has the matrix's pieces, and the others none. Nor has a tensor
-    of scales that are made with the codes of another file. `changes` are an adapter's, made to what the pieces bring; of an
-    encoded matrix what is gathered has them.
+    `pieces` cover the tensor exactly once. The parts of an encoded matrix share its pieces: the first part that is no constant
+    has them, the other parts have none. Scales that are made with the codes of another file have no pieces either. `changes` are
+    what an adapter adds to the pieces or puts in their place; an encoded matrix has its changes in `gathered`.
     """
 
     name: str
@@ -111,9 +112,9 @@ class PlannedTensor:
     shape: tuple[int, ...]
     offset: int
     pieces: tuple[Piece, ...]
-    part: Part | None = None
+    part: EncodedPart | None = None
     changes: tuple[ChangePiece, ...] = ()
-    scales: ExpertScales | None = None  # if it is quantized expert by expert
+    scales: ExpertScales | None = None  # of a tensor that is quantized expert by expert
 
     @property
     def numel(self) -> int:
@@ -129,63 +130,64 @@ class PlannedTensor:
 
 
 class Envelope(Protocol):
-    """What a file format puts around the tensors, front to back: `begin` and `finish` stand before and behind each."""
+    """The bytes of a file format around the tensors. A run asks for them front to back, each once."""
 
-    has_checksums: bool  # whether `finish` wants the CRC-32 of the tensor's bytes; else it is given 0
+    has_checksums: bool  # whether `finish` needs the CRC-32 of the tensor's bytes; else it is given 0
 
     def head(self) -> bytes: ...
 
-    def begin(self) -> bytes: ...
+    def begin(self) -> bytes:
+        """The bytes before the next tensor."""
+        ...
 
-    def finish(self, crc: int) -> bytes: ...
+    def finish(self, crc: int) -> bytes:
+        """The bytes behind it."""
+        ...
 
     def tail(self) -> bytes: ...
 
 
-@dataclass(frozen=True)
-class Header:
-    """The envelope of safetensors: everything stands before the tensors."""
-
-    header: bytes
-    has_checksums = False
-
-    def head(self) -> bytes:
-        return self.header
-
-    def begin(self) -> bytes:
-        return b""
-
-    def finish(self, crc: int) -> bytes:
-        return b""
-
-    def tail(self) -> bytes:
-        return b""
+FileFormat = Callable[[str, Sequence[PlannedTensor]], Envelope]  # (file name, tensors in order) -> a fresh envelope
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One safetensors file: its header (length prefix included), then the tensors in order."""
+    """An output file: a format's envelope around tensors in order. `size` counts the whole file, in bytes."""
 
     name: str
-    header: bytes
+    format: FileFormat
     tensors: tuple[PlannedTensor, ...]
-    replicas: frozenset[str] = frozenset()  # tensors that an earlier file holds as well, and that are counted there
-    made_with: str | None = None  # the file before it, in whose making the content of this one is found
+    size: int
+    replicas: frozenset[str] = frozenset()  # tensors that an earlier file holds as well; their NaN are counted there
+    made_with: str | None = None  # the file before it, whose writing also makes the tensors of this one
 
-    @property
-    def size(self) -> int:
-        return len(self.header) + sum(t.nbytes for t in self.tensors)
+    @staticmethod
+    def of(
+        name: str,
+        format: FileFormat,
+        tensors: Sequence[PlannedTensor],
+        replicas: frozenset[str] = frozenset(),
+        made_with: str | None = None,
+    ) -> PlannedFile:
+        """The tensors placed in a file of a format, one behind the other."""
+        envelope = format(name, tensors)
+        position, placed = len(envelope.head()), []
+        for tensor in tensors:
+            position += len(envelope.begin())
+            placed.append(replace(tensor, offset=position))
+            position += tensor.nbytes + len(envelope.finish(0))
+        return PlannedFile(name, format, tuple(placed), position + len(envelope.tail()), replicas, made_with)
 
     def envelope(self) -> Envelope:
-        return Header(self.header)
+        return self.format(self.name, self.tensors)
 
     @property
     def work(self) -> int:
-        """Bytes that are read for it, which is what progress counts: of an encoded matrix all of it, whatever it becomes."""
-        return sum(gathered(read).nbytes for read in self.reads())
+        """Bytes that a run gathers for the file, which is what progress counts; an encoded matrix counts before encoding."""
+        return sum(unencoded(read).nbytes for read in self.reads_in_order())
 
-    def reads(self) -> Iterator[PlannedTensor | PlannedMatrix]:
-        """What a run reads for it, in this order: an encoded matrix whole, when its first part is written."""
+    def reads_in_order(self) -> Iterator[PlannedTensor | EncodedMatrix]:
+        """What a run gathers, in this order. An encoded matrix is gathered whole when its first part is written."""
         seen: set[str] = set()
         for tensor in self.tensors:
             if tensor.part is None:
@@ -195,46 +197,48 @@ class PlannedFile:
                 yield tensor.part.matrix
 
 
-def gathered(read: PlannedTensor | PlannedMatrix) -> PlannedTensor:
-    """What is read, as a tensor with all its pieces."""
-    return read.gathered if isinstance(read, PlannedMatrix) else read
+def unencoded(read: PlannedTensor | EncodedMatrix) -> PlannedTensor:
+    """The tensor that is gathered, with all its pieces."""
+    return read.gathered if isinstance(read, EncodedMatrix) else read
 
 
 @dataclass(frozen=True)
 class Plan:
+    """Everything that a run does, decided before it reads a tensor."""
+
     geometry: Geometry
-    text_only: bool
     files: tuple[PlannedFile, ...]
-    meta_keys: tuple[str, ...]  # the source keys used, in the source's spelling
-    dropped: Mapping[str, str]  # source key -> why
-    base_evidence: tuple[str, ...]  # keys that only base models carry
-    streamed: frozenset[RecordKey]  # read front to back by one file: checked on the way
-    unread: tuple[tuple[int, Record], ...]  # records to check beforehand: replicas, dropped, or not read front to back
-    compare: tuple[tuple[str, int], ...]  # (key, rank): copies to hold against rank 0's, where CRCs cannot tell
-    warnings: tuple[str, ...]
-    linear_layers: tuple[
-        tuple[Matrix, Scheme | None], ...
-    ] = ()  # with a recipe: what it says of every one it could name
+    checked_while_reading: frozenset[RecordKey] = frozenset()  # read once, whole, front to back: the CRC follows
+    checked_beforehand: tuple[tuple[int, Record], ...] = ()  # the other records with a CRC: (file number, record)
+    compare: tuple[tuple[str, int], ...] = ()  # (key, file number): replicas to compare with file 0's by value
+    meta_keys: tuple[
+        str, ...
+    ] = ()  # keys of Meta's layout that are read or written, in the spelling that they have there
+    dropped: Mapping[str, str] = field(default_factory=dict)  # source key -> why
+    base_evidence: tuple[str, ...] = ()  # source keys that only base models carry
+    warnings: tuple[str, ...] = ()
+    # With a recipe: every linear layer that it could name, and the scheme that it gives to it.
+    linear_layers: tuple[tuple[Matrix, Scheme | None], ...] = ()
 
     @property
     def tensors(self) -> list[PlannedTensor]:
         return [tensor for file in self.files for tensor in file.tensors]
 
     @property
-    def matrices(self) -> list[PlannedMatrix]:
-        """Those that a recipe encodes, each once, in the order of the files."""
+    def matrices(self) -> list[EncodedMatrix]:
+        """The matrices that a recipe encodes, each once, in the order of the files."""
         found = {t.part.matrix.matrix.module: t.part.matrix for t in self.tensors if t.part}
         return list(found.values())
 
     @property
     def changed(self) -> list[PlannedTensor]:
-        """What an adapter changes, as it is gathered."""
-        found = {id(read): gathered(read) for file in self.files for read in file.reads()}
+        """The tensors, before encoding, that an adapter changes."""
+        found = {id(read): unencoded(read) for file in self.files for read in file.reads_in_order()}
         return [tensor for tensor in found.values() if tensor.changes]
 
     @property
     def change_bytes(self) -> int:
-        """The most that an adapter's values take in memory at once."""
+        """The most memory that an adapter's values take at once."""
         return max((most_bytes(tensor.changes) for tensor in self.changed), default=0)
 
     @property
@@ -246,18 +250,18 @@ class Plan:
         return sum(self.parameters_by_kind().values())
 
     def parameters_by_kind(self) -> Mapping[str, int]:
-        """Numbers of the model, whatever they are stored as, by the kinds of `composition`."""
+        """Parameters of the model by family of tensors (`checkpoints.families`), however they are stored."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
             if tensor.part is None:
                 counts[family_of(tensor.name)] += tensor.numel
-        for planned in self.matrices:
-            counts[family_of(planned.matrix.key)] += planned.matrix.n * planned.matrix.k
+        for encoded in self.matrices:
+            counts[family_of(encoded.matrix.key)] += encoded.matrix.n * encoded.matrix.k
         return counts
 
     @property
     def main_dtype(self) -> str:
-        """The dtype of most bytes."""
+        """The dtype of most bytes that no recipe encodes."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
             if tensor.part is None:

@@ -1,39 +1,34 @@
-"""Which source records a run reads once, whole and front to back, so that their CRC is checked on the way.
+"""Which records a run reads once, whole and front to back, so that it checks their CRC while it reads.
 
-All others (replicas on other ranks, dropped entries, transposed routers, views of a shared storage) are read once before.
+All other records with a CRC (replicas of other ranks, dropped tensors, transposed routers, views of a shared storage) are read
+once beforehand, only to be checked.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable
 
-from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.pth import PthIndex
-from llama4_convert.checkpoints.tensors import Record
-from llama4_convert.checkpoints.transformers import SafetensorsIndex
+from llama4_convert.checkpoints.meta_quantized import DequantizedView
+from llama4_convert.planning.binding import BoundSource
 from llama4_convert.planning.plan import Piece, RecordKey
 
 
-class SourceFiles(Protocol):
-    """What a source is read from: its ranks (and files of scales), or its shards."""
-
-    @property
-    def archives(self) -> Sequence[PthIndex | SafetensorsIndex]: ...
-
-
-def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) -> frozenset[RecordKey]:
-    """The records that are read once, whole and front to back, in this order, so that their CRC can be checked on the way."""
+def checked_while_reading(source: BoundSource, reads: Iterable[tuple[Piece, ...]]) -> frozenset[RecordKey]:
+    """The records with a CRC that `reads`, the pieces of each tensor in the order of a run, go through front to back."""
     users: Counter[RecordKey] = Counter()
-    for rank, index in enumerate(source.archives):
-        users.update((rank, tensor.record.name) for tensor in index.tensors.values())
-    reads: dict[RecordKey, list[Piece]] = defaultdict(list)
-    for pieces in order:
+    for number, index in enumerate(source.files):
+        for tensor in index.tensors.values():
+            users[number, tensor.record.name] += 1
+            if isinstance(tensor.record, DequantizedView):  # which reads its scales, too
+                users[tensor.record.scales_archive, tensor.record.scales.record.name] += 1
+    pieces_of: dict[RecordKey, list[Piece]] = defaultdict(list)
+    for pieces in reads:
         for piece in pieces:
-            reads[piece.record_key].append(piece)
+            if piece.source.record.crc is not None:
+                pieces_of[piece.record_key].append(piece)
 
-    def in_order(pieces: list[Piece]) -> bool:
+    def is_in_order(pieces: list[Piece]) -> bool:
         position = 0
         for piece in pieces:
             if not piece.is_sequential or piece.copy.source_offset != position:
@@ -42,26 +37,10 @@ def streamed_records(order: Iterable[tuple[Piece, ...]], source: SourceFiles) ->
         return position * pieces[0].source.itemsize == pieces[0].source.record.size
 
     return frozenset(
-        record
-        for record, pieces in reads.items()
-        if users[record] == 1
+        key
+        for key, pieces in pieces_of.items()
+        if users[key] == 1
         and pieces[0].source.is_whole_record
         and all(piece.source is pieces[0].source for piece in pieces)  # else it is read as codes and as numbers
-        and in_order(pieces)
-    )
-
-
-def unread_records(
-    source: MetaCheckpoint, streamed: frozenset[RecordKey], skipped: set[str]
-) -> tuple[tuple[int, Record], ...]:
-    left_out = {
-        (rank, index.tensors[key].record.name)
-        for rank, index in enumerate(source.ranks)
-        for key in skipped
-        if key in index.tensors
-    }
-    return tuple(
-        (rank, record)
-        for rank, record in source.records()
-        if (rank, record.name) not in streamed and (rank, record.name) not in left_out
+        and is_in_order(pieces)
     )

@@ -39,9 +39,7 @@ def demo(
         f"1. model     {meta}: a small Llama 4, trained on Python's documentation; Meta's format, 2 ranks, {size / 1e6:.1f} MB"
     )
     converted = convert(meta, output, warn=warn)
-    say(
-        f"2. convert   {output}: {len(converted['files'])} files, {converted['status']}, variant {converted['variant']}"
-    )
+    say(f"2. convert   {output}: {len(converted.files)} files, {converted.status}, variant {converted.variant}")
     verified = verify(output)
     if not verified.ok:
         raise CheckFailed(f"{output}: {verified.advice}")
@@ -76,11 +74,12 @@ def demo(
     caption = captions[str(output)]
     say(f"             and of {picture}: {caption}")
     small = folder / "int4"
-    quantized = convert(output, small, recipe="int4")["quantization"]
+    quantized = convert(output, small, recipe="int4").quantization
+    assert quantized
     checks["int4"] = _validate(meta, small, "llama4")
     say(
-        f"6. quantize  {small}: feed-forward weights in {quantized['bits_per_quantized_weight']:.2f} bits, relative squared error"
-        f" {quantized['relative_mse']:.4f}; KL {_nats(checks['int4']['kl_mean'])}, top-1"
+        f"6. quantize  {small}: feed-forward weights in {quantized.bits_per_quantized_weight:.2f} bits, relative squared error"
+        f" {quantized.relative_mse:.4f}; KL {_nats(checks['int4']['kl_mean'])}, top-1"
         f" {checks['int4']['top1_agreement']:.1%}"
     )
     if not has_transformers:

@@ -11,14 +11,14 @@ import numpy as np
 from llama4_convert.checkpoints.numbers import count_nonfinite, make_finite
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.errors import BadInput
-from llama4_convert.planning.plan import Part, PlannedFile, PlannedMatrix
+from llama4_convert.planning.plan import EncodedMatrix, EncodedPart, PlannedFile
 from llama4_convert.progress import Progress
 from llama4_convert.streaming.fill import Fillers
 from llama4_convert.streaming.memory import GATHER_AHEAD
 from quant.encoding import Encoded
 from quant.schemes import NotFinite
 
-_GATHER = 16 << 20  # of a matrix, between two reports of progress
+_GATHER_BYTES = 16 << 20  # gathered between two reports of progress
 
 
 class MatrixEncoder:
@@ -36,25 +36,25 @@ class MatrixEncoder:
         self.progress, self.allow_nonfinite = progress, allow_nonfinite
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._following = _following(file)
-        self._held: dict[str, list[memoryview | None]] = {}
+        self._parts: dict[str, list[memoryview | None]] = {}
         self._ahead: bytearray | None = None  # the following matrix, gathered
         self._spare = bytearray()  # reused: matrices of a layer are of a size
 
-    def take(self, part: Part) -> bytes | memoryview:
+    def take(self, part: EncodedPart) -> bytes | memoryview:
         """The bytes of one part, once. Raises BadInput for a matrix with numbers that are not finite."""
         if part.constant is not None:
             return part.constant
         module = part.matrix.matrix.module
-        if module not in self._held:
-            self._held[module] = self._encode(part.matrix)
-        parts = self._held[module]
+        if module not in self._parts:
+            self._parts[module] = self._encode(part.matrix)
+        parts = self._parts[module]
         taken, parts[part.index] = parts[part.index], None
         if not any(p is not None for p in parts):
-            del self._held[module]
+            del self._parts[module]
         assert taken is not None
         return taken
 
-    def _encode(self, planned: PlannedMatrix) -> list[memoryview | None]:
+    def _encode(self, planned: EncodedMatrix) -> list[memoryview | None]:
         gathered, self._ahead = self._ahead or self._gather(planned), None
         following = self._following.get(planned.matrix.module)
         ahead = self.thread.submit(self._gather, following) if following else None
@@ -69,7 +69,7 @@ class MatrixEncoder:
             self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
         return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
 
-    def _encoded(self, planned: PlannedMatrix, gathered: bytearray) -> Encoded:
+    def _encoded(self, planned: EncodedMatrix, gathered: bytearray) -> Encoded:
         tensor, matrix = planned.gathered, planned.matrix
         bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
         if planned.scheme is None or planned.keeps_bits:
@@ -90,26 +90,26 @@ class MatrixEncoder:
             self.result.count(tensor.name, make_finite(gathered, tensor.dtype))
             return planned.encoder.encode(bits, matrix.in_out, self.threads)
 
-    def _gather(self, planned: PlannedMatrix) -> bytearray:
+    def _gather(self, planned: EncodedMatrix) -> bytearray:
         tensor = planned.gathered
         into, self._spare = self._spare, bytearray()
         if len(into) != tensor.nbytes:
             into = bytearray()  # never both
             into = bytearray(tensor.nbytes)
-        fill = self.fillers.of(tensor)
-        for start in range(0, tensor.nbytes, _GATHER):
-            n = min(_GATHER, tensor.nbytes - start)
+        fill = self.fillers.filler_for(tensor)
+        for start in range(0, tensor.nbytes, _GATHER_BYTES):
+            n = min(_GATHER_BYTES, tensor.nbytes - start)
             fill(start, memoryview(into)[start : start + n])
             self.progress(n)
         return into
 
 
-def _following(file: PlannedFile) -> dict[str, PlannedMatrix]:
+def _following(file: PlannedFile) -> dict[str, EncodedMatrix]:
     """By module: the matrix to be read next, where a matrix is what is read next, and two of them may be in memory."""
     return {
         one.matrix.module: other
-        for one, other in pairwise(file.reads())
-        if isinstance(one, PlannedMatrix)
-        and isinstance(other, PlannedMatrix)
+        for one, other in pairwise(file.reads_in_order())
+        if isinstance(one, EncodedMatrix)
+        and isinstance(other, EncodedMatrix)
         and max(one.gathered.nbytes, other.gathered.nbytes) <= GATHER_AHEAD
     }

@@ -1,296 +1,235 @@
-"""Carries a job out: one owner of the output, file by file, resumable, committed by the file that makes it a model."""
+"""Carries a job out: small files, weights file by file, the model card, and last the file that makes the directory a model.
+
+Every finished file is entered into the manifest, so that the same command continues an interrupted run.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import msgspec
+
+from llama4_convert.checkpoints.digests import check_promised
+from llama4_convert.checkpoints.families import active_parameters
 from llama4_convert.checkpoints.manifest import Manifest
-from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error
-from llama4_convert.files import LOCK_NAME, PARTIAL_SUFFIX, locked
-from llama4_convert.progress import Progress, Start, Warn
+from llama4_convert.checkpoints.numbers import NonFinite
+from llama4_convert.checkpoints.pth import DamagedRecord
+from llama4_convert.errors import CheckFailed, EnvironmentFailed, UsageError
+from llama4_convert.files import PARTIAL_SUFFIX, write_small
+from llama4_convert.metadata.model_card import CARD, Facts, render
+from llama4_convert.planning.plan import Plan, PlannedFile
+from llama4_convert.progress import Callbacks, Warn
 from llama4_convert.streaming.bounds import LEAST_MEMORY, Bounds
-from llama4_convert.streaming.output_directory import (
-    NeedsOverwrite,
-    check_no_obstacle,
-    clear,
-    make_folder,
-    refuse_other_kind,
-)
+from llama4_convert.streaming.earlier_run import take_over
+from llama4_convert.streaming.job import Job
+from llama4_convert.streaming.memory import peak_memory, planned_buffers
+from llama4_convert.streaming.output_directory import check_no_obstacle
+from llama4_convert.streaming.resume import first_reads, resumed
+from llama4_convert.streaming.run_result import RunResult
+from llama4_convert.streaming.source import Source
+from llama4_convert.streaming.write_file import check_beforehand, write_file
+from llama4_convert.streaming.writer import FileWriter, Workers
+from quant.error import relative_mse
 
-if TYPE_CHECKING:
-    from llama4_convert.streaming.job import Job
-    from llama4_convert.streaming.run_result import RunResult
+_SMALL_FILES_BYTES, _SMALL_FILES = 64 << 20, 32  # room for the tokenizer and the other small files
+_NAMED_TENSORS = 3  # in a warning
 
 
-_SHOWN = 3  # tensors that a warning names
+class NonFiniteTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor with numbers that are not finite."""
+
+    tensor: str
+    """Its name in the output; a matrix that was quantized has the name of its weight."""
+    nan: int
+    """How many NaN it has."""
+    inf: int
+    """How many infinities."""
+    replaced: bool
+    """They were quantized, as 0 and as the largest magnitude; else they are kept."""
 
 
-def execute(
-    make_job: Callable[[], Job],
-    sources: Sequence[Path],
-    target: Path,
-    bounds: Bounds,
-    warn: Warn,
-    start: Start,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Own `target`, plan, and write; what was interrupted goes on, what is finished is left alone.
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
 
-    `sources` are directories that are only read. `make_job` is called once the lock is held, so that who comes second is told
-    at once. Raises a ConvertError; the target then holds nothing that loads as a model.
+    output: Path
+    manifest: Manifest  # of every file
+    kept_weights: int  # weight files that an earlier run had finished
+    was_complete: bool  # nothing was left to do
+    nonfinite: list[NonFiniteTensor]
+
+
+def run(job: Job, output: Path, bounds: Bounds, callbacks: Callbacks) -> Run:
+    """Write `job` to `output`, an owned directory; continue an interrupted run, and leave a finished output alone.
+
+    Raises a ConvertError; `output` then holds nothing that loads as a model.
     """
-    # `original` is where a Transformers directory keeps params.json.
-    for source in sources:
-        for ours, theirs in ((target, source), (target / "original", source), (target, source / "original")):
-            if ours.exists() and theirs.exists() and os.path.samefile(ours, theirs):
-                raise UsageError(f"the output would overwrite the source in {theirs}: choose another directory")
-    made_folder = make_folder(target)
-    try:
-        with locked(target):
-            return _Execution(make_job(), target, bounds, warn, start, progress).run()
-    except OSError as error:
-        raise from_os_error(error, f"writing {target}") from error
-    finally:
-        if made_folder:
-            with contextlib.suppress(OSError):  # not empty, or gone: somebody else is at work there
-                target.rmdir()
+    for text in job.warnings:
+        callbacks.warn(text)
+    _check_memory(job, bounds)
+    check_no_obstacle(output)
+    earlier = take_over(job, output, overwrite=bounds.overwrite)
+    manifest = earlier.manifest
+    if not earlier.is_complete:
+        _remove_marker(job, output, manifest)
+        _check_space(job, output, manifest)
+        manifest.write(output)
+        _write_small_files(job, output, manifest)
+        overflows = _write_weights(job, output, manifest, bounds, callbacks)
+        _warn_of_numbers(job, manifest, overflows, callbacks.warn)
+        _write_card(job, output, manifest)
+        _commit(job, output, manifest)
+    return Run(output, manifest, earlier.kept_weights, earlier.is_complete, _nonfinite(job.plan, manifest))
 
 
-class _Execution:
-    def __init__(
-        self,
-        job: Job,
-        target: Path,
-        bounds: Bounds,
-        warn: Warn,
-        start: Start,
-        progress: Progress,
-    ) -> None:
-        self.job, self.target, self.bounds = job, target, bounds
-        self.warn, self.start, self.progress = warn, start, progress
-        self.manifest = job.manifest()
-        self.marker, self.marker_content = job.marker, job.marker_content()
-        self.lost_small_files = False
+def _check_memory(job: Job, bounds: Bounds) -> None:
+    needed = peak_memory(LEAST_MEMORY, job.tokenizer_bytes, job.plan)
+    if needed <= max(bounds.max_memory, 2 * LEAST_MEMORY):
+        return
+    if job.plan.changed:
+        reason = "an adapter's matrix is multiplied whole"
+    else:
+        reason = "a matrix is quantized whole" if job.plan.linear_layers else "the source's tokenizer takes that"
+    raise UsageError(f"max-memory must be at least {(needed >> 20) + 1} MiB: {reason}")
 
-    def run(self) -> dict[str, Any]:
-        for text in self.job.warnings:
-            self.warn(text)
-        contents = self.job.contents()
-        if (needed := self.job.peak_memory(LEAST_MEMORY)) > max(self.bounds.max_memory, 2 * LEAST_MEMORY):
-            raise UsageError(f"max-memory must be at least {(needed >> 20) + 1} MiB: " + self._what_takes_memory())
-        check_no_obstacle(self.target)
-        resumed = self._look_at_target()
-        if self._is_finished():
-            return self._result("already complete", resumed)
-        (self.target / self.marker).unlink(missing_ok=True)
-        self.manifest.files.pop(self.marker, None)
-        self._check_space()
-        self.manifest.write(self.target)
-        for first, make in contents.items():
-            if first not in self.manifest.files:
-                for name, data in make().items():
-                    self._write_small(name, data)
-        overflows = self._write_weights()
-        for name, n in overflows.items():
-            self.warn(f"{name}: {n} numbers were too large for {self.job.dtype or 'its dtype'} and became infinite")
-        self._warn_of_nonfinite()
-        for name, data in self.job.closing(self.manifest).items():
-            self._write_small(name, data)
-        self.manifest.add(self.marker, hashlib.sha256(self.marker_content).hexdigest(), len(self.marker_content))
-        self.manifest.write(self.target)
-        self._write_small(self.marker, self.marker_content)
-        return self._result("converted", resumed)
 
-    def _what_takes_memory(self) -> str:
-        if self.job.plan.changed:
-            return "an adapter's matrix is multiplied whole"
-        return "a matrix is quantized whole" if self.job.recipe else "the source's tokenizer takes that"
+def _remove_marker(job: Job, output: Path, manifest: Manifest) -> None:
+    (output / job.marker).unlink(missing_ok=True)
+    manifest.files.pop(job.marker, None)
 
-    def _look_at_target(self) -> int:
-        """Take over what an earlier run of the same conversion finished; refuse or clear anything else."""
-        old = None
-        if self.bounds.overwrite and not self._is_interrupted():
-            refuse_other_kind(self.target, self.job)
-            clear(self.target, self.job)
-        else:
-            old = Manifest.read(self.target)
-            foreign = [p.name for p in self.target.iterdir() if p.name != LOCK_NAME and not p.name.endswith(".partial")]
-            if old is None and foreign:
-                raise NeedsOverwrite(
-                    f"{self.target} is not empty ({sorted(foreign)[0]}) and not an output of this tool"
-                )
-        if old is None:
-            return 0
-        if differences := old.differences(self.manifest):
-            raise NeedsOverwrite(f"{self.target} holds another conversion: {', '.join(differences)}")
-        kept = old.intact(self.target, old.files)
-        weights = {f.name for f in self.job.plan.files}
-        # One that somebody has edited is left alone; one that is missing is made again, with its whole group.
-        self.lost_small_files = any(not (self.target / name).is_file() for name in old.files.keys() - weights)
-        if self.lost_small_files:
-            kept &= weights
-        self.manifest.files = {name: old.files[name] for name in kept}
-        self.manifest.records = old.records
-        self.manifest.errors = old.errors  # of files that are made again they are made again too
-        return len(self._weights_done())
 
-    def _is_interrupted(self) -> bool:
-        """Whether the target holds the unfinished output of this very conversion: --overwrite has begun, and goes on."""
-        try:
-            old = Manifest.read(self.target)
-        except BadInput:
-            return False
-        return old is not None and not (self.target / self.marker).exists() and not old.differences(self.manifest)
-
-    def _weights_done(self) -> set[str]:
-        return {f.name for f in self.job.plan.files} & self.manifest.files.keys()
-
-    def _is_finished(self) -> bool:
-        marker = self.target / self.marker
-        names = {f.name for f in self.job.plan.files}
-        return (
-            not self.lost_small_files
-            and marker.is_file()
-            and marker.read_bytes() == self.marker_content
-            and names <= self.manifest.files.keys()
+def _check_space(job: Job, output: Path, manifest: Manifest) -> None:
+    left = [file for file in job.plan.files if file.name not in manifest.files]
+    for file in left:  # a killed run's partial file may hold the very space that is needed
+        (output / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
+    needed = sum(file.size for file in left) + _SMALL_FILES_BYTES
+    system = os.statvfs(output)
+    free = system.f_bavail * system.f_frsize
+    if free < needed:
+        raise EnvironmentFailed(
+            f"{output} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: free some space or choose another disk"
+        )
+    inodes = len(left) + _SMALL_FILES
+    if system.f_files and system.f_favail < inodes:
+        raise EnvironmentFailed(
+            f"{output} has {system.f_favail:,} inodes free, {inodes:,} are needed: remove some files, or choose another disk"
         )
 
-    def _check_space(self) -> None:
-        left = [f for f in self.job.plan.files if f.name not in self.manifest.files]
-        for file in left:  # what a killed run left may hold the very space that is needed
-            (self.target / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-        needed = sum(f.size for f in left) + (64 << 20)  # and room for the tokenizer and other small files
-        system = os.statvfs(self.target)
-        free = system.f_bavail * system.f_frsize
-        if free < needed:
-            raise EnvironmentFailed(
-                f"{self.target} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: free some space or choose"
-                " another disk"
+
+def _write_small_files(job: Job, output: Path, manifest: Manifest) -> None:
+    for name, data in job.small_files.items():
+        if name not in manifest.files:
+            _write_small(output, name, data, manifest)
+    if job.tokenizer and job.tokenizer.first_file not in manifest.files:
+        for name, data in job.tokenizer.files().items():
+            _write_small(output, name, data, manifest)
+
+
+def _write_small(output: Path, name: str, data: bytes, manifest: Manifest) -> None:
+    path = output / name
+    path.parent.mkdir(exist_ok=True)
+    manifest.add(name, write_small(path, data), len(data))
+
+
+def _write_weights(job: Job, output: Path, manifest: Manifest, bounds: Bounds, callbacks: Callbacks) -> dict[str, int]:
+    """Write every weight file that is not finished. Returns the numbers that a cast made infinite, by tensor."""
+    going_on = resumed(job.plan, {file.name for file in job.plan.files} & manifest.files.keys(), manifest.records)
+    plan, left = going_on.plan, going_on.left
+    for file in left:
+        manifest.files.pop(file.name, None)
+    _start_progress(job, plan, left, callbacks)
+    result, buffers = RunResult(), planned_buffers(bounds.max_memory)
+    try:
+        with Source(job.source_files, going_on.running) as source, Workers() as workers:
+            check_beforehand(plan, source, callbacks.progress)
+            check_promised(job.expected_digests, callbacks.progress)
+            for file in left:
+                with FileWriter(output / file.name, file.size, buffers, workers) as writer:
+                    write_file(plan, file, source, writer, result, callbacks.progress, job.allow_nonfinite)
+                    _take_errors(result, manifest, bounds.max_error)
+                    digest = writer.commit()
+                manifest.add(file.name, digest, file.size, result.taken_nonfinite())
+                manifest.records = dict(source.running)
+                manifest.write(output)
+    except DamagedRecord as damage:
+        _forget_damaged(damage, job, output, manifest)
+        raise
+    return result.overflows
+
+
+def _start_progress(job: Job, plan: Plan, left: Sequence[PlannedFile], callbacks: Callbacks) -> None:
+    checks = sum(record.size for _, record in plan.checked_beforehand)
+    checks += sum(path.stat().st_size for path in job.expected_digests)
+    total = sum(file.work for file in plan.files) + checks
+    callbacks.start(total, total - sum(file.work for file in left) - checks)
+
+
+def _forget_damaged(damage: DamagedRecord, job: Job, output: Path, manifest: Manifest) -> None:
+    """Have finished files that the damaged record went into made again.
+
+    So are those of other records of the same file that were read in part: a new download must not continue them.
+    """
+    number = [file.path for file in job.source_files].index(damage.path)
+    suspect = {(number, damage.record), *(key for key in manifest.records if key[0] == number)}
+    used = [f.name for f in job.plan.files if f.name in manifest.files and suspect & first_reads(f).keys()]
+    for name in used:
+        del manifest.files[name]
+    manifest.records = {key: state for key, state in manifest.records.items() if key not in suspect}
+    if used:
+        manifest.write(output)
+
+
+def _take_errors(result: RunResult, manifest: Manifest, max_error: float | None) -> None:
+    """Enter the errors of the matrices of a file into the manifest. Raises CheckFailed for one beyond `max_error`."""
+    for module, (error, power) in result.errors.items():
+        if max_error is not None and not relative_mse(error, power) <= max_error:
+            raise CheckFailed(
+                f"{module}: a relative squared error of {relative_mse(error, power):.4g} is more than the"
+                f" {max_error:g} that --max-error allows"
             )
-        files = len(left) + 32  # and small ones
-        if system.f_files and system.f_favail < files:
-            raise EnvironmentFailed(
-                f"{self.target} has {system.f_favail:,} inodes free, {files:,} are needed: remove some files, or choose another"
-                " disk"
-            )
+        manifest.errors[module] = [error, power]
+    result.errors.clear()
 
-    def _write_small(self, name: str, data: bytes) -> None:
-        from llama4_convert.files import write_small
 
-        path = self.target / name
-        path.parent.mkdir(exist_ok=True)
-        self.manifest.add(name, write_small(path, data), len(data))
+def _nonfinite(plan: Plan, manifest: Manifest) -> list[NonFiniteTensor]:
+    replaced = {encoded.gathered.name for encoded in plan.matrices if encoded.scheme and not encoded.keeps_bits}
+    return [
+        NonFiniteTensor(tensor=name, nan=nan, inf=inf, replaced=name in replaced)
+        for name, (nan, inf) in sorted(manifest.nonfinite().items())
+    ]
 
-    def _write_weights(self) -> dict[str, int]:
-        from llama4_convert.checkpoints.digests import check_promised
-        from llama4_convert.checkpoints.pth import DamagedRecord
-        from llama4_convert.streaming.memory import planned_buffers
-        from llama4_convert.streaming.resume import resumed
-        from llama4_convert.streaming.run_result import RunResult
-        from llama4_convert.streaming.source import Source
-        from llama4_convert.streaming.write_file import check_unread, write_file
-        from llama4_convert.streaming.writer import FileWriter, Workers
 
-        going_on = resumed(self.job.plan, self._weights_done(), self.manifest.records)
-        plan, left = going_on.plan, going_on.left
-        for file in left:
-            self.manifest.files.pop(file.name, None)
-        promised = self.job.promised
-        checks = sum(record.size for _, record in plan.unread) + sum(path.stat().st_size for path in promised)
-        total = sum(f.work for f in plan.files) + checks
-        self.start(total, total - sum(f.work for f in left) - checks)
-        result, allow_nonfinite = RunResult(), self.job.allow_nonfinite
-        buffers = planned_buffers(self.bounds.max_memory)
-        try:
-            with Source(self.job.source.archives, going_on.running) as source, Workers() as workers:
-                check_unread(plan, source, self.progress)
-                check_promised(promised, self.progress)
-                for file in left:
-                    with FileWriter(self.target / file.name, file.size, buffers, workers) as writer:
-                        write_file(plan, file, source, writer, result, self.progress, allow_nonfinite)
-                        self._take_errors(result)
-                        digest = writer.commit()
-                    self.manifest.add(file.name, digest, file.size, result.taken_nonfinite())
-                    self.manifest.records = dict(source.running)
-                    self.manifest.write(self.target)
-        except DamagedRecord as damage:
-            rank = [archive.path for archive in self.job.source.archives].index(damage.path)
-            self._disown((rank, damage.record))
-            raise
-        return result.overflows
+def _warn_of_numbers(job: Job, manifest: Manifest, overflows: dict[str, int], warn: Warn) -> None:
+    for name, n in overflows.items():
+        warn(f"{name}: {n} numbers were too large for {job.dtype or 'its dtype'} and became infinite")
+    found = _nonfinite(job.plan, manifest)
+    for replaced, treatment in ((False, "kept as they are"), (True, "quantized as 0 and as the largest magnitude")):
+        named = [f"{one.tensor} ({NonFinite(one.nan, one.inf)})" for one in found if one.replaced == replaced]
+        if named:
+            left = len(named) - _NAMED_TENSORS
+            more = f" and {left} more tensors, which inspect lists" if left > 0 else ""
+            warn(f"numbers that are not finite, {treatment}: {', '.join(named[:_NAMED_TENSORS])}{more}")
 
-    def _disown(self, key: tuple[int, str]) -> None:
-        """Finished files that the damaged record went into are made again.
 
-        So are those of other records of the same rank that were read in part: of a new download they must not be continued.
-        """
-        from llama4_convert.streaming.resume import first_reads
+def _write_card(job: Job, output: Path, manifest: Manifest) -> None:
+    """The model card states the errors of the weights, so it is written behind them. Meta's layout has none."""
+    if job.config is not None:
+        _write_small(output, CARD, model_card(job, job.config, manifest).encode(), manifest)
 
-        suspect = {key, *(other for other in self.manifest.records if other[0] == key[0])}
-        used = [
-            f.name for f in self.job.plan.files if f.name in self.manifest.files and suspect & first_reads(f).keys()
-        ]
-        for name in used:
-            del self.manifest.files[name]
-        self.manifest.records = {k: state for k, state in self.manifest.records.items() if k not in suspect}
-        if used:
-            self.manifest.write(self.target)
 
-    def _take_errors(self, result: RunResult) -> None:
-        """Into the manifest, with the file that they belong to. Raises CheckFailed beyond what was allowed."""
-        from quant.error import relative_mse
+def model_card(job: Job, config: Mapping[str, Any], manifest: Manifest) -> str:
+    """README.md of an output with this config.json and `manifest`."""
+    counts, g = job.plan.parameters_by_kind(), job.plan.geometry
+    return render(Facts(manifest, config, sum(counts.values()), active_parameters(counts, g.n_experts, g.top_k)))
 
-        for module, (error, power) in result.errors.items():
-            if self.bounds.max_error is not None and not relative_mse(error, power) <= self.bounds.max_error:
-                raise CheckFailed(
-                    f"{module}: a relative squared error of {relative_mse(error, power):.4g} is more than the"
-                    f" {self.bounds.max_error:g} that --max-error allows"
-                )
-            self.manifest.errors[module] = [error, power]
-        result.errors.clear()
 
-    def _nonfinite(self) -> list[dict[str, Any]]:
-        """Where NaN and infinities are, how many, and whether they were replaced because they were quantized."""
-        replaced = {
-            planned.gathered.name for planned in self.job.plan.matrices if planned.scheme and not planned.keeps_bits
-        }
-        return [
-            {"tensor": name, "nan": nan, "inf": inf, "replaced": name in replaced}
-            for name, (nan, inf) in sorted(self.manifest.nonfinite().items())
-        ]
-
-    def _warn_of_nonfinite(self) -> None:
-        from llama4_convert.checkpoints.numbers import NonFinite
-
-        found = self._nonfinite()
-        for replaced, what in ((False, "kept as they are"), (True, "quantized as 0 and as the largest magnitude")):
-            named = [
-                f"{one['tensor']} ({NonFinite(one['nan'], one['inf'])})" for one in found if one["replaced"] == replaced
-            ]
-            if named:
-                more = f" and {len(named) - _SHOWN} more tensors, which inspect lists" if len(named) > _SHOWN else ""
-                self.warn(f"numbers that are not finite, {what}: {', '.join(named[:_SHOWN])}{more}")
-
-    def _result(self, status: str, resumed: int) -> dict[str, Any]:
-        files = [{"file": name, "sha256": e.sha256, "size": e.size} for name, e in sorted(self.manifest.files.items())]
-        return {
-            "status": status,
-            "output": str(self.target),
-            **self.job.told(),
-            "files": files,
-            "files_kept_from_earlier_run": resumed,
-            "warnings": self.job.warnings,
-            "nonfinite": self._nonfinite(),
-            **self._quantization(),
-        }
-
-    def _quantization(self) -> dict[str, Any]:
-        if self.job.recipe is None:
-            return {}
-        errors = {module: (pair[0], pair[1]) for module, pair in self.manifest.errors.items()}
-        return {"quantization": self.job.quantization(errors)}
+def _commit(job: Job, output: Path, manifest: Manifest) -> None:
+    """The manifest lists the marker before it is written: with the marker the directory is a model, and complete."""
+    manifest.add(job.marker, hashlib.sha256(job.marker_content).hexdigest(), len(job.marker_content))
+    manifest.write(output)
+    _write_small(output, job.marker, job.marker_content, manifest)

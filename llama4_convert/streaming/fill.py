@@ -1,4 +1,4 @@
-"""How the bytes of each output tensor are made: gathered, cast, changed by an adapter, or encoded; and what that has to tell."""
+"""Chooses what fills the bytes of each output tensor: a gather, a cast, an adapter's changes, or an encoder of experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from llama4_convert.checkpoints.numbers import cast, count_nonfinite
-from llama4_convert.planning.changes import Merger
+from llama4_convert.planning.changes import ChangeApplier
 from llama4_convert.planning.plan import PlannedTensor, RecordKey
 from llama4_convert.streaming.expert_codes import ExpertCodes
 from llama4_convert.streaming.gather import Fill, Gather
@@ -17,26 +17,28 @@ from llama4_convert.streaming.source import SCRATCH, Source
 
 
 class Fillers:
-    """Makes what fills byte ranges of a tensor, for the tensors of a file."""
+    """Makes the function that fills byte ranges of a tensor, for the tensors of a file."""
 
     def __init__(self, source: Source, streamed: Collection[RecordKey], result: RunResult) -> None:
-        """`streamed`: the records whose CRC is checked as they are read. `result` is told what is found on the way."""
+        """`streamed`: the records whose CRC is checked as they are read. `result` collects NaN, overflows and errors."""
         self.source, self.streamed, self.result = source, streamed, result
-        self._merger = Merger()
+        self._applier = ChangeApplier()
 
-    def of(self, tensor: PlannedTensor) -> Fill:
+    def filler_for(self, tensor: PlannedTensor) -> Fill:
         if not tensor.pieces:
-            return of_bytes(self.result.scales.pop(tensor.name).reshape(-1).view(np.uint8).data)
+            return filler_from_bytes(self.result.scales.pop(tensor.name).reshape(-1).view(np.uint8).data)
         if tensor.scales:
-            return ExpertCodes(tensor, tensor.scales, self.of(replace(tensor, dtype="BF16", scales=None)), self.result)
+            return ExpertCodes(
+                tensor, tensor.scales, self.filler_for(replace(tensor, dtype="BF16", scales=None)), self.result
+            )
         gather = Gather(tensor, self.source, self.streamed)
         if tensor.changes or tensor.dtype != tensor.source_dtype:
-            return _Cast(tensor, gather, self.result, self._merger)
+            return _Cast(tensor, gather, self.result, self._applier)
         return gather
 
-    def counting(self, tensor: PlannedTensor) -> Fill:
-        """The same, with what is not finite counted. Tensors lie at multiples of their item size, so no number is cut."""
-        fill = self.of(tensor)
+    def counting_filler_for(self, tensor: PlannedTensor) -> Fill:
+        """The filler, which also counts NaN and infinities. Buffers end at multiples of the item size, so no number is cut."""
+        fill = self.filler_for(tensor)
 
         def counted(start: int, into: memoryview) -> None:
             fill(start, into)
@@ -45,7 +47,7 @@ class Fillers:
         return counted
 
 
-def of_bytes(data: bytes | memoryview) -> Fill:
+def filler_from_bytes(data: bytes | memoryview) -> Fill:
     def fill(start: int, into: memoryview) -> None:
         into[:] = data[start : start + len(into)]
 
@@ -53,10 +55,10 @@ def of_bytes(data: bytes | memoryview) -> Fill:
 
 
 class _Cast:
-    """Through a cast: gathers the source's dtype, hands on the target's. An adapter's changes are made in between."""
+    """Gathers numbers in the source's dtype, applies an adapter's changes, and casts to the tensor's dtype."""
 
-    def __init__(self, tensor: PlannedTensor, gather: Gather, result: RunResult, merger: Merger) -> None:
-        self.tensor, self.gather, self.result, self.merger = tensor, gather, result, merger
+    def __init__(self, tensor: PlannedTensor, gather: Gather, result: RunResult, applier: ChangeApplier) -> None:
+        self.tensor, self.gather, self.result, self.applier = tensor, gather, result, applier
         self.ratio = tensor.nbytes // tensor.numel, self.gather.item
 
     def __call__(self, start: int, into: memoryview) -> None:
@@ -73,7 +75,7 @@ class _Cast:
     def _cast(self, first: int, raw: bytearray) -> tuple[bytes | bytearray, int]:
         tensor = self.tensor
         bits = np.frombuffer(raw, f"u{self.gather.item}")
-        changed = self.merger.changed(tensor.changes, first, bits, tensor.source_dtype)
+        changed = self.applier.changed(tensor.changes, first, bits, tensor.source_dtype)
         if changed is not None:
             return cast(changed.data.cast("B"), "F32", tensor.dtype)
         if tensor.dtype == tensor.source_dtype:

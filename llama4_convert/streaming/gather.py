@@ -45,23 +45,23 @@ class Gather:
         base = piece.copy.source_offset * item
         if rows == 1 or pitch == width:
             at = first + begin - start
-            self._read(piece.rank, record, base + begin, into[at : at + end - begin], streamed)
+            self._read(piece.file, record, base + begin, into[at : at + end - begin], streamed)
             return
         chunk = max(SCRATCH // width, 1) * width if width <= SCRATCH else SCRATCH
         while begin < end:
             # Chunks end where rows end, but for the first and the last: ranges of a tensor may begin and end inside a row.
             n = min(end - begin, chunk - begin % min(chunk, width))
             view = self.source.scratch(n)
-            self._read(piece.rank, record, base + begin, view, streamed)
+            self._read(piece.file, record, base + begin, view, streamed)
             _scatter(view, begin, width, pitch, into, first - start)
             begin += n
 
-    def _read(self, rank: int, record: Record, at: int, into: memoryview, streamed: bool) -> None:
+    def _read(self, file: int, record: Record, at: int, into: memoryview, streamed: bool) -> None:
         for i in range(0, len(into), SCRATCH):
             part = into[i : i + SCRATCH]
-            self.source.read(rank, record, at + i, part)
+            self.source.read(file, record, at + i, part)
             if streamed:
-                self.source.check(rank, record, at + i, part)
+                self.source.check(file, record, at + i, part)
 
     def _strided(self, piece: Piece, start: int, into: memoryview) -> None:
         """A transposed piece, columns of a wider matrix, or a view: many short runs, each contiguous in the target."""
@@ -88,7 +88,7 @@ class Gather:
         n, step = piece.copy.shape[-1], piece.copy.source_strides[-1] * self.item
         span = (rows - 1) * block.source_pitch + (n - 1) * step + self.item
         view = self.source.scratch(span)
-        self.source.read(piece.rank, piece.source.record, block.source + first * block.source_pitch, view)
+        self.source.read(piece.file, piece.source.record, block.source + first * block.source_pitch, view)
         numbers = f"V{self.item}"
         taken = np.ndarray((rows, n), numbers, view, 0, (block.source_pitch, step))
         np.ndarray((rows, n), numbers, into, at, (block.target_pitch, self.item))[:] = taken
@@ -102,9 +102,9 @@ class Gather:
             return
         begin, target = source_at + skip * step * item, into[at + skip * item : at + (skip + n) * item]
         if step == 1:
-            self.source.read(piece.rank, piece.source.record, begin, target)
+            self.source.read(piece.file, piece.source.record, begin, target)
             return
-        mapped, offset = self.source.map(piece.rank, piece.source.record, begin, ((n - 1) * step + 1) * item)
+        mapped, offset = self.source.map(piece.file, piece.source.record, begin, ((n - 1) * step + 1) * item)
         with contextlib.closing(mapped):
             run = np.ndarray((n,), f"V{item}", mapped, offset, (step * item,))
             np.frombuffer(target, f"V{item}")[:] = run

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llama4_convert.planning.plan import Piece, Plan, PlannedFile, RecordKey, gathered
+from llama4_convert.planning.plan import Piece, Plan, PlannedFile, RecordKey, unencoded
 
 Running = dict[RecordKey, tuple[int, int]]  # bytes read so far, their CRC-32
 
@@ -25,8 +25,8 @@ def first_reads(file: PlannedFile) -> dict[RecordKey, int]:
 
 
 def _pieces(file: PlannedFile) -> Iterator[Piece]:
-    for read in file.reads():
-        yield from gathered(read).pieces
+    for read in file.reads_in_order():
+        yield from unencoded(read).pieces
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[RecordKey, tuple
     reads = {file.name: first_reads(file) for file in plan.files}
     users: dict[RecordKey, list[str]] = {}
     for file in plan.files:
-        for key in reads[file.name].keys() & plan.streamed:
+        for key in reads[file.name].keys() & plan.checked_while_reading:
             users.setdefault(key, []).append(file.name)
     left = reads.keys() - set(done)
     left |= {file.made_with for file in plan.files if file.made_with and file.name in left}
@@ -66,6 +66,10 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[RecordKey, tuple
     if not beforehand:
         return Resumed(plan, files, continued)
     records = {piece.record_key: piece.source.record for file in files for piece in _pieces(file)}
-    unread = tuple((key[0], records[key]) for key in sorted(beforehand))
-    plan = replace(plan, streamed=plan.streamed - beforehand, unread=plan.unread + unread)
+    late = tuple((key[0], records[key]) for key in sorted(beforehand))
+    plan = replace(
+        plan,
+        checked_while_reading=plan.checked_while_reading - beforehand,
+        checked_beforehand=plan.checked_beforehand + late,
+    )
     return Resumed(plan, files, continued)

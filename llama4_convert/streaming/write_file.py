@@ -17,22 +17,22 @@ from llama4_convert.planning.binding import mismatch
 from llama4_convert.planning.plan import Plan, PlannedFile
 from llama4_convert.progress import Progress
 from llama4_convert.streaming.encode import MatrixEncoder
-from llama4_convert.streaming.fill import Fillers, of_bytes
+from llama4_convert.streaming.fill import Fillers, filler_from_bytes
 from llama4_convert.streaming.gather import Fill
 from llama4_convert.streaming.run_result import RunResult
 from llama4_convert.streaming.source import Source
 from llama4_convert.streaming.writer import FileWriter
 
 
-def check_unread(plan: Plan, source: Source, progress: Progress) -> None:
-    """Check what the run will not read front to back. Raises BadInput on the first damaged record, or copy that differs."""
-    for rank, record in plan.unread:
+def check_beforehand(plan: Plan, source: Source, progress: Progress) -> None:
+    """Check the records that the run will not read front to back. Raises BadInput for damage, or a replica that differs."""
+    for number, record in plan.checked_beforehand:
         stored = record.codes.record if isinstance(record, DequantizedView) else record
-        check_records(source.ranks[rank], [stored], progress)
+        check_records(source.files[number], [stored], progress)
     source.check_scales()
-    for key, rank in plan.compare:
-        if not source.same(key, rank):
-            raise BadInput(mismatch(key, source.ranks[0].path.name, source.ranks[rank].path.name))
+    for key, number in plan.compare:
+        if not source.same(key, number):
+            raise BadInput(mismatch(key, source.files[0].path.name, source.files[number].path.name))
 
 
 def write_file(
@@ -45,7 +45,7 @@ def write_file(
     allow_nonfinite: bool = False,
 ) -> None:
     """Stream one planned file into `writer`. `allow_nonfinite`: matrices with NaN or infinities are quantized, too."""
-    envelope, checksum, fillers = file.envelope(), _Checksum(), Fillers(source, plan.streamed, result)
+    envelope, checksum, fillers = file.envelope(), _Checksum(), Fillers(source, plan.checked_while_reading, result)
     with ThreadPoolExecutor(1, "gather") as thread:
         encoder = MatrixEncoder(file, fillers, thread, progress, allow_nonfinite)
         _put(envelope.head(), writer)
@@ -54,9 +54,11 @@ def write_file(
             if tensor.part:  # its matrix is counted as it is gathered
                 _put(encoder.take(tensor.part), writer)
             else:
-                fill = fillers.of(tensor) if tensor.name in file.replicas else fillers.counting(tensor)
+                fill = (
+                    fillers.filler_for(tensor) if tensor.name in file.replicas else fillers.counting_filler_for(tensor)
+                )
                 if envelope.has_checksums:
-                    fill = checksum.of(fill)
+                    fill = checksum.following(fill)
                 _stream(tensor.nbytes, fill, writer, progress)
             _put(envelope.finish(checksum.taken()), writer)
         _put(envelope.tail(), writer)
@@ -68,7 +70,7 @@ class _Checksum:
     def __init__(self) -> None:
         self._crc = 0
 
-    def of(self, fill: Fill) -> Fill:
+    def following(self, fill: Fill) -> Fill:
         def checked(start: int, into: memoryview) -> None:
             fill(start, into)
             self._crc = crc32(into, self._crc)
@@ -82,7 +84,7 @@ class _Checksum:
 
 
 def _put(data: bytes | memoryview, writer: FileWriter) -> None:
-    _stream(len(data), of_bytes(data), writer)
+    _stream(len(data), filler_from_bytes(data), writer)
 
 
 def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lambda n: None) -> None:

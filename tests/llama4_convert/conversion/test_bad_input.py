@@ -331,7 +331,7 @@ def test_damage_leaves_the_finished_files_and_the_repaired_source_goes_on(
     commands.flip(source / RANK_1, at)
     result = convert(source, tmp_path / "out", shard_size=100_000)
     convert(source, tmp_path / "straight", shard_size=100_000)
-    assert result["status"] == "converted"
+    assert result.status == "converted"
     assert commands.digests(tmp_path / "out") == commands.digests(tmp_path / "straight")
 
 

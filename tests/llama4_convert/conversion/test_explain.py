@@ -66,7 +66,7 @@ def read(path: Path, start: int, end: int) -> bytes:
 
 def add_one(count: NDArray[np.uint8], piece: dict[str, Any], first: int, strides: list[int]) -> None:
     """Counts the bytes that a piece touches from `first` on, at these strides."""
-    touched = np.ndarray((*piece["shape"], SIZES[piece["into"]["dtype"]]), np.uint8, count, first, (*strides, 1))
+    touched = np.ndarray((*piece.shape, SIZES[piece.into.dtype]), np.uint8, count, first, (*strides, 1))
     touched += 1
 
 
@@ -74,17 +74,17 @@ def rebuilt(source: Path, pieces: list[dict[str, Any]], start: int, end: int) ->
     """Bytes `start` to `end` of an output, from nothing but the ranges of the source; and how often each was written."""
     made, count = bytearray(end - start), np.zeros(end - start, np.uint8)
     for piece in pieces:
-        into = piece["into"]
-        numbers = view(read(source / piece["file"], *piece["bytes"]), piece["dtype"], piece["shape"], piece["strides"])
-        first = into["bytes"][0] - start
-        view(made, into["dtype"], piece["shape"], into["strides"], first)[...] = numbers
-        add_one(count, piece, first, into["strides"])
+        into = piece.into
+        numbers = view(read(source / piece.file, *piece.bytes), piece.dtype, piece.shape, piece.strides)
+        first = into.bytes[0] - start
+        view(made, into.dtype, piece.shape, into.strides, first)[...] = numbers
+        add_one(count, piece, first, into.strides)
     return bytes(made), count
 
 
 def places(told: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield told
-    yield from told["other_ranks"]
+    yield from told.other_ranks
 
 
 def kinds(names: list[str]) -> list[str]:
@@ -111,15 +111,15 @@ def assert_true(source: Path, target: Path, **options: Any) -> None:
     truth = tensors_of(target)
     for name in kinds([key for _, key in truth]):
         told = explain(source, name, **options)
-        assert told["role"] == "output"
-        assert sorted(place["file"] for place in places(told)) == sorted(f for f, key in truth if key == name)
+        assert told.role == "output"
+        assert sorted(place.file for place in places(told)) == sorted(f for f, key in truth if key == name)
         for place in places(told):
-            start, end = place["bytes"]
-            assert read(target / place["file"], start, end) == truth[place["file"], name]
-            pieces = [piece for piece in told["made_of"] if piece["into"]["file"] == place["file"]]
+            start, end = place.bytes
+            assert read(target / place.file, start, end) == truth[place.file, name]
+            pieces = [piece for piece in told.made_of if piece.into.file == place.file]
             data, count = rebuilt(source, pieces, start, end)
             assert (count == 1).all(), name
-            assert data == truth[place["file"], name], name
+            assert data == truth[place.file, name], name
 
 
 # -------------------- bytes
@@ -147,7 +147,7 @@ def test_shards_and_a_text_only_directory(meta_checkpoint: Callable[..., Any], t
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     assert_true(source, tmp_path / "hf", **options)
     told = explain(source, "vision_projection.weight", **options)
-    assert (told["role"], told["dropped"]) == ("input", "vision tower, left out by --text-only")
+    assert (told.role, told.dropped) == ("input", "vision tower, left out by --text-only")
 
 
 def test_experts_that_are_linear_layers_already(converted: Callable[[str], Path], tmp_path: Path) -> None:
@@ -169,15 +169,15 @@ def test_experts_that_are_linear_layers_already(converted: Callable[[str], Path]
     export(source, tmp_path / "meta", ranks=2)
     assert_true(source, tmp_path / "meta", ranks=2)
     told = explain(source, "layers.1.feed_forward.experts.moe_w_out_eF_D", ranks=2)
-    assert told["op"] == [
+    assert told.op == [
         "join 4 tensors along E",
         "cut out F 0:52",
         "transpose D F to F D",
         "merge E and F into dimension 0",
     ]
     # The key that is not there names those that take its place.
-    matches = explain(source, "language_model.model.layers.1.feed_forward.experts.down_proj", ranks=2)["matches"]
-    assert [m["tensor"].split(".")[-3] for m in matches] == ["0", "1", "2", "3"]
+    matches = explain(source, "language_model.model.layers.1.feed_forward.experts.down_proj", ranks=2).matches
+    assert [m.tensor.split(".")[-3] for m in matches] == ["0", "1", "2", "3"]
 
 
 def test_a_cast_is_told_and_the_ranges_are_of_either_dtype(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -186,16 +186,14 @@ def test_a_cast_is_told_and_the_ranges_are_of_either_dtype(meta_checkpoint: Call
     truth = tensors_of(tmp_path / "hf")
     for name in ("layers.1.feed_forward.router", "language_model.model.layers.1.feed_forward.experts.gate_up_proj"):
         told = explain(source, name, dtype="float32")
-        assert told["op"][-1] == "cast BF16 to F32"
-        start, end = told["bytes"]
+        assert told.op[-1] == "cast BF16 to F32"
+        start, end = told.bytes
         made = bytearray(end - start)
-        for piece in told["made_of"]:
-            bits = view(read(source / piece["file"], *piece["bytes"]), "BF16", piece["shape"], piece["strides"])
-            into = piece["into"]
-            view(made, "F32", piece["shape"], into["strides"], into["bytes"][0] - start)[...] = (
-                bits.astype(np.uint32) << 16
-            )
-        assert bytes(made) == truth[told["file"], told["tensor"]]
+        for piece in told.made_of:
+            bits = view(read(source / piece.file, *piece.bytes), "BF16", piece.shape, piece.strides)
+            into = piece.into
+            view(made, "F32", piece.shape, into.strides, into.bytes[0] - start)[...] = bits.astype(np.uint32) << 16
+        assert bytes(made) == truth[told.file, told.tensor]
 
 
 @pytest.mark.parametrize(("start", "recipe"), [("meta", "int4"), ("hf", "int4"), ("meta", "fp8"), ("hf", "nf4")])
@@ -212,20 +210,20 @@ def test_the_parts_of_a_matrix_are_made_of_all_of_it(
     up = fused[3, :, fused.shape[-1] // 2 :].contiguous().view(torch.int16).numpy().tobytes()  # [in, out]
     written = tensors_of(tmp_path / "out")
 
-    parts = explain(tmp_path / start, "layers.1.feed_forward.experts.3.up", recipe=recipe)["matches"]
+    parts = explain(tmp_path / start, "layers.1.feed_forward.experts.3.up", recipe=recipe).matches
     module = "language_model.model.layers.1.feed_forward.experts.3.up_proj"
-    assert sorted(p["tensor"] for p in parts) == sorted(key for _, key in written if key.startswith(f"{module}."))
+    assert sorted(p.tensor for p in parts) == sorted(key for _, key in written if key.startswith(f"{module}."))
     made = 0
     for part in parts:
-        told = explain(tmp_path / start, part["tensor"], recipe=recipe)
-        assert read(tmp_path / "out" / part["file"], *part["bytes"]) == written[part["file"], part["tensor"]]
-        if not told["made_of"]:
+        told = explain(tmp_path / start, part.tensor, recipe=recipe)
+        assert read(tmp_path / "out" / part.file, *part.bytes) == written[part.file, part.tensor]
+        if not told.made_of:
             continue
         made += 1
-        assert {piece["into"]["matrix"] for piece in told["made_of"]} == {module}
-        assert rebuilt(tmp_path / start, told["made_of"], 0, len(up))[0] == up
-        assert re.match(r"quantize \[\d+, \d+\] as (int4|fp8|nf4) \(", told["op"][-1])
-        assert told["op"][-1].endswith(f"this is {part['tensor'].removeprefix(f'{module}.')}")
+        assert {piece.into.matrix for piece in told.made_of} == {module}
+        assert rebuilt(tmp_path / start, told.made_of, 0, len(up))[0] == up
+        assert re.match(r"quantize \[\d+, \d+\] as (int4|fp8|nf4) \(", told.op[-1])
+        assert told.op[-1].endswith(f"this is {part.tensor.removeprefix(f'{module}.')}")
     assert made >= 2  # codes and scales
 
 
@@ -238,8 +236,8 @@ def test_names_of_the_reference_are_what_the_reference_reads(
     truth = {tensor.name: tensor for tensor in Checkpoint.open(source).logical_tensors()}
     for name in kinds(list(truth)):
         told = explain(source, name)
-        assert told["role"] == "output", name
-        data, count = rebuilt(source, told["made_of"], *told["bytes"])
+        assert told.role == "output", name
+        data, count = rebuilt(source, told.made_of, *told.bytes)
         found = np.frombuffer(data, np.uint8)[count == 1].tobytes()
         expected = truth[name].load(None)
         if ".experts." in name:  # which lie as [in, out]
@@ -251,13 +249,13 @@ def test_a_part_of_a_fused_tensor_of_metas(
     meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path]
 ) -> None:
     told = explain(converted("scout"), "layers.2.attention.k")
-    assert told["tensor"] == "layers.2.attention.wqkv.weight"
-    assert {place["file"] for place in places(told)} == {"consolidated.00.pth", "consolidated.01.pth"}
+    assert told.tensor == "layers.2.attention.wqkv.weight"
+    assert {place.file for place in places(told)} == {"consolidated.00.pth", "consolidated.01.pth"}
     q = 16 * 8 * 128 // 2  # numbers of a rank's queries
     k = 8 * 8 * 128 // 2
-    start = told["bytes"][0]
-    assert told["made_of"][0]["into"]["bytes"] == [start + 2 * q, start + 2 * (q + k)]
-    assert {piece["tensor"].rpartition(".self_attn.")[2] for piece in told["made_of"]} == {"k_proj.weight"}
+    start = told.bytes[0]
+    assert told.made_of[0].into.bytes == [start + 2 * q, start + 2 * (q + k)]
+    assert {piece.tensor.rpartition(".self_attn.")[2] for piece in told.made_of} == {"k_proj.weight"}
 
 
 # -------------------- where an input goes
@@ -269,22 +267,22 @@ def test_every_byte_of_the_source_goes_somewhere_once_or_is_dropped(meta_checkpo
     kept = 0
     for name in kinds(list(held)):
         told = explain(source, name)
-        assert told["role"] == "input"
-        if told["dropped"]:
-            assert told["goes_to"] == []
+        assert told.role == "input"
+        if told.dropped:
+            assert told.goes_to == []
             continue
         kept += 1
         seen = defaultdict(list)
-        for to in told["goes_to"]:
-            for piece in to["pieces"]:
-                assert piece["tensor"] == name
-                seen[piece["file"]].append(piece)
-        assert len(seen) == (1 if told["replicated"] else 2)
+        for to in told.goes_to:
+            for piece in to.pieces:
+                assert piece.tensor == name
+                seen[piece.file].append(piece)
+        assert len(seen) == (1 if told.replicated else 2)
         for place in list(places(told))[: len(seen)]:
-            start, end = place["bytes"]
+            start, end = place.bytes
             count = np.zeros(end - start, np.uint8)
-            for piece in seen[place["file"]]:
-                add_one(count, piece, piece["bytes"][0] - start, piece["strides"])
+            for piece in seen[place.file]:
+                add_one(count, piece, piece.bytes[0] - start, piece.strides)
             assert (count == 1).all(), name
     assert kept > 20
 
@@ -292,17 +290,15 @@ def test_every_byte_of_the_source_goes_somewhere_once_or_is_dropped(meta_checkpo
 def test_what_is_dropped_and_why(meta_checkpoint: Callable[..., Any], converted: Callable[[str], Path]) -> None:
     source = meta_checkpoint("scout", 2).src
     angles = explain(source, "rope.freqs")
-    assert angles["dropped"] == "RoPE angles: computed from rope_theta"
-    assert angles["goes_to"] == []
-    assert read(source / angles["file"], *angles["bytes"])
-    state = next(k for k, v in torch.load(source / angles["file"], weights_only=False).items() if "_extra_state" in k)
-    assert explain(source, state)["dropped"] == "state of the training framework, no weights"
-    assert explain(source, state)["bytes"] is None
+    assert angles.dropped == "RoPE angles: computed from rope_theta"
+    assert angles.goes_to == []
+    assert read(source / angles.file, *angles.bytes)
+    state = next(k for k, v in torch.load(source / angles.file, weights_only=False).items() if "_extra_state" in k)
+    assert explain(source, state).dropped == "state of the training framework, no weights"
+    assert explain(source, state).bytes is None
     # The directory that was made of it remembers.
-    assert explain(converted("scout"), "rope.freqs")["dropped"].startswith(
-        "RoPE angles: computed from rope_theta; it was"
-    )
-    assert explain(converted("scout"), "rope.freqs")["bytes"] is None
+    assert explain(converted("scout"), "rope.freqs").dropped.startswith("RoPE angles: computed from rope_theta; it was")
+    assert explain(converted("scout"), "rope.freqs").bytes is None
 
 
 def test_a_changed_byte_changes_the_byte_that_was_told(converted: Callable[[str], Path], tmp_path: Path) -> None:
@@ -310,14 +306,14 @@ def test_a_changed_byte_changes_the_byte_that_was_told(converted: Callable[[str]
     (source / "llama4-convert.json").unlink()  # which would tell that it was changed
     told = explain(source, "layers.1.feed_forward.experts.2.down", ranks=2)
     export(source, tmp_path / "before", ranks=2)
-    piece = told["made_of"][-1]
-    commands.flip(source / piece["file"], piece["bytes"][0])
+    piece = told.made_of[-1]
+    commands.flip(source / piece.file, piece.bytes[0])
     export(source, tmp_path / "after", ranks=2)
-    name = piece["into"]["file"]
+    name = piece.into.file
     before, after = (np.fromfile(tmp_path / run / name, np.uint8) for run in ("before", "after"))
     differ = np.flatnonzero(before != after).tolist()
-    start, end = told["bytes"]
-    assert [at for at in differ if start <= at < end] == [piece["into"]["bytes"][0]]
+    start, end = told.bytes
+    assert [at for at in differ if start <= at < end] == [piece.into.bytes[0]]
     assert all(at >= end for at in differ[1:])  # the CRC behind it, and in the directory of the archive
 
 
@@ -328,7 +324,7 @@ def test_the_steps_in_words(meta_checkpoint: Callable[..., Any], converted: Call
     source = meta_checkpoint("maverick", 2).src
 
     def op(name: str, path: Path = source, **options: Any) -> list[str]:
-        found: list[str] = explain(path, name, **options)["op"]
+        found: list[str] = explain(path, name, **options).op
         return found
 
     assert op("layers.1.attention.q") == ["take q out of [q|k|v] (dimension 0)", "join 2 ranks along Q"]
@@ -359,7 +355,7 @@ def test_the_steps_in_words(meta_checkpoint: Callable[..., Any], converted: Call
 
 
 def test_the_row_of_the_table(meta_checkpoint: Callable[..., Any]) -> None:
-    row = explain(meta_checkpoint("scout", 2).src, "layers.0.attention.wqkv.weight")["row"]
+    row = explain(meta_checkpoint("scout", 2).src, "layers.0.attention.wqkv.weight").row
     assert row == {
         "table": "mappings/llama4_text.toml",
         "tensors": {"layers.0.q": "Q D", "layers.0.k": "K D", "layers.0.v": "K D"},
@@ -379,38 +375,38 @@ def test_a_directory_remembers_what_it_was_made_of(
     source = meta_checkpoint("maverick", 4, spelling=spelling).src
     convert(source, tmp_path / "hf")
     for name in kinds([key for _, key in tensors_of(tmp_path / "hf")]):
-        made, remembered = explain(source, name), explain(tmp_path / "hf", name)["came_from"]
-        assert sorted(remembered["tensors"]) == sorted({piece["tensor"] for piece in made["made_of"]})
-        assert (remembered["op"], remembered["row"]) == (made["op"], made["row"])
-        assert remembered["files"] == [f"consolidated.{rank:02d}.pth" for rank in range(4)]
+        made, remembered = explain(source, name), explain(tmp_path / "hf", name).came_from
+        assert sorted(remembered.tensors) == sorted({piece.tensor for piece in made.made_of})
+        assert (remembered.op, remembered.row) == (made.op, made.row)
+        assert remembered.files == [f"consolidated.{rank:02d}.pth" for rank in range(4)]
 
 
 def test_a_quantized_directory_does_too_and_nothing_is_made_of_it(tmp_path: Path) -> None:
     synth(tmp_path / "meta", geometry="scout", tiny=True, ranks=2, layers=2)
     convert(tmp_path / "meta", tmp_path / "int4", recipe="int4")
     told = explain(tmp_path / "int4", "language_model.model.layers.1.feed_forward.experts.3.up_proj.weight_packed")
-    assert (told["command"], told["goes_to"]) == (None, [])
-    assert told["came_from"]["tensors"] == ["layers.1.feed_forward.experts.moe_w_swiglu_eD_F"]
-    assert told["came_from"]["op"][-1] == "store as recipe int4 says"
-    parts = explain(tmp_path / "int4", "layers.1.feed_forward.experts.3.up")["matches"]
-    assert {part["tensor"].rpartition(".")[2] for part in parts} == {"weight_packed", "weight_scale", "weight_shape"}
+    assert (told.command, told.goes_to) == (None, [])
+    assert told.came_from.tensors == ["layers.1.feed_forward.experts.moe_w_swiglu_eD_F"]
+    assert told.came_from.op[-1] == "store as recipe int4 says"
+    parts = explain(tmp_path / "int4", "layers.1.feed_forward.experts.3.up").matches
+    assert {part.tensor.rpartition(".")[2] for part in parts} == {"weight_packed", "weight_scale", "weight_shape"}
 
 
 def test_a_quantized_matrix_under_the_name_of_its_weight(tmp_path: Path) -> None:
     synth(tmp_path / "meta", geometry="guard", tiny=True, ranks=1, layers=1)
     convert(tmp_path / "meta", tmp_path / "fp8", recipe="fp8")
     name = "language_model.model.layers.0.feed_forward.up_proj.weight"
-    assert explain(tmp_path / "fp8", name)["came_from"]["op"] == [
+    assert explain(tmp_path / "fp8", name).came_from.op == [
         "take up out of [gate|up] (dimension 0)",
         "store as recipe fp8 says",
     ]
-    assert explain(tmp_path / "fp8", "norm")["came_from"]["op"] == ["copy as it is"]
+    assert explain(tmp_path / "fp8", "norm").came_from.op == ["copy as it is"]
 
 
 def test_a_directory_of_others_remembers_nothing(converted: Callable[[str], Path], tmp_path: Path) -> None:
     source = commands.copy(converted("scout"), tmp_path / "hf")
     (source / "llama4-convert.json").unlink()
-    assert explain(source, "language_model.model.norm.weight")["came_from"] is None
+    assert explain(source, "language_model.model.norm.weight").came_from is None
 
 
 # -------------------- names
@@ -419,15 +415,15 @@ def test_a_directory_of_others_remembers_nothing(converted: Callable[[str], Path
 def test_a_pattern_lists_what_it_matches(meta_checkpoint: Callable[..., Any]) -> None:
     source = meta_checkpoint("scout", 2).src
     told = explain(source, "*layers.3.*router*")
-    assert [(m["role"], m["tensor"]) for m in told["matches"]] == [
+    assert [(m.role, m.tensor) for m in told.matches] == [
         ("output", "language_model.model.layers.3.feed_forward.router.weight"),
         ("input", "layers.3.feed_forward.router_DE"),
     ]
     one = explain(source, "*layers.3.*router.weight")
-    assert one["made_of"]
+    assert one.made_of
     # Names of the reference match where no stored key does.
-    matches = explain(source, "layers.3.attention.[qk]")["matches"]
-    assert [m["tensor"].rpartition(".self_attn.")[2] for m in matches] == ["q_proj.weight", "k_proj.weight"]
+    matches = explain(source, "layers.3.attention.[qk]").matches
+    assert [m.tensor.rpartition(".self_attn.")[2] for m in matches] == ["q_proj.weight", "k_proj.weight"]
 
 
 @pytest.mark.parametrize("module", ["layers.3", "layers.3.attention", "language_model.model.layers.3.self_attn"])
@@ -441,7 +437,7 @@ def test_every_name_of_the_reference_is_known(meta_checkpoint: Callable[..., Any
     config = Checkpoint.open(source).config
     names = kinds(list(parameter_shapes(config)))
     assert len(names) > 30
-    assert all(explain(source, name)["made_of"] for name in names)
+    assert all(explain(source, name).made_of for name in names)
 
 
 @pytest.mark.parametrize(
@@ -522,8 +518,8 @@ def test_no_tensor_data_is_read(wide: Path, tmp_path: Path) -> None:
     """Where every number is overwritten, nothing changes but what the CRCs would tell a conversion."""
     damaged = commands.copy(wide, tmp_path / "damaged")
     told = explain(wide, "layers.0.feed_forward.router")
-    path = damaged / told["made_of"][0]["file"]
-    start, end = told["made_of"][0]["bytes"]
+    path = damaged / told.made_of[0].file
+    start, end = told.made_of[0].bytes
     with open(path, "r+b") as file:
         file.seek(start)
         file.write(b"\xff" * (end - start))

@@ -216,12 +216,12 @@ def test_errors_are_what_was_really_made(
         assert told[module][1] == pytest.approx(p, rel=1e-5)
         error, power = error + told[module][0], power + told[module][1]
     assert seen == told.keys()
-    quantization = result["quantization"]
-    assert quantization["relative_mse"] == pytest.approx(error / power)
-    assert quantization["matrices"] == len(told)
+    quantization = result.quantization
+    assert quantization.relative_mse == pytest.approx(error / power)
+    assert quantization.matrices == len(told)
     bound = 0.001 if recipe == "fp8" else 0.0125
-    assert quantization["relative_mse"] < bound
-    assert quantization["worst"][0]["relative_mse"] == pytest.approx(max(e / p for e, p in told.values()))
+    assert quantization.relative_mse < bound
+    assert quantization.worst[0].relative_mse == pytest.approx(max(e / p for e, p in told.values()))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -229,22 +229,22 @@ def test_the_plan_knows_every_byte(recipe: str, source: Callable[[str], Path], q
     path, _ = quantized("mixed", recipe)
     promised = plan(source("mixed"), recipe=recipe)
     found = {key: (list(t.shape), t.nbytes) for key, t in tensors(path).items()}
-    assert {t["name"]: (t["shape"], t["bytes"]) for t in promised["tensors"]} == found
-    assert promised["output_bytes"] == sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    assert promised["parameters"] == plan(source("mixed"))["parameters"]
-    told = promised["quantization"]
-    assert sum(told["bytes_after"].values()) == sum(nbytes for _, nbytes in found.values())
-    assert sum(told["bytes_before"].values()) == sum(t["bytes"] for t in plan(source("mixed"))["tensors"])
+    assert {t.name: (t.shape, t.bytes) for t in promised.tensors} == found
+    assert promised.output_bytes == sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    assert promised.parameters == plan(source("mixed")).parameters
+    told = promised.quantization
+    assert sum(told.bytes_after.values()) == sum(nbytes for _, nbytes in found.values())
+    assert sum(told.bytes_before.values()) == sum(t.bytes for t in plan(source("mixed")).tensors)
     expected = {"int4": 4.125, "int4-experts": 4.125, "int4-signed": 4.125, "fp8": 8, "nf4": 4.127}.get(recipe)
     if expected:  # and a little for what a matrix has once
-        assert expected <= told["bits_per_quantized_weight"] < expected + 0.3
+        assert expected <= told.bits_per_quantized_weight < expected + 0.3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tensors_are_aligned_for_readers_that_view_them_in_place(recipe: str, source: Callable[[str], Path]) -> None:
     sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "U8": 1, "F8_E4M3": 1}
-    for tensor in plan(source("mixed"), recipe=recipe)["tensors"]:
-        assert tensor["offset"] % sizes[tensor["dtype"]] == 0, tensor["name"]
+    for tensor in plan(source("mixed"), recipe=recipe).tensors:
+        assert tensor.offset % sizes[tensor.dtype] == 0, tensor["name"]
 
 
 def test_int4_is_the_schemes_own_result(quantized: Callable[..., Any], plain: Callable[[str], Path]) -> None:
@@ -351,7 +351,7 @@ class TestRefused:
         (tmp_path / "mine.toml").write_text(
             'format = "compressed-tensors"\n[[rule]]\nfamilies = ["dense_mlp"]\nscheme = "fp8"\n'
         )
-        assert plan(source, recipe=str(tmp_path / "mine.toml"))["quantization"]["recipe"] == "mine"
+        assert plan(source, recipe=str(tmp_path / "mine.toml")).quantization.recipe == "mine"
 
     def test_a_recipe_that_names_nothing_of_the_model(self, source: Callable[[str], Path]) -> None:
         with pytest.raises(UsageError, match="int4-experts quantizes nothing of this model"):
@@ -374,12 +374,12 @@ class TestRefused:
             capsys, "convert", source("text"), tmp_path / "out", "--recipe", "int4", "--max-error", "0.001"
         )
         assert outcome.code == 5
-        assert convert(source("text"), tmp_path / "out", recipe="int4", max_error=0.5)["status"] == "converted"
+        assert convert(source("text"), tmp_path / "out", recipe="int4", max_error=0.5).status == "converted"
 
 
 def test_another_recipe_is_another_conversion(source: Callable[[str], Path], tmp_path: Path) -> None:
     convert(source("text"), tmp_path / "out", recipe="int4")
-    assert convert(source("text"), tmp_path / "out", recipe="int4")["status"] == "already complete"
+    assert convert(source("text"), tmp_path / "out", recipe="int4").status == "already complete"
     with pytest.raises(UsageError, match="another conversion: recipe"):
         convert(source("text"), tmp_path / "out", recipe="fp8")
 
@@ -390,9 +390,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(source: Callable[[str], Path], t
     with pytest.raises(commands.Stop):
         convert(source("mixed"), tmp_path / "killed", progress=commands.stopping_after(4_000_000), **options)
     resumed = convert(source("mixed"), tmp_path / "killed", **options)
-    assert resumed["files_kept_from_earlier_run"] > 0
-    assert resumed["files"] == whole["files"]
-    assert resumed["quantization"] == whole["quantization"]
+    assert resumed.files_kept_from_earlier_run > 0
+    assert resumed.files == whole.files
+    assert resumed.quantization == whole.quantization
 
 
 def test_tensors_that_share_a_storage_are_read_in_any_order(source: Callable[[str], Path], tmp_path: Path) -> None:
@@ -524,7 +524,7 @@ def test_names_that_a_terminal_would_not_print_are_names(
     convert(tmp_path / "src", tmp_path / "out", recipe="int4")
     assert (tmp_path / "out" / "notes\u202f1.md").exists()
     assert not (tmp_path / "out" / "bell\a.md").exists()
-    assert convert(tmp_path / "src", tmp_path / "out", recipe="int4")["status"] == "already complete"
+    assert convert(tmp_path / "src", tmp_path / "out", recipe="int4").status == "already complete"
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -574,7 +574,7 @@ class TestFromATransformersDirectory:
         assert found.keys() == expected.keys()
         for key in found:
             assert torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8)), key
-        assert result["quantization"] == quantized("mixed", recipe)[1]["quantization"]
+        assert result.quantization == quantized("mixed", recipe)[1].quantization
         config = (tmp_path / "out" / "config.json").read_bytes()
         assert config == (quantized("mixed", recipe)[0] / "config.json").read_bytes()
         assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
@@ -622,7 +622,7 @@ class TestDevice:
     ) -> None:
         """What a GPU runs, run by torch without one."""
         result = convert(source("text"), tmp_path / "out", recipe=recipe, device="torch-cpu")
-        assert result["files"] == quantized("text", recipe)[1]["files"]
+        assert result.files == quantized("text", recipe)[1].files
 
     def test_a_device_that_is_not_there(self, source: Callable[[str], Path], tmp_path: Path) -> None:
         for device in ("tpu", f"cuda:{torch.cuda.device_count()}"):
@@ -638,8 +638,8 @@ def test_inspect_counts_what_packed_words_stand_for(
 ) -> None:
     path, result = quantized("mixed", recipe)
     found = inspect(path)
-    assert found.parameters == inspect(plain("mixed")).parameters == result["parameters"]
-    assert sum(found.quantized.values()) == result["quantization"]["matrices"]
+    assert found.parameters == inspect(plain("mixed")).parameters == result.parameters
+    assert sum(found.quantized.values()) == result.quantization.matrices
 
 
 def test_progress_ends_where_it_said(source: Callable[[str], Path], tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_it_is_what_metas_code_wrote(meta_checkpoint: Callable[..., Any], tmp_pa
         for start in ("hf", "meta"):
             target = tmp_path / f"{start}-{n}"
             result = export(tmp_path / "hf" if start == "hf" else source, target, ranks=n)
-            assert result["ranks"] == n
+            assert result.ranks == n
             assert_equal(target, truth)
             assert json.loads((target / "params.json").read_text()) == meta_model.GEOMETRIES[geometry]
             assert (target / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
@@ -279,7 +279,7 @@ def test_a_source_without_a_tokenizer(converted: Callable[[str], Path], tmp_path
     (hf / "tokenizer.json").unlink()
     said: list[str] = []
     result = export(hf, tmp_path / "out", warn=said.append)
-    assert said == result["warnings"] == ["the source has no tokenizer: copy tokenizer.model from the model's page"]
+    assert said == result.warnings == ["the source has no tokenizer: copy tokenizer.model from the model's page"]
     assert not (tmp_path / "out" / "tokenizer.model").exists()
 
 
@@ -334,7 +334,7 @@ def test_where_ranks_part_a_head_metas_loader_takes_q_k_and_v_apart(tmp_path: Pa
     model = meta_model.build(params, seed=0)
     source = meta_model.write_checkpoint(model, params, tmp_path / "src", ranks=2, extra=False)
     told = export(source, tmp_path / "four", ranks=4)
-    assert [w.partition(":")[0] for w in told["warnings"]] == ["attention.wqkv.weight is written as wq, wk and wv"]
+    assert [w.partition(":")[0] for w in told.warnings] == ["attention.wqkv.weight is written as wq, wk and wv"]
     truth = tensors(meta_model.write_checkpoint(model, params, tmp_path / "truth", ranks=4, spelling="module"))
     for rank, state in enumerate(tensors(tmp_path / "four")):
         assert "layers.0.attention.wqkv.weight" not in state
@@ -357,12 +357,12 @@ def test_where_ranks_part_a_head_metas_loader_takes_q_k_and_v_apart(tmp_path: Pa
 def test_an_export_is_converted_to_the_same_directory(meta_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     """What tells a base model is not exported, but that it is one is recorded."""
     source = meta_checkpoint("scout", 2).src
-    assert convert(source, tmp_path / "hf")["variant"] == "base"
+    assert convert(source, tmp_path / "hf").variant == "base"
     expected = commands.digests(tmp_path / "hf")
     for number, start in enumerate((source, tmp_path / "hf", tmp_path / "meta-0")):
         export(start, tmp_path / f"meta-{number}", ranks=4)
         told = convert(tmp_path / f"meta-{number}", tmp_path / f"hf-{number}")
-        assert told["variant_reason"] == "its llama4-convert.json says so: it was exported from such a model"
+        assert told.variant_reason == "its llama4-convert.json says so: it was exported from such a model"
         found = commands.digests(tmp_path / f"hf-{number}")
         assert {name for name in expected if found.pop(name) != expected[name]} <= {"README.md", "llama4-convert.json"}
         assert not found
@@ -378,9 +378,9 @@ def test_an_interrupted_export_goes_on(converted: Callable[[str], Path], tmp_pat
     assert not (tmp_path / "out" / "params.json").exists()
     assert not verify(tmp_path / "out").ok
     result = export(source, tmp_path / "out", ranks=4)
-    assert result["files_kept_from_earlier_run"] > 0
+    assert result.files_kept_from_earlier_run > 0
     assert commands.digests(tmp_path / "out") == commands.digests(tmp_path / "straight")
-    assert export(source, tmp_path / "out", ranks=4)["status"] == "already complete"
+    assert export(source, tmp_path / "out", ranks=4).status == "already complete"
 
 
 def test_the_command(converted: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def test_text_of_the_one_and_vision_of_the_other(
     base = layouts(geometry, meta_checkpoint, converted)[layout]
     result = convert(tuned(geometry), tmp_path / "out", vision_from=base)
     assert peft.different(peft.tensors(tmp_path / "out"), expected_tensors(tuned(geometry), converted(geometry))) == []
-    assert result["status"] == "converted"
+    assert result.status == "converted"
     tokens = torch.arange(5, 45)[None] * 50 % 2000
     with torch.no_grad():
         found = load_transformers(tmp_path / "out", torch.float32)(tokens).logits
@@ -166,9 +166,9 @@ def _is_repaired(source: Path, base: Path, out: Path, field: str) -> None:
     expected, before = config_of(base)["text_config"], config_of(source)
     said: list[str] = []
     result = convert(source, out, vision_from=base, warn=said.append)
-    repaired = {one["field"]: one for one in result["repaired"]}
-    assert repaired[field]["found"] == before.get(field)
-    assert repaired[field]["used"] == expected[field] == config_of(out)["text_config"][field]
+    repaired = {one.field: one for one in result.repaired}
+    assert repaired[field].found == before.get(field)
+    assert repaired[field].used == expected[field] == config_of(out)["text_config"][field]
     assert any(text.startswith(f"{field} is ") and "repaired" in text for text in said)
     assert list(differences(*(Llama4Config.from_json(config_of(path)) for path in (base, out)))) == []
 
@@ -178,7 +178,7 @@ def instruct(meta_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempP
     """An instruct model in both layouts."""
     path = tmp_path_factory.mktemp("instruct") / "out"
     source = meta_checkpoint("scout", 2, extra=False).src
-    assert convert(source, path)["variant"] == "instruct"
+    assert convert(source, path).variant == "instruct"
     return {"meta": source, "transformers": path}
 
 
@@ -190,7 +190,7 @@ def test_what_is_right_is_left_alone(tuned: Callable[[str], Path], instruct: dic
     change(source, eos_token_id=eos[-1], pad_token_id=eos[0], max_position_embeddings=65536)
     (source / "generation_config.json").unlink(missing_ok=True)
     result = convert(source, tmp_path / "out", vision_from=base)
-    assert [one["field"] for one in result["repaired"]] == ["tokenizer.json", "chat_template", "generation_config.json"]
+    assert [one.field for one in result.repaired] == ["tokenizer.json", "chat_template", "generation_config.json"]
     text = config_of(tmp_path / "out")["text_config"]
     assert (text["eos_token_id"], text["pad_token_id"], text["max_position_embeddings"]) == (eos[-1], eos[0], 65536)
 
@@ -228,7 +228,7 @@ def test_sizes_are_read_off_the_tensors(
     change(source, **fields)
     result = convert(source, tmp_path / "out", vision_from=converted("odd"))
     expected = used or {name: config_of(tuned("odd"))[name] for name in fields}
-    assert expected.items() <= {one["field"]: one["used"] for one in result["repaired"]}.items()
+    assert expected.items() <= {one.field: one.used for one in result.repaired}.items()
     assert peft.different(peft.tensors(tmp_path / "out"), expected_tensors(tuned("odd"), converted("odd"))) == []
     load_transformers(tmp_path / "out")
 
@@ -245,7 +245,7 @@ def test_a_vocabulary_that_grew_stays_grown(
         file.unlink()
     save_file(state, source / "model.safetensors")
     result = convert(source, tmp_path / "out", vision_from=converted("odd"))
-    assert {"field": "vocab_size", "found": 2312, "used": 2320} in result["repaired"]
+    assert {"field": "vocab_size", "found": 2312, "used": 2320} in result.repaired
     assert load_transformers(tmp_path / "out").config.text_config.vocab_size == 2320
 
 
@@ -264,10 +264,10 @@ def test_tokenizer_and_chat_template(tuned: Callable[[str], Path], instruct: dic
     result = convert(source, tmp_path / "half", vision_from=base)
     assert (tmp_path / "half" / "tokenizer.json").read_text() == '{"of": "the fine-tune"}'
     assert (tmp_path / "half" / "chat_template.jinja").read_bytes() == template
-    assert "chat_template" in [one["field"] for one in result["repaired"]]
+    assert "chat_template" in [one.field for one in result.repaired]
     (source / "tokenizer_config.json").write_text('{"chat_template": "its own"}')
     result = convert(source, tmp_path / "own", vision_from=base)
-    assert "chat_template" not in [one["field"] for one in result["repaired"]]
+    assert "chat_template" not in [one["field"] for one in result.repaired]
     assert not (tmp_path / "own" / "chat_template.jinja").exists()
 
 
@@ -460,7 +460,7 @@ def test_config_from_repairs_and_changes_no_tensor(
     expected, found = (Llama4Config.from_json(config_of(path)) for path in (converted("odd"), tmp_path / "out"))
     expected = expected if kind == "whole" else Llama4Config(expected.text_config)
     assert list(differences(expected, found)) == []
-    assert all(any(text.startswith(f"{one['field']} is ") for text in said) for one in result["repaired"])
+    assert all(any(text.startswith(f"{one.field} is ") for text in said) for one in result.repaired)
     load_transformers(tmp_path / "out")  # which refuses null
 
 
@@ -485,7 +485,7 @@ def test_config_from_goes_by_the_tensors_where_config_json_is_another_kinds(
     (text / "config.json").write_bytes((converted("odd") / "config.json").read_bytes())
     result = convert(text, tmp_path / "text-out", config_from=converted("odd"))
     assert peft.different(peft.tensors(tmp_path / "text-out"), peft.tensors(tuned("odd"))) == []
-    assert [one["field"] for one in result["repaired"]][:2] == ["model_type", "architectures"]
+    assert [one.field for one in result.repaired][:2] == ["model_type", "architectures"]
     whole = commands.copy(converted("odd"), tmp_path / "whole")
     (whole / "llama4-convert.json").unlink()
     (whole / "config.json").write_bytes((tuned("odd") / "config.json").read_bytes())

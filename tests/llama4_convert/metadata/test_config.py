@@ -198,13 +198,13 @@ def test_the_variant_is_concluded_with_a_reason(
 ) -> None:
     source = commands.copy(meta_checkpoint(geometry, 1, extra=extra).src, tmp_path / folder)
     found = plan(source)
-    assert (found["variant"], found["max_position_embeddings"]) == (variant, context)
-    assert found["variant_reason"]
+    assert (found.variant, found.max_position_embeddings) == (variant, context)
+    assert found.variant_reason
 
 
 def test_what_you_say_counts(meta_checkpoint: Callable[..., Any]) -> None:
     found = plan(meta_checkpoint("guard").src, variant="base")
-    assert (found["variant"], found["variant_reason"]) == ("base", "you said so")
+    assert (found.variant, found.variant_reason) == ("base", "you said so")
 
 
 # -------------------- around the weights

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard
 
 from llama4_convert import card, convert, export, publishing, synth, validate, verify
 from llama4_convert.checkpoints.manifest import NAME, Manifest
-from llama4_convert.conversion.convert import job_of
+from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.streaming.execution import model_card
 from tests.support import commands
 
 
@@ -51,7 +52,7 @@ def readme(path: Path) -> str:
 def test_convert_and_card_write_the_same(options: dict[str, Any], meta: Path, tmp_path: Path) -> None:
     result = convert(meta, tmp_path / "out", **options)
     assert readme(tmp_path / "out") == card(tmp_path / "out").card
-    assert "README.md" in {file["file"] for file in result["files"]}
+    assert "README.md" in {file.file for file in result.files}
     assert str(tmp_path) not in readme(tmp_path / "out")
     assert verify(tmp_path / "out").ok
     commands.flip(tmp_path / "out" / "README.md", 100)
@@ -97,8 +98,9 @@ def test_the_licence_that_came_with_the_source_is_linked(meta: Path, tmp_path: P
 def test_a_published_model_is_named(geometry: str, variant: str, recipe: str | None, base: str, tmp_path: Path) -> None:
     """From the sizes alone: nothing is converted."""
     synth(tmp_path / "meta", geometry=geometry, sparse=True)
-    job = job_of(Request(tmp_path / "meta", variant=variant, recipe=recipe))
-    text = job.closing(job.manifest())["README.md"].decode()
+    job = bind(Request(tmp_path / "meta", variant=variant, recipe=recipe)).job
+    assert job.config is not None
+    text = model_card(job, job.config, job.manifest)
     told = ModelCard(text).data.to_dict()
     assert told["base_model"] == base
     assert told.get("base_model_relation") == ("quantized" if recipe else None)
@@ -109,13 +111,13 @@ def test_a_published_model_is_named(geometry: str, variant: str, recipe: str | N
 
 
 def test_the_measured_errors_are_on_the_card(meta: Path, tmp_path: Path) -> None:
-    told = convert(meta, tmp_path / "out", recipe="mixed")["quantization"]
+    told = convert(meta, tmp_path / "out", recipe="mixed").quantization
     text = readme(tmp_path / "out")
-    for family, one in told["families"].items():
+    for family, one in told.families.items():
         name = family.replace("_", " ").replace("mlp", "MLP")
-        assert f"| {name} | {one['matrices']} | {one['relative_mse']:.4g} | {one['sqnr_db']:.2f} |" in text
-    for one in told["worst"]:
-        assert f"| `{one['module']}` | {one['relative_mse']:.4g} |" in text
+        assert f"| {name} | {one.matrices} | {one.relative_mse:.4g} | {one.sqnr_db:.2f} |" in text
+    for one in told.worst:
+        assert f"| `{one.module}` | {one.relative_mse:.4g} |" in text
     assert "## Quantization" not in readme_of_plain(meta, tmp_path)
 
 
@@ -196,7 +198,7 @@ def test_what_validate_measured_goes_onto_the_card(
     assert {name for name, digest in commands.digests(out).items() if digest != before[name]} == {"README.md", NAME}
     assert verify(out).ok
     # What is finished stays as it is, and so does the card.
-    assert convert(meta, out, recipe="int4")["status"] == "already complete"
+    assert convert(meta, out, recipe="int4").status == "already complete"
     assert readme(out) == printed.out
     assert commands.run(capsys, "card", out, "--validation", parity, "--write", "--json").json["status"] == "unchanged"
 

@@ -103,7 +103,7 @@ def test_equals_pefts_merge(
     found, base = peft.tensors(tmp_path / "out"), peft.tensors(whole(geometry))
     assert peft.different(found, peft.merged(whole(geometry), trained(geometry, name))) == []
     assert len(peft.different(found, base)) > 3
-    assert result["adapter"]["rank"] == ADAPTERS[name]["r"]
+    assert result.adapter.rank == ADAPTERS[name]["r"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_linearized_experts_into_fused_ones(whole: Callable[..., Path], tmp_path
     expected = peft.fused(peft.merged_model(model(), path).state_dict())
     found = peft.tensors(tmp_path / "out")
     assert peft.different(found, expected) == []
-    assert result["adapter"]["matrices_merged"] == 2 * 2 * 2  # two layers with experts, two of these, two projections
+    assert result.adapter.matrices_merged == 2 * 2 * 2  # two layers with experts, two of these, two projections
 
     state = load_file(path / WEIGHTS)  # as axolotl trains them: lists, `experts.gate_projs.2`
     save_file(
@@ -484,7 +484,7 @@ def test_a_pickle_is_read_and_never_executed(
     torch.save(state, path / "adapter_model.bin")
     result = convert(whole("odd"), tmp_path / "out", adapter=path)
     assert peft.different(peft.tensors(tmp_path / "out"), peft.merged(whole("odd"), trained("odd", "experts"))) == []
-    assert result["adapter"]["sha256"].keys() == {"adapter_config.json", "adapter_model.bin"}
+    assert result.adapter.sha256.keys() == {"adapter_config.json", "adapter_model.bin"}
 
     with zipfile.ZipFile(path / "adapter_model.bin") as archive:
         record = next(n for n in archive.namelist() if n.endswith("/data/0"))
@@ -607,7 +607,7 @@ def test_memory_is_bounded_by_a_matrix_not_by_a_tensor(tmp_path: Path) -> None:
         arguments = [sys.executable, "-c", _PEAK, repr(options), str(base), str(tmp_path / "out")]
         return int(subprocess.check_output(arguments, cwd=REPOSITORY)) << 10
 
-    bound = plan(base, adapter=str(adapter))["peak_memory_bytes"]
+    bound = plan(base, adapter=str(adapter)).peak_memory_bytes
     assert bound < 420 << 20
     assert peak({"adapter": str(adapter), "max_memory": bound}) - peak(None) < bound
     delta = (

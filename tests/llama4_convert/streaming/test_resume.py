@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from llama4_convert import convert, verify
-from llama4_convert.conversion.convert import job_of
+from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError
 from llama4_convert.files import LOCK_NAME, locked
@@ -199,7 +199,7 @@ def test_leftovers_do_not_count_as_used_space(source: Path, tmp_path: Path, monk
         commands.Faults(patch, ("posix_fallocate",), errno.ENOSPC).left = 1
         with pytest.raises(EnvironmentFailed):
             convert(source, target, shard_size=commands.SHARD)
-    leftover = next(iter(job_of(Request(source, shard_size=commands.SHARD)).plan.files)).name + ".partial"
+    leftover = next(iter(bind(Request(source, shard_size=commands.SHARD)).job.plan.files)).name + ".partial"
     (target / leftover).write_bytes(b"x")
     seen = []
     statvfs = os.statvfs
@@ -241,7 +241,7 @@ def test_where_the_source_lies_makes_no_difference(source: Path, tmp_path: Path)
     links.mkdir()
     for file in source.iterdir():
         (links / file.name).symlink_to(file)
-    assert convert(links, tmp_path / "out", variant="instruct")["status"] == "already complete"
+    assert convert(links, tmp_path / "out", variant="instruct").status == "already complete"
     convert(links, tmp_path / "again", variant="instruct")
     assert commands.digests(tmp_path / "again") == commands.digests(tmp_path / "out")
 
@@ -253,7 +253,7 @@ def test_a_file_that_is_gone_is_made_again(source: Path, straight: dict[str, str
     target = tmp_path / "out"
     convert(source, target, shard_size=commands.SHARD)
     next(target.glob(name)).unlink()
-    assert convert(source, target, shard_size=commands.SHARD)["status"] == "converted"
+    assert convert(source, target, shard_size=commands.SHARD).status == "converted"
     assert commands.digests(target) == straight
 
 
@@ -261,7 +261,7 @@ def test_a_config_that_somebody_edited_stays(source: Path, tmp_path: Path) -> No
     target = tmp_path / "out"
     convert(source, target)
     (target / "config.json").write_text("{}")
-    assert convert(source, target)["status"] == "already complete"
+    assert convert(source, target).status == "already complete"
     assert (target / "config.json").read_text() == "{}"
     assert not verify(target).ok
 
@@ -329,7 +329,7 @@ def test_overwrite_goes_on_too_when_it_was_interrupted(
             convert(source, target, shard_size=commands.SHARD, overwrite=True)
     assert not commands.loads_as_a_model(target)
     result = convert(source, target, shard_size=commands.SHARD, overwrite=True)
-    assert result["files_kept_from_earlier_run"] > 0
+    assert result.files_kept_from_earlier_run > 0
     assert commands.digests(target) == straight
 
 
@@ -339,7 +339,7 @@ def test_overwrite_of_a_finished_one_writes_it_anew(source: Path, straight: dict
     file = sorted(target.glob("*.safetensors"))[1]
     commands.flip(file, file.stat().st_size - 1)
     assert not verify(target).ok
-    assert convert(source, target, shard_size=commands.SHARD, overwrite=True)["files_kept_from_earlier_run"] == 0
+    assert convert(source, target, shard_size=commands.SHARD, overwrite=True).files_kept_from_earlier_run == 0
     assert commands.digests(target) == straight
 
 

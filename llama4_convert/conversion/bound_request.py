@@ -1,0 +1,46 @@
+"""A request bound to its source: the job that a run carries out, and what results state of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama4_convert.checkpoints.manifest import INDEX
+from llama4_convert.checkpoints.meta import MetaCheckpoint
+from llama4_convert.checkpoints.transformers import TransformersCheckpoint
+from llama4_convert.conversion.request import Request
+from llama4_convert.metadata.config_repair import Repair
+from llama4_convert.planning.adapter import Adapter
+from llama4_convert.streaming.job import Job
+from quant.recipe import Recipe
+
+# How a job ends in Transformers' layout: readers look for the index first, and take every file of these names.
+MARKER, WEIGHTS_PATTERN = INDEX, "model*.safetensors*"
+
+
+@dataclass(frozen=True)
+class BoundRequest:
+    request: Request
+    source: MetaCheckpoint | TransformersCheckpoint
+    job: Job
+    ranks: int  # files of the source's weights
+    variant: str
+    variant_reason: str
+    max_position_embeddings: int
+    recipe: Recipe | None
+    adapter: Adapter | None
+    repaired: Sequence[Repair] | None = None  # None: there is no model to repair the source by
+
+
+def recipe_options(recipe: Recipe | None, allow_nonfinite: bool = False) -> dict[str, Any]:
+    """The options of a recipe that decide bytes, for the manifest."""
+    if recipe is None:
+        return {}
+    allowed = {"allow_nonfinite": True} if allow_nonfinite else {}
+    return {"recipe": recipe.to_json(), **allowed}
+
+
+def adapter_source(adapter: Adapter | None) -> dict[str, Mapping[str, str]]:
+    """The adapter as a part of the source, for the manifest."""
+    return {"adapter": dict(adapter.fingerprint)} if adapter else {}
