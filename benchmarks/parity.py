@@ -81,7 +81,7 @@ def measure(folder: Path, geometry: str, tokens: int, quick: bool, **sizes: int)
     convert(source, folder / "nf4", recipe="nf4")
     tell("nf4, the reference computed before", "nf4", folder / "cache")
     size = sum(path.stat().st_size for path in source.iterdir())
-    vocab = plan(source)["tensors"][0]["shape"][0] if quick else sizes["vocab"]
+    vocab = plan(source).tensors[0].shape[0] if quick else sizes["vocab"]
     for path in (source, folder / "nf4", folder / "cache"):
         shutil.rmtree(path)
     return {"bytes": size, "tokens": tokens, "vocab": vocab, "runs": {name: asdict(one) for name, one in found.items()}}

@@ -43,13 +43,13 @@ def main() -> None:
         for name in (None, *(name for name, recipe in built_in().items() if recipe.format != "meta")):
             made = convert(model, folder / str(name), recipe=name)
             told = validate(folder / str(name), reference=model, token_ids=folder / "ids.json")
-            quantization = made.get("quantization", {})
+            recipe = made.quantization
             rows.append(
                 {
                     "recipe": name or "bf16",
-                    "bytes": made["output_bytes"],
-                    "bits": quantization.get("bits_per_quantized_weight", 16.0),
-                    "relative_mse": quantization.get("relative_mse", 0.0),
+                    "bytes": made.output_bytes,
+                    "bits": recipe.bits_per_quantized_weight if recipe else 16.0,
+                    "relative_mse": recipe.relative_mse if recipe else 0.0,
                     **{key: told[key] for key in ("tokens", "top1_agreement", "kl_mean", "kl_p999", "nmse")},
                     "perplexity": told["perplexity_candidate"],
                 }

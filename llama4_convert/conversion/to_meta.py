@@ -131,11 +131,11 @@ def bind_export(request: ExportRequest) -> BoundExport:
         bound = bind_transformers(source)
         digests, warnings = source_digests(source)
     ranks = request.ranks or own_ranks or recorded_ranks or _DEFAULT_RANKS
-    keys = _spelling(bound.binding, record, own_keys)
+    keys = spelling = _spelling(bound.binding, record, own_keys)
     if ranks not in (own_ranks, recorded_ranks):
-        keys, more = _loadable(bound.binding, keys, ranks)
+        keys, more = _loadable(bound.binding, spelling, ranks)
         warnings += more
-    plan = make_plan(bound, MetaLayout(keys, ranks, recipe))
+    plan = make_plan(bound, MetaLayout(keys, spelling, ranks, recipe))
     warnings += plan.warnings
     if isinstance(source, MetaCheckpoint):
         params = source.small_files["params.json"]

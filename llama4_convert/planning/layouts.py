@@ -62,9 +62,13 @@ class TransformersLayout:
 
 @dataclass(frozen=True)
 class MetaLayout:
-    """`consolidated.NN.pth`, one a rank, with `keys` in this order; a recipe of the format meta adds a file of scales a rank."""
+    """`consolidated.NN.pth`, one a rank, with `keys` in this order; a recipe of the format meta adds a file of scales a rank.
+
+    `spelling` are the keys to record, where the output cannot have the keys that the model came with on so many ranks.
+    """
 
     keys: Sequence[str]
+    spelling: Sequence[str]
     ranks: int
     recipe: Recipe | None = None
 
@@ -90,7 +94,7 @@ class MetaLayout:
         return tuple(files)
 
     def meta_keys(self, source: BoundSource) -> Sequence[str]:
-        return sorted(self.keys)
+        return sorted(self.spelling)
 
 
 def _why_not_cut(binding: Binding, keys: Sequence[str], ranks: int) -> str:

@@ -51,7 +51,7 @@ def test_a_planted_link_is_not_written_through(name: str, made: Path, tmp_path: 
 def test_a_planted_fifo_does_not_hang(made: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "out" / "config.json.partial")
-    assert convert(made / "meta", tmp_path / "out")["status"] == "converted"
+    assert convert(made / "meta", tmp_path / "out").status == "converted"
 
 
 def test_original_being_a_link_is_refused(made: Path, tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_replicated_nan_are_counted_once(made: Path, tmp_path: Path) -> None:
     key = next(key for key in content if key.endswith("model.norm.weight"))
     content[key][0] = torch.nan
     save_file(content, path, metadata={"format": "pt"})
-    told = export(source, tmp_path / "out", ranks=4)["nonfinite"]
-    assert [(one["tensor"], one["nan"]) for one in told] == [("norm.weight", 1)]
+    told = export(source, tmp_path / "out", ranks=4).nonfinite
+    assert [(one.tensor, one.nan) for one in told] == [("norm.weight", 1)]
     for stats in (False, True):
         assert [one.nan for one in inspect(tmp_path / "out", stats=stats).nonfinite] == [1]
 

@@ -96,7 +96,7 @@ def test_each_rank_is_dequantized_with_its_own_scales(
     result = convert(source, tmp_path / "out")
     assert_equal(oracle.read_safetensors_dir(tmp_path / "out"), oracle.slow_convert(by_hand(source, tmp_path / "hand")))
     assert all(file.ok for file in verify(tmp_path / "out").files)
-    assert not any("scales" in dropped["name"] for dropped in result["dropped"])
+    assert not any("scales" in dropped.name for dropped in result.dropped)
 
 
 @pytest.mark.parametrize(("mode", "ranks", "to"), [(FP8, 2, 8), (FP8, 8, 1), (INT4, 4, 8), (INT4, 1, 2)])
@@ -126,7 +126,7 @@ def test_a_cast_begins_at_bf16(quantized: Callable[..., Path], tmp_path: Path) -
 def test_a_recipe_quantizes_the_numbers(quantized: Callable[..., Path], tmp_path: Path, mode: str, recipe: str) -> None:
     """The bytes that the same recipe makes of the bf16 conversion."""
     source = quantized("wide", mode, 2)
-    assert convert(source, tmp_path / "out", recipe=recipe)["quantization"]["kept_bits"] == 0
+    assert convert(source, tmp_path / "out", recipe=recipe).quantization.kept_bits == 0
     convert(by_hand(source, tmp_path / "hand"), tmp_path / "expected", recipe=recipe)
     names = sorted(path.name for path in (tmp_path / "expected").glob("*.safetensors"))
     assert names
@@ -208,9 +208,9 @@ def test_what_is_told_of_it(quantized: Callable[..., Path], capsys: pytest.Captu
     assert expert.max == numbers.max()
     assert expert.std == pytest.approx(numbers.double().std(correction=0).item())
     planned = plan(source)
-    assert planned["dtype"] == "BF16"
-    assert planned["parameters"] == told.parameters
-    assert plan(source)["peak_memory_bytes"] > 96 << 20
+    assert planned.dtype == "BF16"
+    assert planned.parameters == told.parameters
+    assert plan(source).peak_memory_bytes > 96 << 20
 
 
 def test_verify_reads_the_scales(quantized: Callable[..., Path], tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_an_interrupted_conversion_goes_on(
                 recipe=recipe,
                 progress=commands.stopping_after(part * total),
             )
-    assert convert(source, tmp_path / "out", shard_size=SHARD, recipe=recipe)["files_kept_from_earlier_run"]
+    assert convert(source, tmp_path / "out", shard_size=SHARD, recipe=recipe).files_kept_from_earlier_run
     assert commands.digests(tmp_path / "out") == commands.digests(tmp_path / "straight")
 
 
@@ -384,7 +384,7 @@ def test_scales_that_nothing_needs_are_told_of(quantized: Callable[..., Path], t
         _edit(lambda s: s.update({"layers.0.feed_forward.experts.w1": torch.ones(4, 52)}), f"fp8_scales_{rank}.pt")(
             source
         )
-    dropped = {entry["name"]: entry["why"] for entry in convert(source, tmp_path / "out")["dropped"]}
+    dropped = {entry.name: entry.why for entry in convert(source, tmp_path / "out").dropped}
     assert dropped["layers.0.feed_forward.experts.w1"] == "scales of a tensor that is not quantized"
 
 
@@ -409,8 +409,8 @@ def test_fp8_rows_keep_their_bits(
 ) -> None:
     """Gate and up have one scale an output on any rank count, down on one rank alone."""
     source = quantized("scout", FP8, ranks)
-    told = convert(source, tmp_path / "out", recipe="fp8")["quantization"]
-    assert told["kept_bits"] == 3 * 4 * (3 if ranks == 1 else 2)
+    told = convert(source, tmp_path / "out", recipe="fp8").quantization
+    assert told.kept_bits == 3 * 4 * (3 if ranks == 1 else 2)
     found = oracle.read_safetensors_dir(tmp_path / "out")
     for layer in (1, 2, 3):
         kept = {"w1": "gate", "w3": "up"} | ({"w2": "down"} if ranks == 1 else {})
@@ -425,10 +425,10 @@ def test_fp8_rows_keep_their_bits(
     checked = validate(tmp_path / "out", reference=source, tokens=16)
     assert checked["passed"], checked
     text = commands.run(capsys, "convert", source, tmp_path / "again", "--recipe", "fp8").out
-    assert f"kept     {told['kept_bits']} matrices have the source's codes and scales, bit by bit" in text
-    planned = plan(source, recipe="fp8")["quantization"]
-    assert planned["bytes_after"] == told["bytes_after"]
-    assert planned["bytes_before"]["routed_experts"] == 2 * 5 * 4 * 3 * 128 * 104
+    assert f"kept     {told.kept_bits} matrices have the source's codes and scales, bit by bit" in text
+    planned = plan(source, recipe="fp8").quantization
+    assert planned.bytes_after == told.bytes_after
+    assert planned.bytes_before["routed_experts"] == 2 * 5 * 4 * 3 * 128 * 104
 
 
 def test_transformers_computes_with_the_kept_scales(quantized: Callable[..., Path], tmp_path: Path) -> None:
@@ -468,9 +468,9 @@ def test_int4_groups_keep_their_bits(quantized: Callable[..., Path], tmp_path: P
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     source = quantized("wide", INT4, ranks)
-    told = convert(source, tmp_path / "out", recipe=recipe)["quantization"]
-    assert told["kept_bits"] == 2 * 4 * 3
-    assert planned_sizes(source, recipe) == (told["bytes_before"], told["bytes_after"])
+    told = convert(source, tmp_path / "out", recipe=recipe).quantization
+    assert told.kept_bits == 2 * 4 * 3
+    assert planned_sizes(source, recipe) == (told.bytes_before, told.bytes_after)
     found = oracle.read_safetensors_dir(tmp_path / "out")
     for layer in (1, 2):
         for name, projection in {"w1": "gate", "w3": "up", "w2": "down"}.items():
@@ -484,14 +484,14 @@ def test_int4_groups_keep_their_bits(quantized: Callable[..., Path], tmp_path: P
     assert checked["passed"], checked
     assert verify(tmp_path / "out").ok
     told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_packed", recipe=recipe)
-    assert told["op"][-1] == "keep the codes of [128, 512] as they are, in the order of weight_packed"
+    assert told.op[-1] == "keep the codes of [128, 512] as they are, in the order of weight_packed"
     told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_scale", recipe=recipe)
-    assert [piece["file"] for piece in told["made_of"]] == [f"int4_scales_{rank}.pt" for rank in range(ranks)]
+    assert [piece.file for piece in told.made_of] == [f"int4_scales_{rank}.pt" for rank in range(ranks)]
 
 
 def planned_sizes(source: Path, recipe: str) -> tuple[Any, Any]:
-    told = plan(source, recipe=recipe)["quantization"]
-    return told["bytes_before"], told["bytes_after"]
+    told = plan(source, recipe=recipe).quantization
+    return told.bytes_before, told.bytes_after
 
 
 def test_transformers_computes_with_the_kept_groups(quantized: Callable[..., Path], tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_groups_of_another_size_are_requantized(quantized: Callable[..., Path], 
     (tmp_path / "own.toml").write_text(
         'format = "compressed-tensors"\n[[rule]]\nfamilies = ["routed_experts"]\nscheme = "int4"\ngroup_size = 64\n'
     )
-    assert plan(quantized("wide", INT4, 2), recipe=str(tmp_path / "own.toml"))["quantization"]["kept_bits"] == 0
+    assert plan(quantized("wide", INT4, 2), recipe=str(tmp_path / "own.toml")).quantization.kept_bits == 0
 
 
 def test_a_recipe_may_keep_some_and_quantize_others(quantized: Callable[..., Path], tmp_path: Path) -> None:
@@ -522,8 +522,8 @@ def test_a_recipe_may_keep_some_and_quantize_others(quantized: Callable[..., Pat
         '[[rule]]\nfamilies = ["routed_experts"]\nscheme = "int4"\ngroup_size = 32\n'
     )
     source = quantized("wide", FP8, 2)
-    told = convert(source, tmp_path / "out", recipe=str(tmp_path / "some.toml"))["quantization"]
-    assert told["kept_bits"] == 2 * 2
+    told = convert(source, tmp_path / "out", recipe=str(tmp_path / "some.toml")).quantization
+    assert told.kept_bits == 2 * 2
     found = {key: t for path in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(path).items()}
     at = "model.layers.1.feed_forward.experts.1.gate_proj.weight"
     assert torch.equal(found[at].view(torch.uint8), experts(source, 1, "w1")[0][1])
@@ -543,17 +543,17 @@ def test_other_granularities_are_requantized(quantized: Callable[..., Path], tmp
         f'granularity = "{granularity}"\n'
     )
     told = plan(quantized("wide", FP8, 1), recipe=str(tmp_path / "own.toml"))
-    assert told["quantization"]["kept_bits"] == 0
+    assert told.quantization.kept_bits == 0
 
 
 def test_a_nan_among_the_codes_is_told_of(quantized: Callable[..., Path], tmp_path: Path) -> None:
     source = commands.copy(quantized("scout", FP8, 1), tmp_path / "src")
     _edit(lambda s: s[CODES].view(torch.uint8)[3, 5].fill_(0x7F), "consolidated.00.pth")(source)
-    found = convert(source, tmp_path / "bf16")["nonfinite"]
-    assert [(one["nan"], one["inf"]) for one in found] == [(1, 0)]
-    (one,) = convert(source, tmp_path / "fp8", recipe="fp8")["nonfinite"]
-    assert one["tensor"].endswith("layers.2.feed_forward.experts.0.down_proj.weight")
-    assert (one["nan"], one["replaced"]) == (1, False)
+    found = convert(source, tmp_path / "bf16").nonfinite
+    assert [(one.nan, one.inf) for one in found] == [(1, 0)]
+    (one,) = convert(source, tmp_path / "fp8", recipe="fp8").nonfinite
+    assert one.tensor.endswith("layers.2.feed_forward.experts.0.down_proj.weight")
+    assert (one.nan, one.replaced) == (1, False)
     with pytest.raises(BadInput, match="1 NaN"):
         export(source, tmp_path / "meta", recipe="meta-fp8", ranks=2)
 
@@ -587,11 +587,11 @@ def test_export_writes_what_metas_script_writes(
     convert(plain(geometry, 2), tmp_path / "hf")
     for source in (plain(geometry, 2), tmp_path / "hf"):
         target = tmp_path / f"{source.name}-meta"
-        told = export(source, target, ranks=ranks, recipe="meta-fp8")["quantization"]
+        told = export(source, target, ranks=ranks, recipe="meta-fp8").quantization
         assert_same_files(target, expected)
         layers = len({key for key in files(expected)["fp8_scales_0.pt"] if key.endswith("w1")})
-        assert told["matrices"] == layers * 3 * GEOMETRIES[geometry]["moe_args"]["num_experts"] * ranks
-        assert 1e-4 < told["relative_mse"] < 1e-3
+        assert told.matrices == layers * 3 * GEOMETRIES[geometry]["moe_args"]["num_experts"] * ranks
+        assert 1e-4 < told.relative_mse < 1e-3
         assert verify(target).ok
     for rank in range(ranks):
         loaded = meta_quantizer.load(target, rank, ranks)
@@ -619,9 +619,9 @@ def test_codes_of_the_same_rows_are_written_again(
     quantized: Callable[..., Path], tmp_path: Path, ranks: int, to: int
 ) -> None:
     source = quantized("scout", FP8, ranks)
-    told = export(source, tmp_path / "out", ranks=to, recipe="meta-fp8")["quantization"]
+    told = export(source, tmp_path / "out", ranks=to, recipe="meta-fp8").quantization
     each = 3 * 4 * to  # of gate, of up, of down
-    assert (told["kept_bits"], told["matrices"]) == ((3 * each, 0) if ranks == to else (2 * each, each))
+    assert (told.kept_bits, told.matrices) == ((3 * each, 0) if ranks == to else (2 * each, each))
     if ranks == to:
         assert_same_files(tmp_path / "out", source)
     for layer in (1, 2, 3):

@@ -108,7 +108,7 @@ def test_convert_keeps_and_counts_them(broken: Path, tmp_path: Path, capsys: pyt
     text = commands.run(capsys, "inspect", tmp_path / "out").out
     assert f"{fused} (1 NaN, 1 infinite)" in text
     again = convert(broken, tmp_path / "out")
-    assert again["status"] == "already complete"
+    assert again.status == "already complete"
     assert found(again) == expected
 
 
@@ -134,7 +134,7 @@ def test_recipes_refuse_them_unless_allowed(recipe: str, broken: Path, tmp_path:
     with pytest.raises(UsageError, match="another conversion: no allow-nonfinite there, True now"):
         convert(broken, target, recipe=recipe, allow_nonfinite=True)
     result = convert(broken, target, recipe=recipe, allow_nonfinite=True, overwrite=True, warn=said.append)
-    replaced = {one["tensor"]: one["replaced"] for one in result["nonfinite"]}
+    replaced = {one.tensor: one.replaced for one in result.nonfinite}
     assert replaced == {EMBEDDING: False, ROUTER: False, EXPERT: True}
     assert found(result)[EXPERT] == (1, 1)
     assert any("quantized as 0 and as the largest magnitude" in text and EXPERT in text for text in said)
@@ -164,7 +164,7 @@ def test_counts_survive_an_interruption(broken: Path, tmp_path: Path) -> None:
         convert(broken, tmp_path / "out", progress=commands.stopping_after(2_000_000), **options)
     files = json.loads((tmp_path / "out" / "llama4-convert.json").read_text())["files"]
     assert any("nonfinite" in entry for entry in files.values())
-    assert convert(broken, tmp_path / "out", **options)["nonfinite"] == straight["nonfinite"]
+    assert convert(broken, tmp_path / "out", **options).nonfinite == straight.nonfinite
     assert commands.digests(tmp_path / "out") == commands.digests(tmp_path / "straight")
 
 

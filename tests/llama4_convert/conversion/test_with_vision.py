@@ -16,6 +16,7 @@ from torch import Tensor
 from llama4.config import Llama4Config
 from llama4.config_differences import differences
 from llama4_convert import convert, plan, synth, validate
+from llama4_convert.conversion.results import Repaired
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.validation.parity.transformers_runner import load_transformers
 from tests.support import adapter as peft
@@ -245,7 +246,7 @@ def test_a_vocabulary_that_grew_stays_grown(
         file.unlink()
     save_file(state, source / "model.safetensors")
     result = convert(source, tmp_path / "out", vision_from=converted("odd"))
-    assert {"field": "vocab_size", "found": 2312, "used": 2320} in result.repaired
+    assert Repaired(field="vocab_size", found=2312, used=2320) in result.repaired
     assert load_transformers(tmp_path / "out").config.text_config.vocab_size == 2320
 
 

@@ -235,7 +235,7 @@ def test_what_is_quantized_and_how(recipe: str, meta: Path, tmp_path: Path) -> N
         assert group.matrices == sum(group.kinds.values())
         assert group.bits_per_weight == 8 * group.bytes / group.parameters
     bits = 8 * sum(g.bytes for g in said.groups) / sum(g.parameters for g in said.groups)
-    assert bits == pytest.approx(result["quantization"]["bits_per_quantized_weight"])
+    assert bits == pytest.approx(result.quantization.bits_per_quantized_weight)
     # Quantization changes no count of numbers, and its scales are none of them.
     plain = told(inspect(meta), "parameters")
     assert told(found, "parameters") == plain
@@ -254,9 +254,10 @@ def test_the_manifest_is_told_of(meta: Path, tmp_path: Path) -> None:
     assert (found.source["layout"], found.source["ranks"]) == ("meta", 2)
     assert found.options["variant"] == "instruct"
     assert found.recipe["name"] == "int4"
-    assert (found.files, found.complete) == (len(result["files"]), True)
+    assert (found.files, found.complete) == (len(result.files), True)
     errors = to_builtins(found.errors)
-    assert errors == {k: result["quantization"][k] for k in errors}
+    quantization = to_builtins(result.quantization)
+    assert errors == {k: quantization[k] for k in errors}
     assert {"relative_mse", "families", "worst"} <= errors.keys()
 
 

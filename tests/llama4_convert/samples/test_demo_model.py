@@ -135,4 +135,4 @@ def test_the_files_are_small_and_say_where_the_text_came_from() -> None:
 
 
 def test_it_is_taken_for_a_base_model() -> None:
-    assert plan(MODEL)["variant"] == "base"
+    assert plan(MODEL).variant == "base"

@@ -422,6 +422,6 @@ def test_a_sparse_scout_of_full_size_can_be_planned(tmp_path: Path) -> None:
     if all(hasattr(file.stat(), "st_blocks") for file in files):
         assert sum(file.stat().st_blocks for file in files) * 512 < 64 << 20
     planned = plan(tmp_path / "m")
-    assert planned["parameters"] == 108_641_793_536
-    assert planned["output_bytes"] > 217_283_587_072
+    assert planned.parameters == 108_641_793_536
+    assert planned.output_bytes > 217_283_587_072
     shutil.rmtree(tmp_path / "m")  # nobody should back this up

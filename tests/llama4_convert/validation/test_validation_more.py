@@ -76,7 +76,7 @@ def test_a_rope_that_transformers_scales_in_another_way_is_refused(tmp_path: Pat
     written(tmp_path / "meta", rope_high_freq_factor=0.25)
     with pytest.raises(BadInput, match=r"rope_high_freq_factor is 0\.25"):
         convert(tmp_path / "meta", tmp_path / "out")
-    assert plan(tmp_path / "meta")["files"]
+    assert plan(tmp_path / "meta").files
 
 
 WORDS = [
