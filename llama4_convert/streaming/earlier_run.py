@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import structs
 
 from llama4_convert.checkpoints.manifest import NAME, Manifest
 from llama4_convert.errors import BadInput, UsageError
@@ -27,7 +29,7 @@ def take_over(job: Job, target: Path, *, overwrite: bool) -> EarlierRun:
     With `overwrite` a model there is removed, unless it is the unfinished output of this very job. Raises NeedsOverwrite where
     `target` holds something else, and UsageError where it holds weights that are not ours to remove.
     """
-    manifest = replace(job.manifest, files={}, errors={}, records={})
+    manifest = structs.replace(job.manifest, files={}, errors={}, records={})
     if overwrite and not _is_interrupted(job, target):
         _refuse_other_layout(job, target)
         _clear(job, target)
