@@ -1,4 +1,4 @@
-"""`quantization_config` of a config.json: what was done to which linear layers, in the words of compressed-tensors."""
+"""`quantization_config` of a config.json: which linear layers are quantized and how, in the fields of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from quant.recipe import FAMILIES, Recipe, Scheme
 
 
 class Module(NamedTuple):
-    """A linear layer of a feed-forward block, and what became of its weight; None: nothing."""
+    """A linear layer of a feed-forward block, and the scheme of its weight."""
 
     name: str  # "language_model.model.layers.0.feed_forward.experts.3.gate_proj"
     family: str
     layer: int
     expert: int | None
-    scheme: Scheme | None
+    scheme: Scheme | None  # None: not quantized
 
 
 # Linear layers outside the feed-forward blocks: "Linear" as a target would mean them too.
@@ -36,7 +36,7 @@ _STEMS: Mapping[str, str] = {
 
 
 def compressed_tensors_config(modules: Sequence[Module]) -> dict[str, Any]:
-    """One group for each scheme; all else is ignored. Targets are patterns, so that a reader needs no list of 2,304 names.
+    """One group for each scheme; other layers are ignored. Targets are patterns, so that a config lists no 2,304 names.
 
     vLLM asks for the scheme of a layer's experts by the names of expert 0's projections: experts of a layer that differ in
     scheme are legal here, and refused there.

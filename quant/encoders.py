@@ -21,10 +21,10 @@ _S = TypeVar("_S", Int4, Fp8, "Nf4")
 
 
 def encoder_for(scheme: Scheme, device: str = "cpu") -> Encoder:
-    """The encoder of a rule's scheme. Formats have no scheme in common, so the scheme says which.
+    """The encoder of a rule's scheme. No scheme is written in two formats, so the scheme decides.
 
-    `device`: "cpu" for the compiled kernels; "cuda", "cuda:1" and so on for the same bytes from a GPU ("torch-cpu": as there,
-    but without one; slow, for tests). Raises ValueError for a device that torch does not have.
+    `device`: "cpu" for the compiled kernels; "cuda", "cuda:1" and so on for the same bytes from a GPU; "torch-cpu" for the
+    GPU's code without a GPU (slow, for tests). Raises ValueError for a device that torch does not have.
     """
     if scheme.kind == "int4":
         return PackQuantized(_on(device, Int4(scheme.group_size, scheme.method)))
@@ -46,7 +46,7 @@ def _on(device: str, scheme: _S) -> _S:
 
 
 class PackQuantized:
-    """int4 in compressed-tensors: words of eight codes, a bf16 scale a group, and the shape that the words do not tell."""
+    """int4 in compressed-tensors: words of eight codes, a bf16 scale for each group, and the shape of the matrix."""
 
     def __init__(self, scheme: Int4) -> None:
         self.scheme = scheme
@@ -73,7 +73,7 @@ class PackQuantized:
 
 
 class FloatQuantized:
-    """FP8 in compressed-tensors."""
+    """FP8 in compressed-tensors: a byte for each code, and bf16 scales."""
 
     def __init__(self, scheme: Fp8) -> None:
         self.scheme = scheme

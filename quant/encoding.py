@@ -1,4 +1,4 @@
-"""What becomes of one matrix on disk: the tensors that hold it, and the pass that makes them. A format and a scheme together."""
+"""How one matrix is stored: the tensors that it becomes, and the pass that makes them. An encoder is a scheme in a format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Bits = NDArray[np.uint16]
 
 
 class Output(NamedTuple):
-    """A tensor that a quantized matrix is stored in. `constant` if its bytes are known before the matrix is read."""
+    """A tensor of a quantized matrix. `constant`: its bytes, if they are known before the matrix is read."""
 
     suffix: str  # behind the module's name: "weight_packed"
     dtype: str  # as safetensors spells it
@@ -23,7 +23,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The arrays behind the outputs that are no constants, in their order; and the error that was made, in sums of squares."""
+    """The arrays of the outputs that are no constants, in their order; and the error, in sums of squares."""
 
     parts: tuple[NDArray[Any], ...]
     squared_error: float
@@ -34,16 +34,16 @@ class Encoder(Protocol):
     """A scheme in a format, for matrices of `n` outputs and `k` inputs."""
 
     def outputs(self, n: int, k: int) -> tuple[Output, ...]:
-        """Raises ValueError if a matrix of this size cannot be stored so, with the reason."""
+        """The tensors of a matrix of this size. Raises ValueError with the reason if it cannot be stored in this format."""
         ...
 
     def encode(self, bits: Bits, in_out: bool, threads: int) -> Encoded:
-        """`bits`: bf16 as uint16, [k, n] if `in_out`, else [n, k]. Raises ValueError for numbers that are not finite."""
+        """Encodes bf16 bits (uint16), [k, n] if `in_out`, else [n, k]. Raises ValueError for numbers that are not finite."""
         ...
 
 
 class Decoder(Protocol):
-    """The way back."""
+    """From the tensors of a quantized matrix back to bf16."""
 
     def decode(self, parts: Mapping[str, NDArray[Any]], n: int, k: int, threads: int = 1) -> Bits:
         """bf16 bits [n, k], from the raw bits of the outputs by suffix. Raises ValueError if they do not fit together."""
@@ -51,7 +51,7 @@ class Decoder(Protocol):
 
 
 class Linear:
-    """The matrix as it is, [n, k]: what a runtime wants of experts that stay, where others are quantized."""
+    """The matrix as it is, [n, k]: how a runtime expects experts that are not quantized, beside experts that are."""
 
     def __init__(self, dtype: str = "BF16") -> None:
         self.dtype = dtype
@@ -63,14 +63,17 @@ class Linear:
         return Encoded((transposed(bits) if in_out else bits.copy(),), 0.0, 0.0)
 
 
-_TILE = 64
+_TILE_ROWS, _TILE_COLUMNS = 64, 512  # numbers of the matrix that are transposed together
 
 
 def transposed(bits: NDArray[Any]) -> NDArray[Any]:
-    """In tiles that stay in the cache: copying a transposed view touches a cache line a number."""
+    """[k, n] as contiguous [n, k].
+
+    In tiles that stay in the cache: a plain copy of the transposed view touches a cache line for each number.
+    """
     k, n = bits.shape
     out = np.empty((n, k), bits.dtype)
-    for i in range(0, k, _TILE):
-        for j in range(0, n, _TILE * 8):
-            out[j : j + _TILE * 8, i : i + _TILE] = bits[i : i + _TILE, j : j + _TILE * 8].T
+    for i in range(0, k, _TILE_ROWS):
+        for j in range(0, n, _TILE_COLUMNS):
+            out[j : j + _TILE_COLUMNS, i : i + _TILE_ROWS] = bits[i : i + _TILE_ROWS, j : j + _TILE_COLUMNS].T
     return out

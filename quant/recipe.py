@@ -1,8 +1,8 @@
 """Recipes: which tensor is kept in how many bits, in which format. Readable TOML, built in or the user's own.
 
-A recipe is a list of rules; for a matrix of a family, in a layer, of an expert, the first rule that names all three decides. What
-no rule names stays as it is. Only the feed-forward families can be named: runtimes permute the rows of q and k as they load,
-and of a quantized matrix some of them permute the weights alone.
+A recipe is a list of rules. The first rule that names a matrix's family, layer and expert decides; a matrix that no rule names
+stays as it is. Rules name feed-forward families only: runtimes permute the rows of q and k as they load, and some of them
+permute the weights of a quantized matrix without its scales.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Recipe:
         return plain
 
     def check(self, n_layers: int, n_experts: int) -> None:
-        """Raises RecipeError for layers and experts that the model has not."""
+        """Raises RecipeError for layers and experts that the model does not have."""
         for number, rule in enumerate(self.rules, 1):
             for layer in rule.layers or ():
                 if not -n_layers <= layer < n_layers:
@@ -99,7 +99,7 @@ class Recipe:
 
 
 def built_in() -> dict[str, Recipe]:
-    """The recipes that come with us, by name."""
+    """The recipes that come with this package, by name."""
     folder = resources.files("quant") / "recipes"
     files = {f.name.removesuffix(".toml"): f for f in folder.iterdir() if f.name.endswith(".toml")}
     return {name: parse(files[name].read_text("utf-8"), name) for name in sorted(files)}

@@ -172,7 +172,7 @@ def _item_types(kinds: Iterable[Any], index: int) -> tuple[Any, ...]:
 
 
 def _field_types(place: _Place) -> dict[str, tuple[Any, ...]]:
-    """The fields of the structs that may stand there, by their names in the file. Of tagged ones, of the one that is named."""
+    """The types of the fields of the expected struct, by their names in the file; of several, of the one that a tag names."""
     structs = [kind for kind in _flattened(place.kinds) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     fields = place.value if isinstance(place.value, dict) else {}
     tagged = [s for s in structs if fields.get(s.__struct_config__.tag_field) == s.__struct_config__.tag]

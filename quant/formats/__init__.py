@@ -1,1 +1,1 @@
-"""Formats: under which names and in which bytes a runtime finds what a scheme computed."""
+"""Formats: the names and bytes under which a runtime finds what a scheme computed."""

@@ -30,7 +30,7 @@ from quant.schemes.nf4 import NESTED_BLOCK, NF4, Nf4, dynamic_map
 _ABSMAX, _NESTED_ABSMAX = "weight.absmax", "weight.nested_absmax"
 _MAP, _NESTED_MAP = "weight.quant_map", "weight.nested_quant_map"
 _STATE = "weight.quant_state.bitsandbytes__nf4"
-_OFFSET_DIGITS = 22  # the longest that a float32 is written in: 0.00012345678901234567, 1.2345678901234567e-05
+_MAX_OFFSET_DIGITS = 22  # characters of the longest float32: 0.00012345678901234567, 1.2345678901234567e-05
 
 # Linear layers outside the feed-forward blocks. Transformers compares each entry with a module's full name as a prefix and as
 # a regular expression, both up to a dot or the end, and as a suffix (should_convert_module); never as a part in the middle.
@@ -38,7 +38,7 @@ _ALWAYS_KEPT = ("lm_head", ".*self_attn", ".*router", "vision_model", "multi_mod
 
 
 class Nf4Matrix:
-    """NF4 in bitsandbytes, and back. See quant.encoding."""
+    """NF4 in bitsandbytes: an `Encoder` and a `Decoder` of quant.encoding."""
 
     def __init__(self, block_size: int = 64, double_quant: bool = True) -> None:
         self.scheme = Nf4(block_size, double_quant)
@@ -94,7 +94,7 @@ class Nf4Matrix:
         return self.scheme.scales(parts[_ABSMAX], nested, offset, values)
 
     def _state(self, n: int, k: int, offset: float | None) -> bytes:
-        """The JSON, in the bytes of Python's json.dumps and then spaces; `offset` None: as long as it may become."""
+        """The JSON of a matrix [n, k], as json.dumps writes it; with spaces to a length that does not depend on the offset."""
         fields: dict[str, Any] = {
             "quant_type": "nf4",
             "blocksize": self.scheme.block_size,
@@ -104,16 +104,16 @@ class Nf4Matrix:
         if not self.scheme.double_quant:
             return json.dumps(fields).encode()
         fields |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0}
-        longest = len(json.dumps(fields)) - 1 + _OFFSET_DIGITS
+        longest = len(json.dumps(fields)) - 1 + _MAX_OFFSET_DIGITS
         if offset is not None:
             fields["nested_offset"] = offset
         return json.dumps(fields).ljust(longest).encode()
 
 
 def open_nf4(state: bytes) -> tuple[int, int, Nf4Matrix]:
-    """Outputs, inputs and decoder of a matrix from the bytes of its `quant_state`. Raises ValueError for what is not ours.
+    """Outputs, inputs and decoder of a matrix from the bytes of its `quant_state`. Raises ValueError for other states.
 
-    Reads what bitsandbytes writes of bf16 weights too.
+    Reads the states that bitsandbytes itself writes for bf16 weights, too.
     """
     fields = _read_state(state)
     expected: dict[str, Any] = {"quant_type": "nf4", "dtype": "bfloat16"}
@@ -147,8 +147,8 @@ def _read_state(state: bytes) -> dict[str, Any]:
 def bitsandbytes_config(modules: Sequence[Module]) -> dict[str, Any]:
     """`quantization_config` of config.json. `modules`: all linear layers of feed-forward blocks, quantized or not.
 
-    What is not quantized must be named, or Transformers makes a 4-bit layer of it and finds no codes. How a matrix was
-    quantized its own `quant_state` says; the fields of this one only shape the empty model.
+    Layers that are not quantized must be named, or Transformers makes 4-bit layers of them and finds no codes. The
+    `quant_state` of a matrix says how it was quantized; the fields of this configuration only shape the empty model.
     """
     kept = [module for module in modules if module.scheme is None]
     schemes = {module.scheme for module in modules if module.scheme is not None}

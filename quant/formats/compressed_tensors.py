@@ -38,5 +38,5 @@ def unpack_int4(packed: NDArray[np.int32]) -> NDArray[np.int8]:
 
 
 def weight_shape(out_features: int, in_features: int) -> NDArray[np.int64]:
-    """`weight_shape` of a Linear: what the words alone do not say."""
+    """`weight_shape` of a Linear, int64 [2]: the words alone do not tell the shape."""
     return np.array([out_features, in_features], np.int64)

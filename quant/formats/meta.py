@@ -28,26 +28,26 @@ from quant.encoding import Bits, Encoded, Output, transposed
 from quant.formats.compressed_tensors import CODES_PER_WORD, weight_shape
 from quant.schemes import Indivisible, NotFinite
 
-# The last part of an experts' key, in the published spelling or in that of Meta's modules -> what its scales are called.
+# The last part of an experts' key, in the published spelling or in that of Meta's modules -> the last part of its scales' key.
 _PUBLISHED = {"moe_w_in_eD_F": "w1", "moe_w_swiglu_eD_F": "w3", "moe_w_out_eF_D": "w2"}
 SCALE_NAMES = _PUBLISHED | {name: name for name in _PUBLISHED.values()}
 
 
 def scale_key(key: str) -> str | None:
-    """Under which key the scales of an experts' key stand; None for any other key."""
+    """The key of the scales that belong to an experts' key; None for any other key."""
     prefix, _, name = key.rpartition(".")
     return f"{prefix}.{SCALE_NAMES[name]}" if prefix.endswith(".experts") and name in SCALE_NAMES else None
 
 
 class MetaFp8:
-    """Codes of e4m3, one row for each input."""
+    """Meta's FP8: codes of e4m3, one row for each input."""
 
-    kind = "fp8"  # as recipes call the scheme
+    kind = "fp8"  # the scheme's name in recipes
     inputs_a_row = 1  # of the codes
     scales_file = "fp8_scales_{}.pt"  # with a place for the rank
 
     def scales_shape(self, k: int, n: int) -> tuple[int, ...]:
-        """Of an expert with `k` inputs and `n` outputs."""
+        """The shape of the scales of an expert with `k` inputs and `n` outputs."""
         return (n,)
 
     def decode(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], first: int, result: Bits) -> None:
@@ -63,7 +63,7 @@ class MetaFp8:
 
 
 class MetaInt4:
-    """Two inputs' codes in a byte."""
+    """Meta's int4: a byte has the codes of two inputs."""
 
     kind = "int4"
     inputs_a_row = 2
@@ -71,13 +71,13 @@ class MetaInt4:
     group_size = 128
 
     def scales_shape(self, k: int, n: int) -> tuple[int, ...]:
-        """As for FP8. Raises ValueError if the groups do not divide the inputs."""
+        """The shape of the scales of an expert with `k` inputs and `n` outputs. Raises Indivisible."""
         if k % self.group_size:
             raise Indivisible(k, self.group_size)
         return (k // self.group_size, n)
 
     def decode(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], first: int, result: Bits) -> None:
-        """As for FP8."""
+        """Rows of codes [k / 2, n] of one expert into `result`, bf16 bits [k, n]; see `MetaFp8.decode`."""
         from quant.kernels.meta import dequantize_int4
 
         dequantize_int4(codes, scales, first, self.group_size, result)
@@ -118,6 +118,8 @@ class MetaWords:
 
 
 class Quantized(NamedTuple):
+    """An expert's matrix on one rank, [K inputs, N outputs], in FP8, and the error in sums of squares."""
+
     codes: NDArray[np.uint8]  # [K, N]
     scales: NDArray[np.float32]  # [N]
     squared_error: float

@@ -7,10 +7,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 
 def share(worker: Callable[[Iterator[int]], None], bands: int, threads: int, pool: Executor | None = None) -> None:
-    """Runs `worker` in `threads` threads; all draw the numbers 0 .. bands-1 from one iterator, whoever is free the next.
+    """Runs `worker` in `threads` threads, which draw the numbers 0 .. bands-1 from one iterator as they become free.
 
-    `pool` spares starting threads for each matrix. Workers write where their band's number says, so that nothing
-    depends on who drew what.
+    The threads are those of `pool`, if one is given, or are started for this call. A worker writes its results to the place of
+    the band's number, so that they do not depend on which thread drew it.
     """
     drawn = iter(range(bands))  # next() of a built-in iterator is atomic
     threads = min(threads, bands)

@@ -98,7 +98,9 @@ def largest_magnitude(source, first, last, columns):
 
 @part
 def _significant(quotient, add, keep):
-    """Rounded to bf16 or as it is; adding 0 takes the sign off a zero, as compressed-tensors' adding of its zero point does.
+    """The quotient, rounded to bf16 or as it is, and without the sign of a zero.
+
+    Adding 0 takes that sign away, as compressed-tensors' adding of its zero point does.
 
     To bf16: the quotient came from a multiplication with the inverse, right to 2**-22 of it; yet it rounds as the exact one does:
     numbers of 8 significant bits never have a quotient on the midpoint of two bf16 (its 9 bits would have to divide 8),
@@ -171,11 +173,11 @@ def quantize_band(source, n0, width, inputs, granularity, search, given, packed,
         size = min(BLOCK, inputs - k0)
         read_with_magnitudes(source, k0, size, n0, width, tile, k0 * LANES)
         if by_block:
-            of_block = largest_of(tile.noted)
-            largest = max(largest, of_block)
+            largest_of_block = largest_of(tile.noted)
+            largest = max(largest, largest_of_block)
             tile.noted[:] = np.int16(0)
             if largest < INFINITY:
-                bits = scale_bits(of_block)
+                bits = scale_bits(largest_of_block)
                 if search:
                     bits = fp8_search.search_block(tile.bits, k0 * LANES, size, bits, buffers.search)
                 scales[n0 // BLOCK, c] = bits
@@ -222,9 +224,9 @@ def dequantize(codes, scales, n0, per_scale, values, result):
     `per_scale` outputs share a scale; row 0 is output n0 of the matrix whose scales these are.
     """
     for n in range(codes.shape[0]):
-        of_row = scales[min((n0 + n) // per_scale, scales.shape[0] - 1)]
+        row_scales = scales[min((n0 + n) // per_scale, scales.shape[0] - 1)]
         for g in range(U(scales.shape[1])):
-            scale = widened(of_row[g])
+            scale = widened(row_scales[g])
             first = g * BLOCK
             last = U(codes.shape[1]) if g + U(1) == U(scales.shape[1]) else first + BLOCK
             for k in range(first, last):

@@ -23,7 +23,7 @@ MANTISSAS = U(128)  # of bf16
 # rounds the largest up might make it infinite.
 SMALLEST_SEARCHED, LARGEST_SEARCHED = 0x0280, 0x7A91
 # Weights that are smaller than 2**-4 times the power of two of plain's scale count as nothing, as their steps do not go by
-# octaves. Under no scale of the octave does the error of one of them exceed SMALL_ERROR, in the units of ERRORS by powers.
+# octaves. Under no scale of the octave does the error of such a weight exceed SMALL_ERROR, in the units of ERRORS by powers.
 LOWEST, SMALL_ERROR = -4, 2.0**14
 HIGHEST = 9  # no weight exceeds 464 scales
 # A counter for each magnitude; the four sets of counters do not begin at the same lines of the cache.
@@ -33,7 +33,8 @@ _COUNTERS = U(1 << 15) + U(16)
 def _errors() -> NDArray[np.float64]:
     """Squared error by the mantissas of weight and scale [128, 128], in units of (2**-11 of the weight's power of two)**2.
 
-    All of them are integers below 2**16. Powers are in that of the smallest exponent that counts, squared.
+    All are integers below 2**16. The sums of powers that they are multiplied with are in units of the smallest power that counts,
+    squared.
     """
     weight = np.arange(128.0, 256)[:, None]
     scale = np.arange(128.0, 256)
@@ -51,10 +52,11 @@ class Buffers(NamedTuple):
 
     counts: NDArray[np.int32]  # how often each magnitude was seen, four times
     powers: NDArray[np.int64]  # sums of powers by mantissas
-    errors: NDArray[np.float64]  # of the scales of an octave
+    errors: NDArray[np.float64]  # of the 128 scales of an octave
 
 
 def counters() -> NDArray[np.int32]:
+    """Four sets of counters, one for each magnitude of bf16."""
     return np.empty(int(FOUR * _COUNTERS), np.int32)
 
 
@@ -65,18 +67,19 @@ def buffers() -> Buffers:
 
 @part
 def _searched(plain):
+    """Is another scale than the plain one looked for?"""
     return SMALLEST_SEARCHED <= plain <= LARGEST_SEARCHED
 
 
 @part
 def _first_counter(plain):
-    """Of the smallest weights that count under a scale that is searched."""
+    """The counter of the smallest magnitude that counts, in its set; `plain` is the plain scale's bits."""
     return (U(plain) // MANTISSAS - U(-LOWEST)) * MANTISSAS
 
 
 @part
 def _clear(counts, number, plain):
-    """Those counters of a set that `_add_powers` will read."""
+    """Sets the counters of a set that `_add_powers` will read to 0."""
     if _searched(plain):
         first = number * _COUNTERS + _first_counter(plain)
         counts[first : first + U(HIGHEST - LOWEST + 1) * MANTISSAS] = 0
@@ -106,9 +109,9 @@ def _add_powers(counts, number, plain, powers):
 
 @part
 def _best_scale(powers, plain, count, errors):
-    """Bits of the scale of the least error in the octave from plain's, of equal ones the lowest; `count` weights share it.
+    """Bits of the scale of the least error in the octave that begins with the plain one; the lowest of equally good scales.
 
-    Plain's unless the gain is larger than all that weights which do not count could take from it.
+    `count` weights share the scale. The plain one stays unless the gain exceeds what the weights that do not count could lose.
     """
     plain = np.int64(plain)
     if not _searched(plain):
@@ -132,7 +135,7 @@ def _best_scale(powers, plain, count, errors):
 
 @compiled
 def best_scale(powers, plain, count):
-    """As _best_scale: of the whole matrix, from the sums of `powers_of_rows`."""
+    """See `_best_scale`: the scale of the whole matrix of `count` weights, from the sums of `powers_of_rows`."""
     return _best_scale(powers, plain, np.float64(count), np.empty(MANTISSAS, np.float64))
 
 

@@ -84,7 +84,7 @@ class Search(NamedTuple):
 
 @part
 def _prepare(extremes, signed, columns, plain_bits):
-    """Per output: the power of two into the normal domain, negative where the group is to be mirrored; the plain scale."""
+    """For each output: the power of two into the normal domain, negative where the group is to be mirrored; the plain scale."""
     for j in range(LANES):
         largest = max(extremes[j], extremes[LANES + j])
         mirrored = signed and extremes[j] > extremes[LANES + j]
@@ -102,6 +102,7 @@ def _prepare(extremes, signed, columns, plain_bits):
 
 @part
 def _normalize(tile, group, columns, y):
+    """The group in the normal domain."""
     for r in range(group):
         for j in range(LANES):
             y[r * LANES + j] = widened(tile[r * LANES + j]) * columns[_FACTOR + j]
@@ -121,6 +122,7 @@ def _quotient(y, inverse, half, keep):
 
 @part
 def _rounded(t, low, high):
+    """The integer nearest to t, ties to even, limited to low .. high."""
     q = (t + _ROUND) - _ROUND
     q = low if q < low else q
     return high if q > high else q
@@ -165,7 +167,7 @@ def _add_products(columns, at, y0, y1, y2, y3):
 
 @part
 def _try_pair(y, group, columns):
-    """Takes what is better than the best so far of both rows of _PROPOSED."""
+    """Tries the clips of both rows of _PROPOSED, and keeps each that is better than the best so far."""
     for j in range(LANES):
         columns[_INVERSE + j] = columns[_BASE + j] / columns[_PROPOSED + j]
         columns[_INVERSE + LANES + j] = columns[_BASE + j] / columns[_PROPOSED + LANES + j]
@@ -286,7 +288,7 @@ def _encode(tile, group, columns, half, keep, j0, j1, words, w0):
 
 @part
 def _fall_back(tile, group, columns, scale_bits, plain_bits, words, w0):
-    """The plain scale again where the searched one, once rounded to bf16, turned out worse: seldom."""
+    """Takes the plain scale where the searched one has a larger error, once it is rounded to bf16: seldom."""
     for j in range(LANES):
         if columns[_ERROR + j] > columns[_PLAIN_ERROR + j]:
             columns[_FACTOR + j] = abs(columns[_FACTOR + j])

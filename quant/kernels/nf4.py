@@ -151,6 +151,7 @@ def add_up(values, first, last):
 
 @part
 def _scale_code(value, inverse, table):
+    """The code of a scale less the offset; `inverse` is that of the nested scale, `table` the codes of 65,536 steps."""
     v = min(max(value * inverse, -_ONE), _ONE)
     # bitsandbytes' x86 build: a fused multiply-add in float32, which float64 does exactly before it rounds.
     step = np.float32(np.float64((v + _ONE) * _HALF) * _STEPS + 0.5)

@@ -29,23 +29,23 @@ _SIGN = np.int16(-0x8000)
 
 
 class Source(NamedTuple):
-    """A matrix of bf16 bits."""
+    """A matrix of bf16 bits in memory, [inputs, outputs] or [outputs, inputs]."""
 
-    bits: NDArray[np.int16]  # from its first element to its last
-    stride: int  # elements from a row to the next
-    in_out: bool  # rows are inputs; else outputs
+    bits: NDArray[np.int16]  # flat, from the first element to the last
+    stride: int  # elements from one row to the next
+    in_out: bool  # a row is an input; else it is an output
 
 
 class Tile(NamedTuple):
     """The buffers that a tile is read into, lent by one thread to call after call."""
 
     bits: NDArray[np.int16]  # [inputs, LANES], flat
-    rows: NDArray[np.int16]  # [LANES, inputs + 4], flat: what is to be transposed
-    noted: NDArray[np.int16]  # what was noted of each output, see `_note_magnitude` and `_note_extremes`
+    rows: NDArray[np.int16]  # [LANES, inputs + 4], flat: outputs that are to be transposed
+    noted: NDArray[np.int16]  # [LANES] or [2, LANES], flat: maxima, see `_note_magnitude` and `_note_extremes`
 
 
 def empty_tile(inputs: int, read_at_once: int, notes: int = 1) -> Tile:
-    """Buffers for `inputs` inputs, of which `read_at_once` at most are read in one call; `notes` numbers an output."""
+    """Buffers for `inputs` inputs, at most `read_at_once` of them in one call; `notes` maxima are kept for each output."""
     lanes = int(LANES)
     pitch = read_at_once + int(FOUR)
     return Tile(
@@ -131,7 +131,7 @@ def _read_out_in(source, stride, k0, size, n0, width, rows, bits, to):
         for r in range(size, quads * FOUR):
             rows[j * pitch + r] = np.int16(0)
     for j in range(width * pitch, (width + THREE) // FOUR * FOUR * pitch):
-        rows[j] = np.int16(0)  # of outputs that there are not
+        rows[j] = np.int16(0)  # lanes without an output
     pitch //= FOUR
     fours = rows.view(np.uint64)
     lanes = bits.view(np.uint64)
@@ -156,7 +156,7 @@ read_with_extremes = _reader(_note_extremes)
 
 @part
 def largest_of(noted):
-    """The largest of all that was noted."""
+    """The largest of the maxima of all outputs."""
     largest = np.int16(0)
     for j in range(U(len(noted))):
         largest = max(largest, noted[j])

@@ -1,4 +1,4 @@
-"""What the schemes share: bf16 matrices as kernels take them, results in arrays of the caller's, and what a result cost."""
+"""What the schemes share: bf16 matrices as kernels read them, arrays for results, and the error of a result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quant.kernels.tiles import Source
 
 
 class Cost:
-    """Of a quantized matrix; the two sums are fields of each scheme's own result."""
+    """The error of a quantized matrix; each scheme's own result has the two sums as fields."""
 
     squared_error: float
     squared_sum: float
@@ -43,7 +43,10 @@ def source_of(bits: NDArray[np.uint16], in_out: bool) -> Source:
 def results(
     given: tuple[NDArray[Any], NDArray[Any]] | None, *wanted: tuple[tuple[int, ...], DTypeLike]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Two arrays of the shapes and dtypes that are wanted: the caller's, if there are any. Raises ValueError for others."""
+    """Two arrays for results: `given`, or new ones. `wanted` are their shapes and dtypes.
+
+    Raises ValueError if a given array has another shape or dtype, or is not contiguous.
+    """
     if given is None:
         first, second = (np.empty(shape, dtype) for shape, dtype in wanted)
         return first, second

@@ -55,7 +55,7 @@ Method = Literal["plain", "search"]
 DTYPES = (np.uint8, np.uint16)  # of codes and of scales
 BLOCK = int(kernels.BLOCK)  # outputs and inputs that share a scale
 
-_ROWS = 64  # of the source that a thread looks through at a time for the scale of the whole
+_BAND_ROWS = 64  # rows of the source in a band, where the scale of the whole matrix is looked for
 _KERNEL = {"channel": kernels.CHANNEL, "block": kernels.BY_BLOCK, "tensor": kernels.TENSOR}
 _CODES_PER_WORD = 4  # of the words that the kernel writes
 _MANTISSA, _BIAS = 8, 7
@@ -128,8 +128,8 @@ class Fp8:
     ) -> Quantized:
         """Quantizes bf16 bits, [K, N] if `in_out` (Meta's and fused experts) and else [N, K]; the result is [N, K] of both.
 
-        `bits` may be a slice as long as its last axis is contiguous. `out` takes the codes and the scales into arrays of
-        the caller's (uint8, uint16, contiguous). `threads` threads share the work, of `pool` if one is given; the result
+        `bits` may be a slice as long as its last axis is contiguous. `out`: arrays for the codes and the scales (uint8, uint16,
+        contiguous), instead of new ones. `threads` threads share the work, those of `pool` if one is given; the result
         is the same bytes for any number of them, on any machine. Needs 256 bytes an input and 0.7 MB a thread besides
         the result. The first call on a machine compiles for some seconds.
 
@@ -198,13 +198,13 @@ def _scale_of_all(
 ) -> np.uint16:
     """The scale of the whole matrix. Raises NotFinite."""
     rows, columns = shape
-    bands = -(-rows // _ROWS)
+    bands = -(-rows // _BAND_ROWS)
     found = np.zeros((bands, 2), np.int64)
 
     def work(drawn: Iterator[int]) -> None:
         for number in drawn:
-            first = number * _ROWS
-            found[number] = kernels.largest_magnitude(source, first, min(first + _ROWS, rows), columns)
+            first = number * _BAND_ROWS
+            found[number] = kernels.largest_magnitude(source, first, min(first + _BAND_ROWS, rows), columns)
 
     share(work, bands, threads, pool)
     if bad := int(found[:, 1].sum()):
@@ -217,7 +217,7 @@ def _scale_of_all(
     def count(drawn: Iterator[int]) -> None:
         counts = fp8_search.counters()
         for number in drawn:
-            first, last = number * _ROWS, min(number * _ROWS + _ROWS, rows)
+            first, last = number * _BAND_ROWS, min(number * _BAND_ROWS + _BAND_ROWS, rows)
             fp8_search.powers_of_rows(source, first, last, columns, plain, powers[number], counts)
 
     share(count, bands, threads, pool)

@@ -39,7 +39,7 @@ GROUP_SIZES = (32, 64, 128)
 DTYPES = (np.int32, np.uint16)  # of words and of scales
 CODES_PER_WORD = int(kernels.CODES_PER_WORD)
 _LANES = int(LANES)
-_BAND_INPUTS = 1024  # of a band; with the outputs of a block the unit that threads share
+_BAND_INPUTS = 1024  # inputs of a band; with LANES outputs the unit that threads share
 _PLAIN_RANGE = 7.5  # half of what 16 codes span
 _SYMMETRIC = _PLAIN_RANGE / 7  # the extreme on code 7 or -7: finds weights again that were int4 without -8 before
 # Clips as parts of amax / 7.5, an even number; a negative one is for the mirror image of what it is proposed for. The
@@ -97,8 +97,8 @@ class Int4:
     ) -> Quantized:
         """Quantizes bf16 bits, [K, N] if `in_out` (Meta's and fused experts) and else [N, K]; the result is [N, ...] of both.
 
-        `bits` may be a slice as long as its last axis is contiguous. `out` takes the words and the scales into arrays of
-        the caller's (int32, uint16, contiguous). `threads` threads share the work, of `pool` if one is given (never the
+        `bits` may be a slice as long as its last axis is contiguous. `out`: arrays for the words and the scales (int32, uint16,
+        contiguous), instead of new ones. `threads` threads share the work, of `pool` if one is given (never the
         pool that the call itself runs in: it would wait for itself); the result is the same bytes for any number of them,
         on any machine. Needs 0.2 MB a thread besides the result. The first call on a machine compiles for some seconds.
 
@@ -141,8 +141,8 @@ class Int4:
         """
         outputs, words = packed.shape
         inputs = words * CODES_PER_WORD
-        of_scale = np.float32 if scale.dtype == np.float32 else np.uint16
-        packed, scale = results((packed, scale), *zip(self.shapes(outputs, inputs), (np.int32, of_scale), strict=True))
+        dtypes = (np.int32, np.float32 if scale.dtype == np.float32 else np.uint16)
+        packed, scale = results((packed, scale), *zip(self.shapes(outputs, inputs), dtypes, strict=True))
         if scale.dtype != np.float32:
             scale = (scale.astype(np.uint32) << np.uint32(16)).view(np.float32)
         packed, scale = packed.view(), scale.view()

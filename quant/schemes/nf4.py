@@ -37,10 +37,10 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256  # scales that share a nested scale
 NF4 = kernels.NF4
 _LANES = int(LANES)
-_BAND = 1024  # weights of a row in a band, with LANES rows the unit that threads share
-_FLAT_BAND = 16 * _LANES  # rows in a band if they are blocks
-_NESTED_BAND = 64 * NESTED_BLOCK  # scales in a band
-_STEPS = 65536  # of the table that finds a scale's code
+_BAND_WEIGHTS = 1024  # weights of a row in a band; with LANES rows the unit that threads share
+_FLAT_BAND_ROWS = 16 * _LANES  # rows in a band if they are blocks
+_NESTED_BAND_SCALES = 64 * NESTED_BLOCK  # scales in a band
+_TABLE_STEPS = 65536  # steps of the table that finds a scale's code
 _CODES_PER_BYTE, _CODES_PER_WORD = 2, 8
 
 
@@ -72,7 +72,7 @@ def dynamic_map() -> NDArray[np.float32]:
 @functools.cache
 def _table() -> NDArray[np.uint8]:
     """The code of each of 65,536 steps from -1 to 1: build_quantize_lut of bitsandbytes' csrc/cpu_ops.cpp."""
-    steps = np.float32(-1) + np.arange(0, 2 * _STEPS, 2).astype(np.float32) / np.float32(_STEPS - 1)
+    steps = np.float32(-1) + np.arange(0, 2 * _TABLE_STEPS, 2).astype(np.float32) / np.float32(_TABLE_STEPS - 1)
     return np.searchsorted(_midpoints(dynamic_map()), steps, side="left").astype(np.uint8)
 
 
@@ -136,8 +136,8 @@ class Nf4:
         self._encode(bits, in_out, packed, absmax, sums, threads, pool)
 
         offset, codes, nested = np.float32(0), np.empty(0, np.uint8), np.empty(0, np.float32)
-        starts = range(0, len(absmax), _NESTED_BAND)
-        ends = [min(start + _NESTED_BAND, len(absmax)) for start in starts]
+        starts = range(0, len(absmax), _NESTED_BAND_SCALES)
+        ends = [min(start + _NESTED_BAND_SCALES, len(absmax)) for start in starts]
         if self.double_quant:
             codes, nested = np.empty(scales, np.uint8), np.empty(nested_scales, np.float32)
             total = math.fsum(kernels.add_up(absmax, *band) for band in zip(starts, ends, strict=True))
@@ -177,7 +177,7 @@ class Nf4:
         source = source_of(bits, in_out)
         inputs, rows = bits.shape if in_out else bits.shape[::-1]
         groups = inputs // block
-        high, wide = (_LANES, max(_BAND // block, 1)) if groups > 1 else (_FLAT_BAND, 1)
+        high, wide = (_LANES, max(_BAND_WEIGHTS // block, 1)) if groups > 1 else (_FLAT_BAND_ROWS, 1)
         bands = [(n, g) for g in range(0, groups, wide) for n in range(0, rows, high)]
         words = packed.reshape(-1).view(np.int32).reshape(rows, inputs // _CODES_PER_WORD)
         scales, block_sums = absmax.reshape(rows, groups), sums.reshape(rows, groups, kernels.SUMS)
@@ -236,7 +236,7 @@ class Nf4:
         flat.flags.writeable = scales.flags.writeable = False  # one type for the kernel, whatever was given
         result = np.empty(shape, np.uint16 if dtype == "BF16" else np.float32)
         to = result.reshape(-1)
-        band = _FLAT_BAND * self.block_size
+        band = _FLAT_BAND_ROWS * self.block_size
 
         def work(drawn: Iterator[int]) -> None:
             for number in drawn:

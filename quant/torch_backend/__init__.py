@@ -1,4 +1,4 @@
-"""The schemes in plain torch, on a GPU where there is one: the bytes that quant/kernels make on the CPU, without numba's loops.
+"""The schemes in plain torch, for a GPU: the same bytes that quant/kernels make on the CPU with numba's loops.
 
 `on_device` turns a scheme into one that quantizes on a device. What is computed and why stands in quant/schemes, how in
 quant/kernels; here are the same operations in the same order, each on a whole block of weights [groups, group, outputs].

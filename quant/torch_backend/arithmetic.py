@@ -1,4 +1,4 @@
-"""The operations that every device does alike; the package's docstring says why these."""
+"""The operations whose results are equal on every device; the package's docstring gives the reasons."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ _EPSILON = 0x3C00  # 2**-7, where a scale would be 0
 
 
 def number(value: float, device: torch.device) -> Tensor:
-    """A divisor or dividend that CUDA takes as it is."""
+    """`value` as a float32 tensor on the device: CUDA multiplies with the inverse of any other divisor."""
     return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def inverse_of(values: Tensor) -> Tensor:
+    """1 / values, by a true division on every device."""
     return torch.div(torch.ones_like(values), values)
 
 
@@ -45,5 +46,5 @@ def in_order(terms: Tensor) -> Tensor:
 
 
 def total_of(sums: Tensor, unit: Tensor) -> float:
-    """Of sums of squares in units, in float64."""
+    """The total of sums of squares, each in units of its own scale `unit`, in float64."""
     return float((sums.double() * unit.double().square()).sum())

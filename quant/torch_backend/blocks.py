@@ -1,4 +1,4 @@
-"""A matrix in blocks: to the device, and what was made of it back."""
+"""A matrix in blocks: weights to the device, results back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE
 
-# Weights of a block: on a CPU what its caches hold, on a GPU what takes longer than starting a kernel.
-BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}
-WIDEST = {"cpu": 1 << 10, "cuda": 1 << 13}  # outputs of a block
+# Weights of a block: on a CPU what its caches hold, on a GPU enough that computing takes longer than starting a kernel.
+BLOCK_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+MAX_BLOCK_OUTPUTS = {"cpu": 1 << 10, "cuda": 1 << 13}
 
 
 class Area(NamedTuple):
@@ -27,15 +27,16 @@ class Area(NamedTuple):
 
 
 def areas(outputs: int, inputs: int, width: int, depth: int) -> Iterator[Area]:
+    """A matrix in blocks of at most `width` outputs and `depth` inputs."""
     for n in range(0, outputs, width):
         for k in range(0, inputs, depth):
             yield Area(n, min(n + width, outputs), k, min(k + depth, inputs))
 
 
 def areas_of_groups(outputs: int, inputs: int, group: int, device: torch.device) -> Iterator[Area]:
-    """Blocks of whole groups, which do not know of each other."""
-    width = max(min(outputs, WIDEST[device.type]), 1)
-    return areas(outputs, inputs, width, group * max(BLOCK[device.type] // (width * group), 1))
+    """A matrix in blocks of whole groups of inputs, each of which can be quantized alone."""
+    width = max(min(outputs, MAX_BLOCK_OUTPUTS[device.type]), 1)
+    return areas(outputs, inputs, width, group * max(BLOCK_WEIGHTS[device.type] // (width * group), 1))
 
 
 def uploaded(bits: NDArray[np.uint16], in_out: bool, area: Area, device: torch.device) -> Tensor:
@@ -52,11 +53,12 @@ def download(made: Tensor, to: NDArray[np.generic]) -> None:
 
 
 def not_finite(tile: Tensor) -> int:
+    """How many bf16 bits are NaN or infinite."""
     return int(((tile & MAGNITUDE) >= INFINITY).sum())
 
 
 class Buffers:
-    """float32 as large as a block, kept from block to block: an allocation costs more than what is computed in it."""
+    """float32 tensors as large as a block, kept from block to block: to allocate them costs more than to compute in them."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.device = device

@@ -16,7 +16,7 @@ from quant.schemes import NotFinite, fp8
 from quant.schemes.arrays import results, source_of
 from quant.schemes.fp8 import Fp8
 from quant.torch_backend.arithmetic import INFINITY, MAGNITUDE, floats, in_order, inverse_of, scale_bits, total_of
-from quant.torch_backend.blocks import BLOCK, Area, Buffers, areas, download, not_finite, uploaded
+from quant.torch_backend.blocks import BLOCK_WEIGHTS, Area, Buffers, areas, download, not_finite, uploaded
 
 _E4M3 = 448.0
 _E4M3_BITS = 0x43E00000
@@ -24,7 +24,7 @@ _TO_ROUNDER = (23 - 3) << 23  # see `rounder` in quant/kernels/e4m3.py
 _LEAST_ROUNDER = 0x46800000
 _OFFSET = 0x468
 _TINY, _GROW = 2.0**-60, 2.0**64  # see _set_scale in quant/kernels/fp8.py
-_COUNTED = 1 << 20  # weights at a time, in int64
+_COUNTED_WEIGHTS = 1 << 20  # weights whose powers are in memory at a time, as int64
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class TorchFp8(Fp8):
         pool: Executor | None = None,
         out: tuple[NDArray[np.uint8], NDArray[np.uint16]] | None = None,
     ) -> fp8.Quantized:
-        """As the scheme's own."""
+        """Same arguments, bytes and errors as `Fp8.quantize`."""
         source_of(bits, in_out)  # raises for what is no matrix of bf16
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         codes, scale = results(out, *zip(self.shapes(outputs, inputs), fp8.DTYPES, strict=True))
-        width = max(BLOCK[self.device.type] // max(inputs, 1) // fp8.BLOCK, 1) * fp8.BLOCK
+        width = max(BLOCK_WEIGHTS[self.device.type] // max(inputs, 1) // fp8.BLOCK, 1) * fp8.BLOCK
         blocks = list(areas(outputs, inputs, width, max(inputs, 1)))
         given = None
         if self.granularity == "tensor":
@@ -86,10 +86,10 @@ class TorchFp8(Fp8):
         bad = 0
         for area in blocks:
             tile = uploaded(bits, in_out, area, self.device)
-            of_block = (tile & MAGNITUDE).amax()
-            if int(of_block) >= INFINITY:
+            tile_largest = (tile & MAGNITUDE).amax()
+            if int(tile_largest) >= INFINITY:
                 bad += not_finite(tile)
-            largest = torch.maximum(largest, of_block)
+            largest = torch.maximum(largest, tile_largest)
         if bad:
             raise NotFinite(bad, bits.size)
         plain = scale_bits(largest, _E4M3)
@@ -105,9 +105,9 @@ class TorchFp8(Fp8):
         if self.granularity == "channel":
             powers = _powers(tile.flatten(0, 1), plain[0, 0])
             return _best_scale(powers, plain[0, 0], inputs).view(plain.shape)
-        of_blocks = plain[:, 0, :: fp8.BLOCK]
+        block_scales = plain[:, 0, :: fp8.BLOCK]
         blocks = tile.view(len(tile), fp8.BLOCK, -1, fp8.BLOCK).permute(1, 3, 0, 2).reshape(fp8.BLOCK**2, -1)
-        best = _best_scale(_powers(blocks, of_blocks.flatten()), of_blocks.flatten(), fp8.BLOCK**2)
+        best = _best_scale(_powers(blocks, block_scales.flatten()), block_scales.flatten(), fp8.BLOCK**2)
         return best.view(len(tile), 1, -1).repeat_interleave(fp8.BLOCK, 2)
 
     def _largest(self, tile: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ class TorchFp8(Fp8):
         found = (tile & MAGNITUDE).amax(1, keepdim=True)
         if self.granularity == "channel":
             return found.amax(0, keepdim=True)
-        of_blocks = found.view(len(tile), 1, -1, fp8.BLOCK).amax(3)
-        return of_blocks.repeat_interleave(fp8.BLOCK, 2)
+        by_block = found.view(len(tile), 1, -1, fp8.BLOCK).amax(3)
+        return by_block.repeat_interleave(fp8.BLOCK, 2)
 
 
 def _padded(tile: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _powers(weights: Tensor, plain: Tensor) -> Tensor:
     """Sums by mantissas, int64 [128, groups], of weights [count, groups]; `plain`: bits of a scale for each group or for all."""
     powers = torch.zeros(128, weights.shape[1], dtype=torch.int64, device=weights.device)
     least = (plain >> 7) + fp8_search.LOWEST
-    rows = max(_COUNTED // max(weights.shape[1], 1), 1)
+    rows = max(_COUNTED_WEIGHTS // max(weights.shape[1], 1), 1)
     for first in range(0, len(weights), rows):
         part = weights[first : first + rows]
         exponent = ((part & MAGNITUDE) >> 7).to(torch.int64) - least
@@ -147,8 +147,8 @@ def _best_scale(powers: Tensor, plain: Tensor, count: int) -> Tensor:
     """See _best_scale in quant/kernels/fp8_search.py; `plain` and the result [groups]."""
     table = torch.from_numpy(fp8_search.ERRORS.copy()).to(powers.device)
     errors = torch.zeros(len(plain), 128, dtype=torch.float64, device=powers.device)
-    for of_weights, of_scales in zip(powers.double(), table, strict=True):
-        errors += of_weights[:, None] * of_scales
+    for weight_powers, scale_errors in zip(powers.double(), table, strict=True):
+        errors += weight_powers[:, None] * scale_errors
     step = torch.arange(128, dtype=plain.dtype, device=plain.device)
     errors = errors.gather(1, (plain[:, None] + step).to(torch.int64) & 0x7F)
     least = errors.amin(1, keepdim=True)

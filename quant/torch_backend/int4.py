@@ -51,7 +51,7 @@ class TorchInt4(Int4):
         pool: Executor | None = None,
         out: tuple[NDArray[np.int32], NDArray[np.uint16]] | None = None,
     ) -> int4.Quantized:
-        """As the scheme's own."""
+        """Same arguments, bytes and errors as `Int4.quantize`."""
         source_of(bits, in_out)  # raises for what is no matrix of bf16
         inputs, outputs = bits.shape if in_out else bits.shape[::-1]
         packed, scale = results(out, *zip(self.shapes(outputs, inputs), int4.DTYPES, strict=True))

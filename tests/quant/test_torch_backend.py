@@ -42,8 +42,8 @@ def _one_thread() -> Iterator[None]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks to a small matrix, the last ones ragged."""
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(blocks.BLOCK, device, 1 << 13)
-        monkeypatch.setitem(blocks.WIDEST, device, 48)
+        monkeypatch.setitem(blocks.BLOCK_WEIGHTS, device, 1 << 13)
+        monkeypatch.setitem(blocks.MAX_BLOCK_OUTPUTS, device, 48)
 
 
 def bf16(values: Any) -> np.ndarray:
