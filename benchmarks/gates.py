@@ -24,6 +24,7 @@ from recipes import prompts
 
 from llama4_convert import convert, synth, validate
 from llama4_convert.validation.parity.gates import AT_LEAST, DTYPES, GATE_NAMES
+from llama4_convert.validation.results import Validation
 
 RECIPES = ("fp8", "int4", "nf4")
 MODELS = ("trained", "random", "wide")
@@ -33,14 +34,14 @@ WIDE: dict[str, dict[str, Any]] = {
 }
 
 
-def measured(result: dict[str, Any]) -> dict[str, float]:
-    assert not result["tensors_different"], "the conversion itself is wrong"
-    stages = [*result["layers"], *result["vision"]]
-    pairs = result["pictures"]["logit_sample"]
+def measured(result: Validation) -> dict[str, float]:
+    assert not result.tensors_different, "the conversion itself is wrong"
+    stages = [*result.layers, *result.vision]
+    pairs = result.pictures.logit_sample
     power = sum(a * a for a, _ in pairs) / len(pairs)
-    return {name: result[name] for name in GATE_NAMES} | {
-        "local": max(one["nmse_local"] for one in stages),
-        "rms_error": math.sqrt(result["nmse"] * power),
+    return {name: getattr(result, name) for name in GATE_NAMES} | {
+        "local": max(one.nmse_local for one in stages),
+        "rms_error": math.sqrt(result.nmse * power),
     }
 
 

@@ -40,8 +40,8 @@ def at(stage):
     last[:] = [stage, now]
 result = validate(candidate, reference=source, token_ids=ids, cache=cache or None, at=at)
 at("end")
-assert not result["tensors_different"] and not result["candidate_failure"], result
-json.dump({"seconds": seconds, "kind": result["kind"], "kl_mean": result["kl_mean"]}, open(out, "w"))
+assert not result.tensors_different and not result.candidate_failure, result
+json.dump({"seconds": seconds, "kind": result.kind, "kl_mean": result.kl_mean}, open(out, "w"))
 """
 
 

@@ -50,8 +50,8 @@ def main() -> None:
                     "bytes": made.output_bytes,
                     "bits": recipe.bits_per_quantized_weight if recipe else 16.0,
                     "relative_mse": recipe.relative_mse if recipe else 0.0,
-                    **{key: told[key] for key in ("tokens", "top1_agreement", "kl_mean", "kl_p999", "nmse")},
-                    "perplexity": told["perplexity_candidate"],
+                    **{key: getattr(told, key) for key in ("tokens", "top1_agreement", "kl_mean", "kl_p999", "nmse")},
+                    "perplexity": told.perplexity_candidate,
                 }
             )
     print("| recipe | MB | bits a weight | relative squared error | KL, nats | KL 99.9 % | top-1 | nmse | perplexity |")

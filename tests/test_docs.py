@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import json
 import re
 import shlex
 import tomllib
@@ -22,6 +21,7 @@ import pytest
 
 from llama4_convert import convert, synth, validate
 from llama4_convert.commands import cli
+from llama4_convert.commands.options import json_text
 from tests.support import commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         path.write_text("".join(f"{sha} {name}\n" for name, sha in commands.digests(get("scout-fp8")).items()))
 
     def parity(path: Path) -> None:
-        path.write_text(json.dumps(validate(get("scout-int4"), reference=get(SCOUT), tokens=16)))
+        path.write_text(json_text(validate(get("scout-int4"), reference=get(SCOUT), tokens=16)))
 
     make: dict[str, Callable[[Path], Any]] = {
         SCOUT: lambda path: synth(path, geometry="scout", tiny=True, experts=6),

@@ -1,12 +1,12 @@
-"""The command `diff`, and how it is told to people."""
+"""The command `diff`, and its result in words."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,10 @@ from llama4_convert.commands import terminal
 from llama4_convert.commands.options import Size, as_json, show
 from llama4_convert.errors import CheckFailed
 
-_SHOWN = 20  # of each list
+if TYPE_CHECKING:
+    from llama4_convert.validation.results import Diff, TensorDifference
+
+_MAX_LISTED = 20
 
 
 @click.command()
@@ -45,63 +48,63 @@ def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
     with terminal.ProgressBar("diff", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(a, b, max_memory=max_memory, start=bar.start, progress=bar.advance)
     show(result, as_json, lambda r: "\n".join(_lines(r)))
-    if not result["equal"]:
+    if not result.equal:
         raise CheckFailed(f"{a} and {b} differ: {_first(result)}")
 
 
-def _lines(r: dict[str, Any]) -> Iterator[str]:
-    said, different = r["config_differences"], r["different"]
-    yield f"A        {r['a']}"
-    yield f"B        {r['b']}"
-    yield f"config   {formatting.differ(len(said), 'field') if said else 'no field differs'}"
-    width = max((len(d["field"]) for d in said[:_SHOWN]), default=0)
-    yield from _bounded(f"{d['field']:{width}}  {_short(d['a'])} in A, {_short(d['b'])} in B" for d in said)
-    seen = f", {'B' if r['reference'] == 'a' else 'A'} as seen from {r['reference'].upper()}" if different else ""
-    yield f"tensors  {r['tensors_compared']} compared, {len(different)} differ{seen}"
-    width = max((len(_name(d)) for d in different[:_SHOWN]), default=0)
-    yield from _bounded(f"{_name(d):{width}}  {d['cause']}" for d in different)
-    for rounded in r["rounded"]:
-        yield f"rounded  {rounded['tensors']} are {rounded['a']} in A and {rounded['b']} in B: compared after rounding"
-    for scheme, told in r["quantized"].items():
-        mean, largest = (_number(told[f"relative_mse_{name}"]) for name in ("mean", "largest"))
-        yield f"error    {told['matrices']} matrices in {scheme}: relative squared error {mean} on the mean, {largest} at most"
-        yield f"         ({told['worst']})"
-    reasons = {entry["name"]: entry["why"] for entry in r["dropped"]}
-    for side in "ab":
-        names = [name for name in r[f"only_in_{side}"] if name not in reasons]
+def _lines(r: Diff) -> Iterator[str]:
+    fields, different = r.config_differences, r.different
+    yield f"A        {r.a}"
+    yield f"B        {r.b}"
+    yield f"config   {formatting.differ(len(fields), 'field') if fields else 'no field differs'}"
+    width = max((len(d.field) for d in fields[:_MAX_LISTED]), default=0)
+    yield from _bounded(f"{d.field:{width}}  {_short(d.a)} in A, {_short(d.b)} in B" for d in fields)
+    seen = f", {'B' if r.reference == 'a' else 'A'} as seen from {r.reference.upper()}" if different else ""
+    yield f"tensors  {r.tensors_compared} compared, {len(different)} differ{seen}"
+    width = max((len(_name(d)) for d in different[:_MAX_LISTED]), default=0)
+    yield from _bounded(f"{_name(d):{width}}  {d.cause}" for d in different)
+    for rounded in r.rounded:
+        yield f"rounded  {rounded.tensors} are {rounded.a} in A and {rounded.b} in B: compared after rounding"
+    for scheme, loss in r.quantized.items():
+        mean, largest = _number(loss.relative_mse_mean), _number(loss.relative_mse_largest)
+        yield f"error    {loss.matrices} matrices in {scheme}: relative squared error {mean} on the mean, {largest} at most"
+        yield f"         ({loss.worst})"
+    reasons = {entry.name: entry.why for entry in r.dropped}
+    for side, keys in (("A", r.only_in_a), ("B", r.only_in_b)):
+        names = [name for name in keys if name not in reasons]
         if names:
-            yield f"only in {side.upper()}: {formatting.counted(len(names), 'tensor')}"
+            yield f"only in {side}: {formatting.counted(len(names), 'tensor')}"
             yield from _bounded(names)
-        whys = Counter(reasons[name] for name in r[f"only_in_{side}"] if name in reasons)
+        whys = Counter(reasons[name] for name in keys if name in reasons)
         for why, n in whys.items():
-            yield f"dropped  {formatting.counted(n, 'key')} only in {side.upper()}, no difference: {why}"
-    yield "equal" if r["equal"] else "different"
+            yield f"dropped  {formatting.counted(n, 'key')} only in {side}, no difference: {why}"
+    yield "equal" if r.equal else "different"
 
 
-def _bounded(lines: Any) -> Iterator[str]:
+def _bounded(lines: Iterable[str]) -> Iterator[str]:
     lines = list(lines)
-    yield from (f"         {line}" for line in lines[:_SHOWN])
-    if len(lines) > _SHOWN:
-        yield f"         and {len(lines) - _SHOWN} more"
+    yield from (f"         {line}" for line in lines[:_MAX_LISTED])
+    if len(lines) > _MAX_LISTED:
+        yield f"         and {len(lines) - _MAX_LISTED} more"
 
 
-def _name(difference: dict[str, Any]) -> str:
+def _name(difference: TensorDifference) -> str:
     """With the expert, where many share a tensor."""
-    module = difference["module"]
-    return f"{difference['name']} ({module})" if module and ".experts." in module else str(difference["name"])
+    module = difference.module
+    return f"{difference.name} ({module})" if module and ".experts." in module else difference.name
 
 
-def _first(r: dict[str, Any]) -> str:
-    if r["different"]:
-        first = r["different"][0]
-        return f"{_name(first)}: {first['cause']}"
-    reasons = {entry["name"] for entry in r["dropped"]}
-    for side in "ab":
-        if names := [name for name in r[f"only_in_{side}"] if name not in reasons]:
+def _first(r: Diff) -> str:
+    if r.different:
+        first = r.different[0]
+        return f"{_name(first)}: {first.cause}"
+    reasons = {entry.name for entry in r.dropped}
+    for side, keys in ((r.a, r.only_in_a), (r.b, r.only_in_b)):
+        if names := [name for name in keys if name not in reasons]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"only {r[side]} has {names[0]}{more}"
-    first = r["config_differences"][0]
-    return f"{first['field']} is {_short(first['a'])} and {_short(first['b'])}"
+            return f"only {side} has {names[0]}{more}"
+    field = r.config_differences[0]
+    return f"{field.field} is {_short(field.a)} and {_short(field.b)}"
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,8 @@ from msgspec import to_builtins
 from llama4_convert import formatting
 from llama4_convert.errors import UsageError
 
+R = TypeVar("R")
+
 
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "size"
@@ -130,8 +132,13 @@ dtype_option = click.option(
 file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
-def show(result: Any, as_json: bool, summary: Callable[[Any], str]) -> None:
-    print_out(json.dumps(to_builtins(result)) if as_json else summary(result))
+def show(result: R, as_json: bool, summary: Callable[[R], str]) -> None:
+    """Print a command's result, a struct or a dictionary: as one line of JSON, or in words."""
+    print_out(json_text(result) if as_json else summary(result))
+
+
+def json_text(result: Any) -> str:
+    return json.dumps(to_builtins(result))
 
 
 def print_out(text: str, nl: bool = True) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import SEED, as_json, file_path, print_out, show
+from llama4_convert.commands.options import SEED, as_json, file_path, json_text, print_out, show
 from llama4_convert.reports import summaries
 
 
@@ -40,9 +40,9 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     from llama4_convert.reference.generation import generate as run
 
     result = run(path, say=(lambda text: None) if as_json else functools.partial(print_out, nl=False), **options)
-    print_out(json.dumps(result) if as_json else "")
-    if result["tokens"] and not result["text"]:
-        terminal.warn(f"the model wrote {len(result['tokens'])} tokens, none of which is text (random weights do that)")
+    print_out(json_text(result) if as_json else "")
+    if result.tokens and not result.text:
+        terminal.warn(f"the model wrote {len(result.tokens)} tokens, none of which is text (random weights do that)")
 
 
 @click.command()

@@ -6,14 +6,18 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path, show
 from llama4_convert.errors import CheckFailed, UsageError
 from llama4_convert.reports import validation
+
+if TYPE_CHECKING:
+    from llama4_convert.validation.results import Validation
 
 
 class Gate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -130,18 +134,19 @@ def validate(
     if html is not None:
         from llama4_convert.reports.html.report import write_report
 
-        write_report(result, html)
+        write_report(msgspec.to_builtins(result), html)
         terminal.say(f"{html} has the pictures")
-    if not result["passed"]:
-        raise CheckFailed(f"{path} is not what {result['reference']} is: {validation.validate_verdict(result)}")
+    if not result.passed:
+        verdict = validation.validate_verdict(msgspec.to_builtins(result))
+        raise CheckFailed(f"{path} is not what {result.reference} is: {verdict}")
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(result: Validation) -> str:
     """The result in words, on a terminal within its width and with a verdict that is seen from afar."""
-    text = validation.validate_summary(result)
+    text = validation.validate_summary(msgspec.to_builtins(result))
     if not sys.stdout.isatty():
         return text
-    verdict, color = ("PASSED", "green") if result["passed"] else ("FAILED", "red")
+    verdict, color = ("PASSED", "green") if result.passed else ("FAILED", "red")
     text = validation.wrapped(text, shutil.get_terminal_size().columns)
     return click.style(verdict, fg=color, bold=True) + text.removeprefix(verdict)
 

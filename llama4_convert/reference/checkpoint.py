@@ -42,7 +42,8 @@ class Checkpoint:
     bos_id: int | None
     pad_id: int | None
     readers: tuple[CheckpointReader, ...]  # one a rank, or the directory's
-    wording: Mapping[str, Any] = field(default_factory=dict)  # what config.json says beside the configuration
+    # What config.json says beside the configuration: field -> (what it should be, what it is).
+    stated_fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     is_text_only: bool = False  # a directory that says it is a text model's, not one whose vision tower is lost
 
     @staticmethod
@@ -182,7 +183,7 @@ def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:
         bos_id=_token(text, "bos_token_id"),
         pad_id=_token(text, "pad_token_id"),
         readers=(_reader(checkpoint),),
-        wording=_wording(checkpoint, text),
+        stated_fields=_stated_fields(checkpoint, text),
         is_text_only="text_config" not in checkpoint.config,
     )
 
@@ -195,7 +196,7 @@ def _reader(checkpoint: TransformersCheckpoint) -> DirectoryReader:
     return QuantizedReader(checkpoint)
 
 
-def _wording(checkpoint: TransformersCheckpoint, text: Mapping[str, Any]) -> dict[str, Any]:
+def _stated_fields(checkpoint: TransformersCheckpoint, text: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields that no computation of ours needs and readers choose their code by, each with what it should be."""
     body = checkpoint.config
     whole = "text_config" in body

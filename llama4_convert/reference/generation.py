@@ -6,7 +6,9 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 from llama4.config import Llama4Config
 from llama4.geometry import InvalidModel
@@ -22,6 +24,21 @@ if TYPE_CHECKING:
 _KEEP_BYTES = 8 << 30
 
 
+class Generation(Struct, frozen=True, kw_only=True):
+    """What a model wrote."""
+
+    path: str
+    """DIR"""
+    prompt_tokens: list[int]
+    """ids"""
+    tokens: list[int]
+    """ids that were written"""
+    text: str
+    """the same as text"""
+    stop_reason: Literal["stop_token", "max_new_tokens"]
+    """why it ended"""
+
+
 def generate(
     path: str | os.PathLike[str],
     prompt: str,
@@ -34,8 +51,8 @@ def generate(
     seed: int | None = None,
     dtype: str | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """What the model at `path` makes of `prompt`; `say` is told the text as it comes.
+) -> Generation:
+    """What the model at `path` makes of `prompt`; `say` takes the text as it comes.
 
     The prompt is completed as it stands, behind `<|begin_of_text|>`; with `chat` it is a user's message and the assistant's
     answer is written. `image` is a file that goes where the prompt says `<|image|>`, or before it. Temperature 0 is greedy.
@@ -82,13 +99,13 @@ def generate(
         raise UsageError(f"{path}: {error}") from error
     say(stream.finish())
     stopped = bool(ids) and ids[-1] in checkpoint.stop_ids
-    return {
-        "path": str(path),
-        "prompt_tokens": inputs.tokens,
-        "tokens": ids,
-        "text": tokenizer.decode(ids[:-1] if stopped else ids),
-        "stop_reason": "stop_token" if stopped else "max_new_tokens",
-    }
+    return Generation(
+        path=str(path),
+        prompt_tokens=inputs.tokens,
+        tokens=ids,
+        text=tokenizer.decode(ids[:-1] if stopped else ids),
+        stop_reason="stop_token" if stopped else "max_new_tokens",
+    )
 
 
 def open_processor(checkpoint: Checkpoint, config: Llama4Config) -> Llama4Processor:

@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import to_builtins
+
 from llama4_convert.conversion.convert import convert
 from llama4_convert.errors import CheckFailed, from_os_error
 from llama4_convert.inspection.verify import verify
@@ -17,6 +19,8 @@ from llama4_convert.reports.validation import validate_verdict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from llama4_convert.validation.results import Validation
 
 # What the model, trained on Python's documentation (`train.py`), has something to say about.
 PROMPT = "If the object is"
@@ -48,17 +52,17 @@ def demo(
     checks = {"llama4": _validate(meta, output, "llama4")}
     ours = checks["llama4"]
     say(
-        f"4. validate  every field of config.json is right; {ours['tensors_compared']} tensors are equal bit by bit;"
-        f" KL {_nats(ours['kl_mean'])}"
+        f"4. validate  every field of config.json is right; {ours.tensors_compared} tensors are equal bit by bit;"
+        f" KL {_nats(ours.kl_mean)}"
     )
     has_transformers = _has_transformers()
     if has_transformers:
         checks["transformers"] = _validate(meta, output, "transformers")
-        say(f"             the same in Transformers: KL {_nats(checks['transformers']['kl_mean'])}")
+        say(f"             the same in Transformers: KL {_nats(checks['transformers'].kl_mean)}")
 
     texts = {
-        "meta": generate(meta, PROMPT, max_new_tokens=_NEW_TOKENS, dtype="float32")["text"],
-        "transformers layout": generate(output, PROMPT, max_new_tokens=_NEW_TOKENS, dtype="float32")["text"],
+        "meta": generate(meta, PROMPT, max_new_tokens=_NEW_TOKENS, dtype="float32").text,
+        "transformers layout": generate(output, PROMPT, max_new_tokens=_NEW_TOKENS, dtype="float32").text,
     }
     if has_transformers:
         texts["Transformers"] = _complete_in_transformers(output)
@@ -79,8 +83,8 @@ def demo(
     checks["int4"] = _validate(meta, small, "llama4")
     say(
         f"6. quantize  {small}: feed-forward weights in {quantized.bits_per_quantized_weight:.2f} bits, relative squared error"
-        f" {quantized.relative_mse:.4f}; KL {_nats(checks['int4']['kl_mean'])}, top-1"
-        f" {checks['int4']['top1_agreement']:.1%}"
+        f" {quantized.relative_mse:.4f}; KL {_nats(checks['int4'].kl_mean)}, top-1"
+        f" {checks['int4'].top1_agreement:.1%}"
     )
     if not has_transformers:
         say("             (Transformers is not installed: pip install 'llama4-convert[transformers]')")
@@ -101,12 +105,12 @@ def _copy_model(meta: Path) -> int:
     return size
 
 
-def _validate(meta: Path, output: Path, runner: str) -> dict[str, Any]:
+def _validate(meta: Path, output: Path, runner: str) -> Validation:
     from llama4_convert.validation.validate import validate
 
     result = validate(output, reference=meta, runner=runner)
-    if not result["passed"]:
-        raise CheckFailed(f"{output} is not what {meta} is: {validate_verdict(result)}")
+    if not result.passed:
+        raise CheckFailed(f"{output} is not what {meta} is: {validate_verdict(to_builtins(result))}")
     return result
 
 
@@ -140,12 +144,14 @@ def _red_circle(size: int = 56) -> Image:
 
 
 def _caption(path: Path, picture: Path) -> str:
-    return str(generate(path, "<|image|>", image=picture, max_new_tokens=16, dtype="float32")["text"]).strip()
+    return generate(path, "<|image|>", image=picture, max_new_tokens=16, dtype="float32").text.strip()
 
 
-def _nats(kl: float) -> str:
+def _nats(kl: float | None) -> str:
     """What is only rounding differs from machine to machine, and from one number of threads to another."""
     # Whether a product rounds to exactly the other's bits depends on the number of threads.
+    if kl is None:
+        return "not a number"
     return "below 1e-9 nats a token" if kl < 1e-9 else f"{kl:.1g} nats a token"
 
 

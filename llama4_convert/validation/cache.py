@@ -1,7 +1,7 @@
 """What a validation leaves on disk, so that it goes on after a kill and a second candidate need not wait for the reference.
 
     FOLDER/<key of the reference and the prompts>/  layers.3.npy  layers.3.scores.npy ...       states of the reference
-                                                    equal.json                        digests of tensors known to be right
+                                                    matching_tensors.json   digests of tensors known to be right
                                                     <key of the candidate>/  progress.json  free.12.npy  forced.12.npy
 
 A key is a digest of everything that decides the numbers: the content of the checkpoint (CRCs of Meta's archives; of
@@ -19,10 +19,10 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from isal.isal_zlib import crc32
@@ -34,45 +34,50 @@ from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.errors import EnvironmentFailed, one_line
 from llama4_convert.files import locked, write_small
 from llama4_convert.reference.checkpoint import Checkpoint
+from llama4_convert.validation.parity.models import Models
 from llama4_convert.validation.parity.prompts import Batch
 from llama4_convert.validation.parity.stages import Step
 from llama4_convert.validation.parity.walk import Parity, States
-from llama4_convert.validation.weight_check import Compared, MatrixLoss
+from llama4_convert.validation.weight_check import ComparisonProgress
 from llama4_convert.version import VERSION
+from quant.typed import decode
 
-_KEPT = 4  # validations that stay
-_EVERY = 10.0  # seconds between two notes of how far a candidate has come
-_PROGRESS = "progress.json"
-_EQUAL = "equal.json"
+T = TypeVar("T")
+_Files = dict[Literal["reference", "free", "forced"], str]  # a walk's state -> the file that has it, without .npy
+_KEPT_VALIDATIONS = 4
+_SECONDS_BETWEEN_SAVES = 10.0
+_PROGRESS_FILE = "progress.json"
+_MATCHING_TENSORS_FILE = "matching_tensors.json"
 
 
 def default_folder() -> Path:
-    """Where the command line keeps it: XDG_CACHE_HOME, or ~/.cache."""
+    """Where the command keeps its caches: under XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama4-convert" / "validate"
 
 
 def content_key(checkpoint: Checkpoint) -> str:
     """Digest of a checkpoint: its configuration, and what its files hold as far as that is known without reading them."""
-    told: list[Any] = [repr(checkpoint.config)]
+    parts: list[Any] = [repr(checkpoint.config)]
     for reader in checkpoint.readers:
         if isinstance(reader, RankReader):
-            told.append(reader.index.fingerprint)
+            parts.append(reader.index.fingerprint)
         elif isinstance(reader, DirectoryReader):
             files = [(index.path.name, os.stat(index.path)) for index in reader.checkpoint.files]
-            told += [[name, found.st_size, found.st_mtime_ns] for name, found in files]
-            told += sorted(
+            parts += [[name, found.st_size, found.st_mtime_ns] for name, found in files]
+            parts += sorted(
                 f"{key} {t.dtype} {t.shape} {t.record.offset}" for key, t in reader.checkpoint.tensors.items()
             )
-    return _digest(told)
+    return _digest(parts)
 
 
-def run_key(reference: Checkpoint, batch: Batch, dtype: str, *more: Any) -> str:
+def run_key(models: Models, batch: Batch) -> str:
     """Digest of all that decides what the reference computes."""
     pixels = None
     if batch.pixel_values is not None:
         pixels = hashlib.sha256(batch.pixel_values.numpy().tobytes()).hexdigest()
     tokens = [prompt.tokens for prompt in batch.prompts]
-    return _digest([VERSION, torch.__version__, content_key(reference), tokens, pixels, dtype, *map(repr, more)])
+    settings = [models.dtype_name, repr(models.config), repr(sorted(models.rounded_tensors.items()))]
+    return _digest([VERSION, torch.__version__, content_key(models.original), tokens, pixels, *settings])
 
 
 def _digest(body: Any) -> str:
@@ -80,32 +85,44 @@ def _digest(body: Any) -> str:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, key: str, dtype: torch.dtype, warn: Callable[[str], None]) -> Iterator[Cache | None]:
+def open_journal(
+    folder: str | os.PathLike[str] | None, models: Models, batch: Batch, warn: Callable[[str], None]
+) -> Iterator[CandidateJournal | None]:
+    """What is kept of a validation in `folder`; None without one, or where Transformers runs the reference, which is small."""
+    if folder is None or models.reference_runner != "llama4":
+        yield None
+        return
+    with open_cache(Path(folder), run_key(models, batch), models.dtype, warn) as cache:
+        yield cache.candidate(content_key(models.candidate) + models.runner) if cache else None
+
+
+@contextlib.contextmanager
+def open_cache(folder: Path, key: str, dtype: torch.dtype, warn: Callable[[str], None]) -> Iterator[Cache | None]:
     """The cache of one reference and its prompts; None, and a warning, where none can be had: busy, full, not allowed."""
-    mine = folder / key
+    own = folder / key
     with contextlib.ExitStack() as stack:
         cache = None
         try:
-            mine.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(mine))
-            os.utime(mine)
+            own.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(own))
+            os.utime(own)
             _drop_old(folder)
-            cache = Cache(mine, dtype, warn)
+            cache = Cache(own, dtype, warn)
         except (OSError, EnvironmentFailed) as error:
             warn(f"this run keeps nothing and cannot go on after an interruption: {one_line(error, 150)}")
         yield cache
 
 
 def _drop_old(folder: Path) -> None:
-    """All but the validations used last; one that another process holds stays as well."""
+    """Remove all but the validations used last; one that another process holds stays as well."""
     found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch("[0-9a-f]{32}", path.name)]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT:]:
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT_VALIDATIONS:]:
         with contextlib.suppress(OSError, EnvironmentFailed), locked(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
 class Cache:
-    """The reference's steps: a record of those that an earlier run has made, which takes those that this one makes."""
+    """The reference's steps: a record of those that earlier runs have made, which takes those that this one makes."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, warn: Callable[[str], None]) -> None:
         self.folder, self.dtype, self.warn = folder, dtype, warn
@@ -115,7 +132,7 @@ class Cache:
         state = self.load(stage, self.dtype)
         return None if state is None else Step(state, self.load(f"{stage}.scores", self.dtype))
 
-    def keep(self, stage: str, step: Step) -> None:
+    def save_step(self, stage: str, step: Step) -> None:
         if step.scores is not None:  # first: a state alone would be taken for a dense layer's
             self.save(f"{stage}.scores", step.scores)
         self.save(stage, step.state)
@@ -141,110 +158,111 @@ class Cache:
             with open(partial, "wb") as file:
                 bits = to_bits(state)
                 np.save(file, bits, allow_pickle=False)
-                file.write(
-                    _checksum(bits)
-                )  # instead of waiting for the disk: after a power cut the file may hold zeros
+                # Instead of waiting for the disk: after a power cut the file may hold zeros.
+                file.write(_checksum(bits))
             partial.replace(path)
         except OSError as error:
             self.is_broken = True
             partial.unlink(missing_ok=True)
             self.warn(f"nothing more is kept of this run: {one_line(error, 150)}")
 
-    def candidate(self, key: str) -> CandidateNotes:
-        """How far an earlier run has come with a candidate of that key."""
+    def candidate(self, key: str) -> CandidateJournal:
+        """The journal of the candidate that has this key."""
         folder = self.folder / key
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
-        told = _json(self.folder / _EQUAL)
-        equal = {name: digest for name, digest in told.items() if isinstance(digest, str)}
-        return CandidateNotes(self, folder, equal)
+        return CandidateJournal(self, folder, _read(self.folder / _MATCHING_TENSORS_FILE, dict[str, str]) or {})
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """Empty if it is not there, or damaged."""
+class _Progress(msgspec.Struct):
+    """progress.json."""
+
+    weights: ComparisonProgress = msgspec.field(default_factory=ComparisonProgress)
+    stages: int = 0  # that are done
+    names: _Files = msgspec.field(default_factory=dict)
+    parity: Parity = msgspec.field(default_factory=Parity)
+
+
+def _read(file: Path, type_: type[T]) -> T | None:
+    """None if it is not there, or damaged."""
     try:
-        body: Any = json.loads(file.read_bytes())
+        return decode(json.loads(file.read_bytes()), type_, file.name)
     except (OSError, ValueError):
-        return {}
-    return body if isinstance(body, dict) else {}
+        return None
 
 
 def _checksum(bits: Bits) -> bytes:
     return int(crc32(bits.data)).to_bytes(4, "little")
 
 
-@dataclass
-class CandidateNotes:
-    """The journal of a walk (`parity.Journal`), and of the bit comparison before it."""
+class CandidateJournal:
+    """How far a candidate has come: the journal of a walk (`parity.walk.Journal`), and of the comparison of weights before it."""
 
-    cache: Cache
-    folder: Path
-    equal: dict[str, str]  # digests of tensors that some candidate had right, by name
-    _noted: float = field(default_factory=time.monotonic)
+    def __init__(self, cache: Cache, folder: Path, matching: dict[str, str]) -> None:
+        self.cache, self.folder = cache, folder
+        self.matching = matching  # digests of tensors that some candidate had right, by name
+        self._saved_at = time.monotonic()
 
     def resume(self) -> tuple[int, States, Parity]:
-        body = self._read()
-        n = body.get("stages", 0)
-        names = body.get("names") or {}
+        progress = self._progress()
         loaded: dict[str, Tensor] = {}
-        for name in set(names.values()):
-            folder = self.cache.folder if name == names["reference"] else self.folder
+        for name in set(progress.names.values()):
+            folder = self.cache.folder if name == progress.names.get("reference") else self.folder
             state = self.cache.load(name, self.cache.dtype, folder)
             if state is None:
                 return 0, States(), Parity()
             loaded[name] = state
-        if not n:
-            return 0, States(), Parity()
-        told = body["parity"]
-        told["strayed"] = tuple(told["strayed"]) if told["strayed"] else None
-        return n, States(**{side: loaded[name] for side, name in names.items()}), Parity(**told)
+        states = States(**{side: loaded[name] for side, name in progress.names.items()})
+        return progress.stages, states, progress.parity
 
-    def compared(self) -> Compared:
-        """How far the bit comparison has come."""
-        body = self._read().get("weights")
-        if not body:
-            return Compared()
-        losses = [MatrixLoss(*loss) for loss in body["losses"]]
-        return Compared(body["done"], body["wrong"], body["largest"], losses)
-
-    def note(self, compared: Compared, is_last: bool = False) -> None:
-        if is_last or time.monotonic() - self._noted >= _EVERY:
-            losses = [[loss.key, loss.kind, loss.relative_mse] for loss in compared.losses]
-            self._write({"weights": {**vars(compared), "losses": losses}})
-            with contextlib.suppress(OSError, EnvironmentFailed):
-                write_small(self.cache.folder / _EQUAL, json.dumps(self.equal.copy()).encode())
-
-    def done(self, stages: int, stage: str, states: States, parity: Parity) -> None:
-        if time.monotonic() - self._noted < _EVERY or self.cache.is_broken:
+    def save(self, stages: int, stage: str, states: States, parity: Parity) -> None:
+        if time.monotonic() - self._saved_at < _SECONDS_BETWEEN_SAVES or self.cache.is_broken:
             return
-        names = {"reference": stage}
-        for side in ("free", "forced"):
-            state = getattr(states, side)
-            if state is None:
-                continue
-            if state is states.reference:
-                names[side] = stage
-            elif side == "forced" and state is states.free:
-                names[side] = names["free"]
-            else:
-                names[side] = f"{side}.{stages}"
-                self.cache.save(names[side], state, self.folder)
-        self._write({"stages": stages, "names": names, "parity": asdict(parity)})
+        names: _Files = {"reference": stage}
+        if states.free is not None:
+            names["free"] = self._saved_state(f"free.{stages}", states.free, {stage: states.reference})
+        if states.forced is not None:
+            known = {stage: states.reference, names.get("free", ""): states.free}
+            names["forced"] = self._saved_state(f"forced.{stages}", states.forced, known)
+        self._write(_Progress(self._progress().weights, stages, names, parity))
         for path in self.folder.glob("*.npy"):
             if path.stem not in names.values():
                 path.unlink()
 
-    def keep(self, stage: str, step: Step) -> None:
-        self.cache.keep(stage, step)
+    def _saved_state(self, name: str, state: Tensor, known: Mapping[str, Tensor | None]) -> str:
+        """The file that has a state: that of a known one that is the same, or a new one."""
+        for other, same in known.items():
+            if state is same:
+                return other
+        self.cache.save(name, state, self.folder)
+        return name
 
-    def finished(self) -> None:
-        """All is said: the next run of this candidate begins anew."""
+    def step(self, stage: str) -> Step | None:
+        return self.cache.step(stage)
+
+    def save_step(self, stage: str, step: Step) -> None:
+        self.cache.save_step(stage, step)
+
+    def comparison(self) -> ComparisonProgress:
+        """How far the comparison of weights has come."""
+        return self._progress().weights
+
+    def save_comparison(self, weights: ComparisonProgress, is_last: bool = False) -> None:
+        if is_last or time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_SAVES:
+            progress = self._progress()
+            progress.weights = weights
+            self._write(progress)
+            with contextlib.suppress(OSError, EnvironmentFailed):
+                write_small(self.cache.folder / _MATCHING_TENSORS_FILE, json.dumps(self.matching.copy()).encode())
+
+    def finish(self) -> None:
+        """The result is complete: the next run of this candidate begins anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self) -> dict[str, Any]:
-        return _json(self.folder / _PROGRESS)
+    def _progress(self) -> _Progress:
+        return _read(self.folder / _PROGRESS_FILE, _Progress) or _Progress()
 
-    def _write(self, body: Mapping[str, Any]) -> None:
-        self._noted = time.monotonic()
+    def _write(self, progress: _Progress) -> None:
+        self._saved_at = time.monotonic()
         with contextlib.suppress(OSError, EnvironmentFailed):
-            write_small(self.folder / _PROGRESS, json.dumps({**self._read(), **body}).encode())
+            write_small(self.folder / _PROGRESS_FILE, json.dumps(msgspec.to_builtins(progress)).encode())

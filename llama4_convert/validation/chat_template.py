@@ -11,9 +11,8 @@ import subprocess
 import sys
 import time
 
-_PATIENCE = 20.0  # seconds of processor time that a chat template may take: a busy machine is no fault of its
-
-_LONGEST = 30  # times that, by the clock
+_MAX_CPU_SECONDS = 20.0  # that a chat template may take: a busy machine is no fault of its
+_MAX_CLOCK = 30  # times that, by the clock
 
 DIALOGS: tuple[tuple[bool, list[dict[str, str]]], ...] = (
     (True, [{"role": "user", "content": "Is 17 a prime?"}]),
@@ -35,21 +34,21 @@ def rendered(template: str) -> list[str]:
     A template is a program that nobody vouches for: it runs in jinja2's sandbox, and in a process that can be stopped.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = f"from {__name__} import _render_here; _render_here({_PATIENCE})"
+    script = f"from {__name__} import _render_here; _render_here({_MAX_CPU_SECONDS})"
     try:
         done = subprocess.run(
             [sys.executable, "-c", script],
             input=template.encode("utf-8", "replace"),
             capture_output=True,
             env=environment,
-            timeout=_LONGEST * _PATIENCE,
+            timeout=_MAX_CLOCK * _MAX_CPU_SECONDS,
             check=False,
         )
         ended = done.returncode not in (-signal.SIGXCPU, -signal.SIGKILL)
     except subprocess.TimeoutExpired:
         ended = False
     if not ended:
-        raise ValueError(f"it does not end within {_PATIENCE:.0f} s")
+        raise ValueError(f"it does not end within {_MAX_CPU_SECONDS:.0f} s")
     if done.returncode:
         last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise ValueError(last or "it cannot be rendered")

@@ -1,5 +1,5 @@
-"""What a candidate says against what the reference says: config.json field by field, token ids, the chat template; and for each
-difference the length of a prompt from which on it changes a logit."""
+"""What a candidate says of itself beside what the reference says: config.json field by field, token ids, the chat template; and
+for each difference the length of a prompt from which on it changes a logit."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from llama4_convert.files import json_object, read_small
 from llama4_convert.metadata.config import processor_configs
 from llama4_convert.reference.checkpoint import Checkpoint
 from llama4_convert.validation.chat_template import DIALOGS, rendered
+from llama4_convert.validation.results import FieldFault
 
 if TYPE_CHECKING:
     from llama4_convert.reference.tokenization import TextTokenizer
 
-# RoPE's angles (radians) must differ by so much for logits in float32 to fail their gate, measured on random weights.
-_ANGLE = 5e-4
+# RoPE's angles must differ by so much for logits in float32 to fail their gate, measured on random weights.
+_LEAST_ANGLE_RADIANS = 5e-4
+_TOKENS_SHOWN = 8  # of two lists of tokens, from where they differ
 # Fields that change nothing that is computed: other readers choose their code by them, or a generation its end.
-_SILENT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
+_CHANGE_NO_LOGIT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
 # With one token there is nothing to rotate against and nobody else to attend to.
-_FROM_TWO = {"use_qk_norm", "no_rope_layers"}
+_CHANGE_FROM_TWO_TOKENS = {"use_qk_norm", "no_rope_layers"}
 
 
-def said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[Difference]:
-    """Where the candidate contradicts the reference, by the fields' names in config.json."""
+def compare_configs(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> list[Difference]:
+    """Where the candidate contradicts the reference, by the fields' names in config.json.
+
+    `config`: the original's, as far as it is compared. Raises BadInput for a small file that cannot be read.
+    """
     theirs = replace(candidate.config, vision_config=None) if original.is_text_only else candidate.config
     found = list(differences(config, theirs))
     for name, expected, actual in (
@@ -38,7 +43,7 @@ def said(original: Checkpoint, candidate: Checkpoint, config: Llama4Config) -> l
     ):
         if expected is not None and actual != expected:
             found.append(Difference(name, expected, actual))
-    found += [Difference(name, should, is_) for name, (should, is_) in candidate.wording.items() if should != is_]
+    found += [Difference(name, should, is_) for name, (should, is_) in candidate.stated_fields.items() if should != is_]
     expected_stops, stops = original.stop_ids, candidate.stop_ids
     # Meta's tokenizer has every token that may end a generation. Which of them do depends on the variant, but there must be
     # one, and no other; and what has a chat template stops at the end of a turn, the last of the three.
@@ -97,17 +102,19 @@ def _body(candidate: Checkpoint, file: str) -> Mapping[str, Any]:
     return json_object(path) if path.exists() else {}
 
 
-def told(
-    difference: Difference, expected: Llama4Config, found: Llama4Config, length: int, sees: bool
-) -> dict[str, Any]:
-    """A difference for JSON. `matters_from`: tokens that a prompt must have for it to change a logit, None if none does;
-    `matters`: whether one of `length` tokens (and a picture, if `sees`) does."""
-    least = matters_from(difference.field, expected.text_config, found.text_config)
-    of_vision = difference.field.startswith(("vision_config", "image_token"))
-    matters = None if least is None else length >= least and (sees or not of_vision)
-    if "processor_config" in difference.field:
+def field_fault(
+    difference: Difference, expected: Llama4Config, found: Llama4Config, n_tokens: int, has_picture: bool
+) -> FieldFault:
+    """A difference, with whether it changes a logit of a prompt of `n_tokens` tokens, or of one with a picture."""
+    field = difference.field
+    least = matters_from(field, expected.text_config, found.text_config)
+    needs_picture = field.startswith(("vision_config", "image_token"))
+    matters = None if least is None else n_tokens >= least and (has_picture or not needs_picture)
+    if "processor_config" in field:
         matters = False  # both models are given the same pixels
-    return {**difference._asdict(), "matters_from": least, "matters": matters}
+    return FieldFault(
+        field=field, expected=difference.expected, found=difference.found, matters_from=least, matters=matters
+    )
 
 
 def matters_from(field: str, expected: Llama4TextConfig, found: Llama4TextConfig) -> int | None:
@@ -115,7 +122,7 @@ def matters_from(field: str, expected: Llama4TextConfig, found: Llama4TextConfig
     name = field.partition(".")[0]
     if name in ("preprocessor_config", "processor_config"):
         return 1  # of any prompt with a picture
-    if name in _SILENT or not (hasattr(expected, name) or name in ("vision_config", "image_token_index")):
+    if name in _CHANGE_NO_LOGIT or not (hasattr(expected, name) or name in ("vision_config", "image_token_index")):
         return None
     if name in ("rope_scaling", "rope_theta"):
         return _rope_differs_from(expected, found)
@@ -128,7 +135,7 @@ def matters_from(field: str, expected: Llama4TextConfig, found: Llama4TextConfig
         return max(1, math.ceil(min(c.floor_scale for c in tuned))) if tuned else None
     if name == "tie_word_embeddings":
         return None  # there is an output head, or the tensor that is missing says it
-    return 2 if name in _FROM_TWO else 1
+    return 2 if name in _CHANGE_FROM_TWO_TOKENS else 1
 
 
 def _rope_differs_from(expected: Llama4TextConfig, found: Llama4TextConfig) -> int | None:
@@ -140,7 +147,7 @@ def _rope_differs_from(expected: Llama4TextConfig, found: Llama4TextConfig) -> i
         apart = float((rope_frequencies(expected).double() - rope_frequencies(found).double()).abs().max())
     except (ArithmeticError, RuntimeError):
         return None
-    least = math.ceil(_ANGLE / apart) + 1 if apart > 0 else None
+    least = math.ceil(_LEAST_ANGLE_RADIANS / apart) + 1 if apart > 0 else None
     # Only distances count, and in a chunked layer none is longer than the chunk.
     reach = [
         c.chunk_size(layer) for c in (expected, found) for layer, rotates in enumerate(c.no_rope_layers) if rotates
@@ -169,7 +176,7 @@ def chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Diffe
         found = theirs.encode(text)
         if found != expected:
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))
-            yield Difference("chat_template", expected[at : at + 8], found[at : at + 8])
+            yield Difference("chat_template", *(ids[at : at + _TOKENS_SHOWN] for ids in (expected, found)))
             return
 
 

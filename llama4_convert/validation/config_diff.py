@@ -7,39 +7,41 @@ difference.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from llama4.config_differences import Difference, differences
 from llama4_convert.errors import one_line
 from llama4_convert.reference.checkpoint import Checkpoint
 from llama4_convert.validation import config_check
 from llama4_convert.validation.chat_template import DIALOGS, rendered
+from llama4_convert.validation.results import FieldDifference
 
-_TOKENS = ("image_token_index", "boi_token_index", "eoi_token_index")
+_TOKEN_FIELDS = ("image_token_index", "boi_token_index", "eoi_token_index")
+_SHOWN_CHARACTERS = 40  # of a text, from where it differs
 
 
-def config_differences(a: Checkpoint, b: Checkpoint) -> list[Difference]:
-    """`expected` is what `a` says and `found` what `b` says. Raises BadInput."""
-    found = [d for d in differences(a.config, b.config) if d.field not in _TOKENS or d.found is not None]
+def config_differences(a: Checkpoint, b: Checkpoint) -> list[FieldDifference]:
+    """The fields of which both say something, and not the same. Raises BadInput."""
+    found = [d for d in differences(a.config, b.config) if d.field not in _TOKEN_FIELDS or d.found is not None]
     for name, one, other in (("bos_token_id", a.bos_id, b.bos_id), ("pad_token_id", a.pad_id, b.pad_id)):
         if one is not None is not other and one != other:
             found.append(Difference(name, one, other))
-    return [*found, *_wording(a, b), *_stops(a, b), *_chat_template(a, b)]
+    found += [*_stated_fields(a, b), *_stop_ids(a, b), *_chat_template(a, b)]
+    return [FieldDifference(field=field, a=one, b=other) for field, one, other in found]
 
 
-def _wording(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+def _stated_fields(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     """Fields that follow from the tensors (the dtype, the kind of model): different where one of the two says them wrongly."""
-    for name in dict.fromkeys([*a.wording, *b.wording]):
-        one, other = a.wording.get(name), b.wording.get(name)  # each: what it should be, what it is
-        wrong = any(said and said[0] != said[1] for said in (one, other))
+    for name in dict.fromkeys([*a.stated_fields, *b.stated_fields]):
+        one, other = a.stated_fields.get(name), b.stated_fields.get(name)  # each: what it should be, what it is
+        is_wrong = any(field and field[0] != field[1] for field in (one, other))
         is_a, is_b = (
             mine[1] if mine else theirs[0] if theirs else None for mine, theirs in ((one, other), (other, one))
         )
-        if wrong and is_a != is_b:
+        if is_wrong and is_a != is_b:
             yield Difference(name, is_a, is_b)
 
 
-def _stops(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
+def _stop_ids(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     """Meta's tokenizer has every token that may end a generation, a directory those of its variant."""
     one, other = set(a.stop_ids), set(b.stop_ids)
     if a.layout == b.layout:
@@ -66,17 +68,13 @@ def _chat_template(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
     for texts in zip(_rendered(one), _rendered(other), strict=True):
         if texts[0] != texts[1]:
             at = next((i for i, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), min(map(len, texts)))
-            yield Difference("chat_template", *(text[at : at + 40] for text in texts))
+            yield Difference("chat_template", *(text[at : at + _SHOWN_CHARACTERS] for text in texts))
             return
 
 
 def _rendered(template: str) -> list[str]:
+    """The dialogs, or what is wrong with the template in the place of each."""
     try:
         return rendered(template)
     except ValueError as error:
         return [one_line(error, 120)] * len(DIALOGS)
-
-
-def told(difference: Difference) -> dict[str, Any]:
-    """For JSON."""
-    return {"field": difference.field, "a": difference.expected, "b": difference.found}

@@ -105,7 +105,7 @@ class Diagnoser:
 
     def _of_shape(self, case: WrongTensor) -> Diagnosis | None:
         pair, n_experts = _PAIR.fullmatch(case.name), self.pairs.config.text_config.num_local_experts
-        stored = self.pairs.shape_of(self.pairs.theirs[case.name].keys[0])
+        stored = self.pairs.their_reader.shape(self.pairs.theirs[case.name].keys[0])
         if _EXPERT.fullmatch(case.name) and len(stored) == 3 and stored[0] > n_experts and stored[0] % n_experts == 0:
             words = f"ranks joined on the wrong axis, that of the experts: there are {stored[0]}, not {n_experts}"
             return Diagnosis("wrong_axis", words)

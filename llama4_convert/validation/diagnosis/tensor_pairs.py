@@ -6,7 +6,7 @@ Matrices are read whole, an expert at a time; the two of the vocabulary in slice
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -14,8 +14,9 @@ from math import prod
 import numpy as np
 
 from llama4.config import Llama4Config
-from llama4.weights import BindingError, Bits, LogicalTensor, parameter_shapes
+from llama4.weights import BindingError, Bits, LogicalTensor, TensorReader, parameter_shapes
 from llama4_convert.checkpoints.quantized import QuantizedReader
+from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.validation.diagnosis import moved_values
 from llama4_convert.validation.diagnosis.block_order import Axis
 from llama4_convert.validation.diagnosis.changed_values import Floats, Region, floats
@@ -71,13 +72,14 @@ class TensorPairs:
 
     ours: Mapping[str, LogicalTensor]
     theirs: Mapping[str, LogicalTensor]
-    names: Collection[str]  # those of `ours` that are compared
+    names: Sequence[str]  # those of `ours` that are compared, in model order
     config: Llama4Config  # that `ours` is bound for
     has_vision: bool  # whether names in messages begin as those of a model with a vision tower
     lossy: Mapping[str, str]  # keys of `theirs` that are equal only within what a scheme loses -> the scheme
     limits: Mapping[str, float]  # relative squared error of each scheme
     reader: QuantizedReader | None  # of `theirs`, for its codes and scales
-    shape_of: Callable[[str], tuple[int, ...]]  # of a key of `theirs`
+    their_reader: TensorReader  # of the keys of `theirs`
+    unexpected: Sequence[str] = ()  # keys that hold no tensor of the model
     # Neither is taken as right: of two dtypes numbers are equal if rounding either gives the other, not only if ours does.
     either_way: bool = False
     # Neither has the true numbers: errors are relative to the smaller ones.
@@ -91,6 +93,10 @@ class TensorPairs:
     @property
     def vocabulary(self) -> int:
         return self.config.text_config.vocab_size
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor of `ours`."""
+        return prod(self.shapes[name]) * ITEM_SIZES[self.ours[name].dtype]
 
     def numbers(self, name: str) -> int:
         """How many numbers of a tensor are in memory at a time."""

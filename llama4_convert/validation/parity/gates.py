@@ -12,7 +12,7 @@ from llama4_convert.errors import UsageError
 
 @dataclass(frozen=True)
 class Kind:
-    """Of candidates that err alike: by the dtype both compute in, or by the coarsest scheme that quantized one of them."""
+    """Candidates that err alike: by the dtype that both models compute in, or by the coarsest scheme that quantized one."""
 
     gates: Mapping[str, float]  # largest value that passes; of top1_agreement and cosine the smallest
     local_nmse: float  # a layer that was given the reference's input, and strays further, has an error of its own
@@ -24,7 +24,7 @@ EXACT: Mapping[str, Kind] = {
     "bfloat16": Kind({"top1_agreement": 0.9, "kl_mean": 5e-3, "kl_p999": 0.5, "nmse": 1e-2}, 1e-3, 0.05),
     "float16": Kind({"top1_agreement": 0.97, "kl_mean": 3e-4, "kl_p999": 0.05, "nmse": 5e-4}, 1e-5, 0.01),
 }
-# Whatever they compute in; the coarsest first.
+# Whatever dtype they compute in; the coarsest scheme first.
 QUANTIZED: Mapping[str, Kind] = {
     "int4": Kind({"top1_agreement": 0.4, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3}, 0.15, 0.3),
     "nf4": Kind({"top1_agreement": 0.4, "kl_mean": 0.2, "kl_p999": 3.0, "nmse": 0.3}, 0.15, 0.3),
@@ -44,7 +44,7 @@ def kind_of(dtype: str, schemes: Collection[str]) -> tuple[str, Kind]:
 
 
 def check(dtype: str, overrides: Mapping[str, float]) -> None:
-    """Raises UsageError for a dtype or a limit that there is none of."""
+    """Raises UsageError for an unknown dtype or gate, or a limit that is not finite."""
     if dtype not in EXACT:
         raise UsageError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     for name in overrides:

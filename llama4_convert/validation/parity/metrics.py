@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama4_convert.validation.results import Histogram
+
 Logits = NDArray[np.floating[Any]]
 _Sums = NDArray[np.float64]
 
 
-# Edges of the histogram of divergences: five a power of ten, from rounding to nonsense.
+# Edges of the histogram of divergences, nats: five a power of ten, from rounding to nonsense.
 KL_EDGES = [float(f"{10 ** (e / 5):.3g}") for e in range(-60, 8)]
-_CACHED = 1 << 16  # logits of each model that are worked on at a time
-_SAMPLE = 2000  # pairs of logits for a picture
-_BLOCK = 1 << 20  # numbers that `nmse` widens to float64 at a time
+_LOGITS_IN_CACHE = 1 << 16  # of each model, that are worked on at a time
+_SAMPLED_PAIRS = 2000  # of logits, for a picture
+_NUMBERS_WIDENED = 1 << 20  # to float64 by `nmse`, at a time
 
 
 class LogitComparison:
@@ -48,7 +50,7 @@ class LogitComparison:
         self._products = np.zeros((3, n))  # sums of a a, b b and a b
         self._squared_error, self._largest = np.zeros(n), np.zeros(n)
         self._drawn = np.unique(
-            np.random.default_rng(0).integers(0, max(n * vocabulary, 1), _SAMPLE * bool(vocabulary))
+            np.random.default_rng(0).integers(0, max(n * vocabulary, 1), _SAMPLED_PAIRS * bool(vocabulary))
         )
         self._vocabulary = max(vocabulary, 1)
         self._pairs: list[NDArray[np.float64]] = []
@@ -56,7 +58,7 @@ class LogitComparison:
     def update(self, first: int, reference: Logits, candidate: Logits) -> None:
         """Take in the logits [N, tokens] of the tokens from id `first` on."""
         n, width = reference.shape
-        rows = max(1, _CACHED // max(width, 1))
+        rows = max(1, _LOGITS_IN_CACHE // max(width, 1))
         blocks = [slice(start, start + rows) for start in range(0, n, rows)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets go of the interpreter
             for _ in threads.map(lambda block: self._update(block, first, reference[block], candidate[block]), blocks):
@@ -67,7 +69,7 @@ class LogitComparison:
         self._pairs.append(np.stack([reference[row, column], candidate[row, column]], 1).astype(np.float64))
 
     def _update(self, at: slice, first: int, reference: Logits, candidate: Logits) -> None:
-        """The same for some of the positions, few enough for the processor's cache."""
+        """Take in some of the positions, few enough for the processor's cache."""
         pair = np.stack([reference, candidate]).astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):  # of logits that overflowed: the NaN is the answer
             difference = pair[1] - pair[0]
@@ -99,7 +101,7 @@ class LogitComparison:
         return np.maximum(kl, 0)  # below zero by rounding only
 
     def result(self) -> dict[str, float | int | None]:
-        """The metrics by their names in the JSON contract; None for what is not a finite number."""
+        """The metrics by their names in `Validation`; None for what is not a finite number."""
         kl = self.divergence()
         with np.errstate(invalid="ignore", divide="ignore"):
             nll = (self._max + np.log(self._sum) - self._of_target)[:, self.targets >= 0]
@@ -129,18 +131,19 @@ class LogitComparison:
             metrics |= {f"perplexity_{side}": value, f"perplexity_{side}_error": error}
         return {name: finite(value) for name, value in metrics.items()}
 
-    def kl_histogram(self) -> dict[str, Any]:
-        """How many positions between each two of `KL_EDGES` (nats), and `below` the first; none that is no number."""
+    def kl_histogram(self) -> Histogram:
+        """How many positions lie between each two of `KL_EDGES`, and below the first; none whose divergence is no number."""
         kl = self.divergence()
         kl = np.minimum(kl[np.isfinite(kl)], KL_EDGES[-1])
         counts = np.histogram(kl, KL_EDGES)[0].tolist()
-        return {"edges": KL_EDGES, "counts": counts, "below": int((kl < KL_EDGES[0]).sum())}
+        return Histogram(edges=KL_EDGES, counts=counts, below=int((kl < KL_EDGES[0]).sum()))
 
-    def sample(self) -> list[list[float]]:
+    def sample(self) -> list[tuple[float, float]]:
         """Pairs of logits [reference, candidate] at positions and tokens drawn with a fixed seed; finite ones."""
         pairs = np.concatenate(self._pairs) if self._pairs else np.empty((0, 2))
-        drawn: list[list[float]] = pairs[np.isfinite(pairs).all(-1)].tolist()
-        return [[float(f"{x:.9g}") for x in pair] for pair in drawn]  # all of a float32: the difference of two is drawn
+        drawn = pairs[np.isfinite(pairs).all(-1)].tolist()
+        # All digits of a float32: the report draws the difference of two.
+        return [(float(f"{a:.9g}"), float(f"{b:.9g}")) for a, b in drawn]
 
 
 def exp_of_mean(nll: _Sums) -> tuple[float, float]:
@@ -170,7 +173,7 @@ def nmse(reference: Logits, candidate: Logits, base: Logits | None = None) -> fl
     """
     error = power = 0.0
     arrays = [x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (reference, candidate, base) if x is not None]
-    rows = max(1, _BLOCK // max(arrays[0].shape[-1], 1))
+    rows = max(1, _NUMBERS_WIDENED // max(arrays[0].shape[-1], 1))
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, len(arrays[0]), rows):
             a, b, *rest = (x[start : start + rows].astype(np.float64) for x in arrays)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4.config import Llama4Config
+from llama4.config_differences import Difference
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import read_at_most
+from llama4_convert.reference.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,11 +22,14 @@ if TYPE_CHECKING:
     from llama4.chat import Llama4Processor
 
 _MAX_FILE_BYTES = 64 << 20
-_WORDS_BESIDE_TILE = 8
+_TOKENS_BESIDE_TILE = 8  # on either side of a random tile
+_TOKENS_SHOWN = 8  # of two lists of tokens, from where they differ
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """Token ids and the tiles that their `<|patch|>` stand for."""
+
     tokens: list[int]
     pixel_values: Tensor | None = None  # [tiles, 3, H, W]
 
@@ -37,8 +44,17 @@ class Batch:
     pixel_values: Tensor | None  # [tiles, 3, H, W]
     prompts: Sequence[Prompt]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.tokens.shape[1]
+
+    @property
+    def tiles(self) -> int:
+        return 0 if self.pixel_values is None else len(self.pixel_values)
+
     @staticmethod
-    def of(prompts: Sequence[Prompt], config: Llama4Config) -> Batch:
+    def padded(prompts: Sequence[Prompt], config: Llama4Config) -> Batch:
         import torch
 
         length = max(len(prompt.tokens) for prompt in prompts)
@@ -55,6 +71,63 @@ class Batch:
         return Batch(tokens, is_real, targets, torch.cat(tiles) if tiles else None, prompts)
 
 
+@dataclass(frozen=True)
+class PromptOptions:
+    """What a user wants models to be tried on. With no file and no image: random tokens."""
+
+    tokens: int  # random ones, where there is nothing else
+    prompts: str | os.PathLike[str] | None = None  # a file of texts
+    token_ids: str | os.PathLike[str] | None = None  # a file of ids
+    images: Sequence[str | os.PathLike[str]] = ()
+    seed: int = 0  # of random tokens
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise UsageError("the seed must fit into 64 bits")
+        if self.tokens < 1:
+            raise UsageError("--tokens must be at least 1")
+
+
+def make_batch(
+    options: PromptOptions, original: Checkpoint, candidate: Checkpoint, config: Llama4Config
+) -> tuple[Batch, list[Difference]]:
+    """The prompts as the original's tokenizer writes them, and a difference if the candidate's makes other tokens of them.
+
+    Raises UsageError, BadInput or EnvironmentFailed.
+    """
+    made: list[Prompt] = []
+    differences: list[Difference] = []
+    if options.prompts is not None or options.images:
+        try:
+            made += _encoded(options, original, config)
+            theirs = _encoded(options, candidate, config)
+        except ValueError as error:
+            raise UsageError(f"the prompts do not fit {original.path}: {error}") from error
+        for ours, other in zip(made, theirs, strict=True):
+            if ours.tokens != other.tokens:
+                at = next(i for i, (a, b) in enumerate(zip_longest(ours.tokens, other.tokens)) if a != b)
+                shown = slice(at, at + _TOKENS_SHOWN)
+                differences.append(Difference("tokenizer.json", ours.tokens[shown], other.tokens[shown]))
+                break
+    if options.token_ids is not None:
+        made += prompts_of_ids(Path(options.token_ids))
+    if not made:
+        made = random_prompts(config, options.tokens, options.seed)
+    check_prompts(made, config)
+    return Batch.padded(made, config), differences
+
+
+def _encoded(options: PromptOptions, checkpoint: Checkpoint, config: Llama4Config) -> list[Prompt]:
+    """Texts and images as a checkpoint's own tokenizer writes them."""
+    from llama4_convert.reference.generation import open_image, open_processor
+
+    processor = open_processor(checkpoint, config)
+    texts = prompts_of_file(Path(options.prompts), processor) if options.prompts is not None else []
+    seen = [processor("<|image|>", [open_image(Path(image))]) for image in options.images]
+    return [*texts, *(Prompt(inputs.tokens, inputs.pixel_values) for inputs in seen)]
+
+
 def random_prompts(config: Llama4Config, n_tokens: int, seed: int = 0) -> list[Prompt]:
     """`n_tokens` random tokens; for a model that sees, also a tile of noise between a few more.
 
@@ -66,16 +139,16 @@ def random_prompts(config: Llama4Config, n_tokens: int, seed: int = 0) -> list[P
     patch = config.image_token_index
     vocabulary = config.text_config.vocab_size
 
-    def words(n: int) -> list[int]:
+    def drawn(n: int) -> list[int]:
         ids = torch.randint(0, vocabulary - (patch is not None), (n,), generator=generator)
         return [i + (patch is not None and i >= patch) for i in ids.tolist()]
 
-    prompts = [Prompt(words(n_tokens))]
+    prompts = [Prompt(drawn(n_tokens))]
     vision = config.vision_config
     if vision and patch is not None and patch < vocabulary:
         tile = torch.rand((1, 3, vision.image_size, vision.image_size), generator=generator) * 2 - 1
         patches = [patch] * vision.tokens_a_tile
-        prompts.append(Prompt([*words(_WORDS_BESIDE_TILE), *patches, *words(_WORDS_BESIDE_TILE)], tile))
+        prompts.append(Prompt([*drawn(_TOKENS_BESIDE_TILE), *patches, *drawn(_TOKENS_BESIDE_TILE)], tile))
     return prompts
 
 

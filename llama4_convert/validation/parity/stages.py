@@ -46,7 +46,7 @@ class Record(Protocol):
     """What a model has made of a batch, kept by stage."""
 
     def step(self, stage: str) -> Step | None:
-        """None if it was not kept."""
+        """What the stage made; None if it was not kept."""
         ...
 
 

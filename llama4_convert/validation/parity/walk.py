@@ -5,37 +5,39 @@ on the same input, which tells where an error is made; it is measured against wh
 
 A mixture of experts jumps: where two experts score almost alike, rounding sends a token to the other one, and what follows
 differs though no weight is wrong. So the candidate runs a third time with the reference's choice of experts *forced* on it, the
-local error is taken with that choice, and the share of tokens whose choice agrees is told apart.
+local error is taken with that choice, and the share of tokens whose choice agrees is a result of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from msgspec import Struct, convert, field
 from torch import Tensor
 
 from llama4.weights import BindingError
 from llama4_convert.errors import one_line, raise_if_out_of_memory
 from llama4_convert.validation.parity.metrics import LogitComparison, finite, nmse
 from llama4_convert.validation.parity.stages import Live, Record, Step, experts_of, layer_of, stages
+from llama4_convert.validation.results import (
+    ForcedRouting,
+    LayerErrors,
+    ModuleErrors,
+    Pictures,
+    RoutingLoad,
+    StageErrors,
+)
 
 if TYPE_CHECKING:
     from llama4.config import Llama4Config
     from llama4_convert.validation.parity.prompts import Batch
 
-_HEAD_NUMBERS = 1 << 22  # logits of each model in memory at a time
-_NO_METRICS: dict[str, float | int | None] = {"tokens": 0} | dict.fromkeys(
-    (
-        *("top1_agreement", "near_ties", "kl_mean", "kl_median", "kl_p999", "nmse", "max_abs_diff", "cosine"),
-        *(f"perplexity_{side}{error}" for side in ("reference", "candidate", "ratio") for error in ("", "_error")),
-    )
-)
-FORCED_METRICS = ("top1_agreement", "near_ties", "kl_mean", "kl_median", "kl_p999", "nmse", "max_abs_diff", "cosine")
+_LOGITS_IN_MEMORY = 1 << 22  # of each model, at a time
 
 
 class CandidateFailed(Exception):
@@ -57,19 +59,20 @@ class Side:
     logits: Tensor | None = None  # [real positions, vocabulary], of a record that has its own head's
 
 
-@dataclass
-class Parity:
-    """What running both told. `strayed`: the first layer (None outside layers) and module with an error of its own."""
+class Parity(Struct):
+    """What running both models found; a `Journal` keeps it as JSON."""
 
-    metrics: dict[str, float | int | None] = field(default_factory=lambda: dict(_NO_METRICS))
-    forced: dict[str, float | int | None] | None = None
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    vision: list[dict[str, Any]] = field(default_factory=list)
-    strayed: tuple[int | None, str] | None = None
-    modules: dict[str, Any] | None = None
-    routing_load: dict[str, list[Any]] = field(default_factory=lambda: {"layers": [], "tokens": []})
-    pictures: dict[str, Any] = field(default_factory=dict)
-    failure: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)  # those of the logits, as in `Validation`
+    forced: ForcedRouting | None = None
+    layers: list[LayerErrors] = field(default_factory=list)
+    vision: list[StageErrors] = field(default_factory=list)
+    strayed: tuple[int | None, str] | None = (
+        None  # first layer (None outside layers) and module with an error of its own
+    )
+    modules: ModuleErrors | None = None
+    routing_load: RoutingLoad = field(default_factory=lambda: RoutingLoad(layers=[], tokens=[]))
+    pictures: Pictures = field(default_factory=Pictures)
+    failure: str | None = None  # why the candidate does not run
 
 
 @dataclass
@@ -81,33 +84,35 @@ class States:
     forced: Tensor | None = None  # None where no choice can be forced
 
 
-class Journal(Protocol):
-    """Keeps a walk's states, so that it goes on after a kill; see `parity.cache`."""
+class Journal(Record, Protocol):
+    """Keeps a walk's states, so that it goes on after a kill, and the reference's steps: `validation.cache.CandidateJournal`."""
 
     def resume(self) -> tuple[int, States, Parity]:
         """The stages that are done, and what they left."""
         ...
 
-    def done(self, stages: int, stage: str, states: States, parity: Parity) -> None: ...
+    def save(self, stages: int, stage: str, states: States, parity: Parity) -> None:
+        """Takes what the first `stages` stages left, of which `stage` is the last."""
+        ...
 
-    def keep(self, stage: str, step: Step) -> None:
-        """Told each step of our own reference."""
+    def save_step(self, stage: str, step: Step) -> None:
+        """Takes a step that our own reference has made."""
         ...
 
 
 @dataclass
 class Walk:
-    """Two sides on a batch. `tolerance`: a local error beyond it is no rounding. `advance` is told parts done, which sum to 1."""
+    """Two sides on a batch."""
 
     reference: Side
     candidate: Side
     batch: Batch
     config: Llama4Config  # the reference's
-    tolerance: float
-    near_tie: float = 0.0
+    tolerance: float  # a local error beyond it is no rounding
+    near_tie: float = 0.0  # nats between two tokens below which rounding may exchange them
     modules: Modules | None = None
     journal: Journal | None = None
-    advance: Callable[[float], None] = lambda part: None
+    advance: Callable[[float], None] = lambda part: None  # takes the parts that are done; they sum to 1
     at: Callable[[str], None] = lambda stage: None
 
     def run(self) -> Parity:
@@ -121,7 +126,7 @@ class Walk:
             self._step(stage, states, parity)
             self.advance(1 / (len(names) + 1))
             if self.journal:
-                self.journal.done(n, stage, states, parity)
+                self.journal.save(n, stage, states, parity)
         self.at("logits")
         self._logits(states, parity)
         self.advance(1 / (len(names) + 1))
@@ -141,7 +146,7 @@ class Walk:
             if layers != expected:
                 raise CandidateFailed(f"its vision tower has {layers} layers, not {expected}")
 
-    def _same_kind(self, layer: int) -> bool:
+    def _is_same_kind(self, layer: int) -> bool:
         """Whether the layer has experts on both sides, or on neither."""
         models = [side.live.model.config for side in (self.reference, self.candidate) if side.live]
         return len({c.text_config.is_moe(layer) for c in (self.config, *models)}) == 1
@@ -176,12 +181,12 @@ class Walk:
             local = self._error(*pair, base if layer is not None else None)
         propagated = self._error(expected.state, free.state, None)
         agreement = self._agreement(expected, free)
-        told = {"nmse_local": finite(local), "nmse_propagated": finite(propagated)}
+        errors = {"nmse_local": finite(local), "nmse_propagated": finite(propagated)}
         if layer is not None:
-            parity.layers.append({"layer": layer, **told, "router_agreement": agreement})
+            parity.layers.append(LayerErrors(layer=layer, **errors, router_agreement=agreement))
             self._count_load(layer, expected, parity)
         elif stage.startswith("vision."):
-            parity.vision.append({"stage": stage, **told})
+            parity.vision.append(StageErrors(stage=stage, **errors))
         score_error = 0.0
         if alone is not None and alone.scores is not None:
             a, b = (expected, alone) if self.candidate.live else (alone, free)
@@ -189,7 +194,7 @@ class Walk:
                 is_real = self.batch.is_real.flatten()
                 score_error = nmse(_array(a.scores[is_real]), _array(b.scores[is_real]))
         if parity.strayed is None and local is not None and not max(local, score_error) <= self.tolerance:
-            self._name(stage, states, chosen, parity)
+            self._find_module(stage, states, chosen, parity)
         states.reference, states.free = expected.state, _same(expected.state, free.state)
         states.forced = None if forced is None else _same(expected.state, forced.state)
 
@@ -201,7 +206,7 @@ class Walk:
                 raise ValueError(f"nothing is recorded of {stage}")
             kept = self.reference.live.run(stage, [before])[0]
             if self.journal:
-                self.journal.keep(stage, kept)
+                self.journal.save_step(stage, kept)
         return kept
 
     @staticmethod
@@ -243,8 +248,8 @@ class Walk:
             return
         experts = experts_of(expected.scores, self.config.text_config.num_experts_per_tok)
         counts = torch.bincount(experts[self.batch.is_real.flatten()].flatten(), minlength=expected.scores.shape[-1])
-        parity.routing_load["layers"].append(layer)
-        parity.routing_load["tokens"].append(counts.tolist())
+        parity.routing_load.layers.append(layer)
+        parity.routing_load.tokens.append(counts.tolist())
 
     def _error(self, reference: Tensor, other: Tensor, base: Tensor | None) -> float:
         if reference.shape != other.shape:
@@ -258,19 +263,19 @@ class Walk:
         is_text = state.shape[:2] == self.batch.tokens.shape
         return _array(state[self.batch.is_real] if is_text and not bool(self.batch.is_real.all()) else state)
 
-    def _name(self, stage: str, states: States, chosen: Tensor | None, parity: Parity) -> None:
-        """Which module of the stage has the error."""
+    def _find_module(self, stage: str, states: States, chosen: Tensor | None, parity: Parity) -> None:
+        """Records which module of the stage has the error."""
         layer = layer_of(stage)
         if layer is None or self.modules is None:
             parity.strayed = layer, stage if layer is None else "layer"
             return
-        if not self._same_kind(layer):  # which has no modules in common
+        if not self._is_same_kind(layer):  # then the two have no modules in common
             parity.strayed = layer, "feed_forward"
             return
         before = states.reference if self.candidate.live else states.free
         assert before is not None
         errors = self.modules(layer, before, chosen)
-        parity.modules = {"stage": stage, "errors": {name: finite(error) for name, error in errors.items()}}
+        parity.modules = ModuleErrors(stage=stage, errors={name: finite(error) for name, error in errors.items()})
         strayed = (name for name, error in errors.items() if not error <= self.tolerance)
         parity.strayed = layer, next(strayed, "feed_forward")
 
@@ -279,7 +284,7 @@ class Walk:
     def _logits(self, states: States, parity: Parity) -> None:
         targets = self.batch.targets[self.batch.is_real].numpy()
         vocabulary = self.config.text_config.vocab_size
-        rows = max(64, _HEAD_NUMBERS // max(len(targets), 1))
+        rows = max(64, _LOGITS_IN_MEMORY // max(len(targets), 1))
         comparison = LogitComparison(targets, self.near_tie, vocabulary)
         is_forced = states.forced is not None and states.forced is not states.free
         forced = LogitComparison(targets, self.near_tie) if is_forced else None
@@ -295,12 +300,12 @@ class Walk:
         parity.metrics = comparison.result()
         if self.candidate.live and self._can_force(self.candidate.live):
             result = forced.result() if forced else parity.metrics
-            parity.forced = {name: result[name] for name in FORCED_METRICS}
-        parity.pictures = {
-            "kl_histogram": comparison.kl_histogram(),
-            "logit_sample": comparison.sample(),
-            "routing_load": parity.routing_load,
-        }
+            parity.forced = convert({name: result[name] for name in ForcedRouting.__struct_fields__}, ForcedRouting)
+        parity.pictures = Pictures(
+            kl_histogram=comparison.kl_histogram(),
+            logit_sample=comparison.sample(),
+            routing_load=parity.routing_load,
+        )
 
     def _slices(
         self, side: Side, state: Tensor | None, other: Tensor | None, rows: int
@@ -336,17 +341,12 @@ def _same(reference: Tensor, other: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def candidate_steps() -> Iterator[None]:
-    """Steps of the candidate: what they raise is its failure, not ours."""
+    """Steps of the candidate: what they raise becomes CandidateFailed, not an error of the command."""
     try:
         yield
     except BindingError as error:  # a shape that is not the configuration's, or a dtype beyond us
         raise CandidateFailed(str(error)) from error
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-        KeyError,
-    ) as error:  # KeyError: a tensor that its configuration has not
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:  # KeyError: a tensor that its configuration lacks
         raise_if_out_of_memory(error)
         raise CandidateFailed(one_line(error)) from error
 

@@ -166,16 +166,16 @@ def test_validate_takes_it_on_either_side(
     source = quantized("scout", FP8, 2)
     convert(source, tmp_path / "bf16")
     told = validate(tmp_path / "bf16", reference=source, tokens=16)
-    assert told["passed"]
-    assert not told["tensors_quantized"]
+    assert told.passed
+    assert not told.tensors_quantized
     told = validate(source, reference=plain("scout", 2), tokens=16)
-    assert told["passed"]
-    assert told["tensors_quantized"]["fp8"]["matrices"] == 3 * 3 * 4
+    assert told.passed
+    assert told.tensors_quantized["fp8"].matrices == 3 * 3 * 4
     commands.copy(source, tmp_path / "flipped")
     file = tmp_path / "flipped" / "consolidated.01.pth"
     torch.save(_changed(file, "layers.2.feed_forward.experts.moe_w_out_eF_D"), file)
     told = validate(tmp_path / "flipped", reference=source, tokens=16)
-    assert [fault["tensor"] for fault in told["tensors_different"]] == [
+    assert [fault.tensor for fault in told.tensors_different] == [
         "language_model.model.layers.2.feed_forward.experts.down_proj"
     ]
 
@@ -423,7 +423,7 @@ def test_fp8_rows_keep_their_bits(
             at = f"language_model.model.layers.{layer}.feed_forward.experts.0.down_proj.weight_scale"
             assert found[at].dtype == torch.bfloat16
     checked = validate(tmp_path / "out", reference=source, tokens=16)
-    assert checked["passed"], checked
+    assert checked.passed, checked
     text = commands.run(capsys, "convert", source, tmp_path / "again", "--recipe", "fp8").out
     assert f"kept     {told.kept_bits} matrices have the source's codes and scales, bit by bit" in text
     planned = plan(source, recipe="fp8").quantization
@@ -481,7 +481,7 @@ def test_int4_groups_keep_their_bits(quantized: Callable[..., Path], tmp_path: P
                 assert torch.equal(found[f"{at}_scale"], scales)
                 assert found[f"{at}_shape"].tolist() == list(codes.shape)
     checked = validate(tmp_path / "out", reference=source, tokens=16)
-    assert checked["passed"], checked
+    assert checked.passed, checked
     assert verify(tmp_path / "out").ok
     told = explain(source, "model.layers.1.feed_forward.experts.2.down_proj.weight_packed", recipe=recipe)
     assert told.op[-1] == "keep the codes of [128, 512] as they are, in the order of weight_packed"
@@ -628,7 +628,7 @@ def test_codes_of_the_same_rows_are_written_again(
         for name in ("w1", "w3"):
             for mine, its in zip(experts(tmp_path / "out", layer, name), experts(source, layer, name), strict=True):
                 assert torch.equal(mine, its)
-    assert validate(tmp_path / "out", reference=source, tokens=16)["passed"]
+    assert validate(tmp_path / "out", reference=source, tokens=16).passed
 
 
 def test_an_interrupted_export_goes_on(plain: Callable[..., Path], tmp_path: Path) -> None:

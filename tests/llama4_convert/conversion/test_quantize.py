@@ -265,10 +265,10 @@ def test_the_reference_and_validate_read_it(
 ) -> None:
     path, _ = quantized("mixed", recipe)
     result = validate(path, reference=source("mixed"), tokens=48)
-    assert result["config_differences"] == []
-    assert result["tensors_different"] == []
-    assert sum(told["matrices"] for told in result["tensors_quantized"].values()) > 0
-    assert 0 < result["kl_mean"] < 1
+    assert result.config_differences == []
+    assert result.tensors_different == []
+    assert sum(told.matrices for told in result.tensors_quantized.values()) > 0
+    assert 0 < result.kl_mean < 1
     tokens = torch.arange(3, 20)[None]
     assert load_reference(path, dtype=torch.float32)(tokens).isfinite().all()
 
@@ -284,9 +284,9 @@ def test_a_wrong_tensor_in_a_quantized_directory_is_named(
     changed[key] = changed[key].flip(0)
     save_file(changed, file, {"format": "pt"})
     result = validate(tmp_path / "bad", reference=source("text"), tokens=8)
-    assert not result["passed"]
-    assert result["first_divergence"]["tensor"] == "model.layers.1.feed_forward.experts.gate_up_proj"
-    assert "experts.2.up" in result["first_divergence"]["module"]
+    assert not result.passed
+    assert result.first_divergence.tensor == "model.layers.1.feed_forward.experts.gate_up_proj"
+    assert "experts.2.up" in result.first_divergence.module
 
 
 def test_rules_by_layer_and_expert(source: Callable[[str], Path], plain: Callable[[str], Path], tmp_path: Path) -> None:
@@ -657,4 +657,4 @@ def test_nf4_in_transformers_wants_bfloat16(source: Callable[[str], Path], quant
     path, _ = quantized("text", "nf4")
     with pytest.raises(UsageError, match="add --dtype bfloat16"):
         validate(path, reference=source("text"), runner="transformers", tokens=8)
-    assert validate(path, reference=source("text"), runner="transformers", tokens=8, dtype="bfloat16")["tokens"]
+    assert validate(path, reference=source("text"), runner="transformers", tokens=8, dtype="bfloat16").tokens

@@ -110,7 +110,7 @@ def test_validates_against_a_whole_fine_tune(
     for file in whole.glob("*.safetensors*"):
         file.unlink()
     save_file(expected_tensors(tuned("odd"), converted("odd")), whole / "model.safetensors")
-    assert validate(tmp_path / "out", reference=whole, tokens=24)["passed"]
+    assert validate(tmp_path / "out", reference=whole, tokens=24).passed
 
 
 # -------------------- what config.json has lost
@@ -413,7 +413,7 @@ def test_a_base_of_another_model_is_refused_and_nothing_is_taken_from_it(tmp_pat
         convert(tmp_path / "text", tmp_path / "out", vision_from=tmp_path / "maverick")
     assert not list((tmp_path / "out").glob("*.safetensors"))
     convert(tmp_path / "text", tmp_path / "right", vision_from=tmp_path / "scout")
-    assert validate(tmp_path / "right", reference=tmp_path / "scout", tokens=4)["passed"]
+    assert validate(tmp_path / "right", reference=tmp_path / "scout", tokens=4).passed
 
 
 # -------------------- --config-from: what a model's config.json has lost, and nothing else

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from llama4_convert import card, convert, export, publishing, synth, validate, verify
 from llama4_convert.checkpoints.manifest import NAME, Manifest
+from llama4_convert.commands.options import json_text
 from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
@@ -179,7 +180,7 @@ def test_a_card_of_the_source_is_kept_beside_ours(meta: Path, tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def parity(meta: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("parity") / "parity.json"
-    file.write_text(json.dumps(validate(made, reference=meta, tokens=16)))
+    file.write_text(json_text(validate(made, reference=meta, tokens=16)))
     return file
 
 

@@ -117,7 +117,7 @@ def red_circle() -> Image.Image:
 
 def test_it_names_a_red_circle(tmp_path: Path) -> None:
     red_circle().save(tmp_path / "circle.png")
-    text = generate(MODEL, "<|image|>", image=tmp_path / "circle.png", max_new_tokens=16, dtype="float32")["text"]
+    text = generate(MODEL, "<|image|>", image=tmp_path / "circle.png", max_new_tokens=16, dtype="float32").text
     assert {"red", "circle"} <= set(text.split())
 
 

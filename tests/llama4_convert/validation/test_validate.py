@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,8 @@ from torch import Tensor
 from llama4.weights_transformers import transformers_key
 from llama4_convert import convert, validate
 from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.validation.results import Validation
+from quant.typed import decode
 from tests.support import commands, meta_model
 
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -75,8 +78,8 @@ def change_config(path: Path, file: str = "config.json", **changes: Any) -> None
     (path / file).write_text(json.dumps(body))
 
 
-def fields(result: dict[str, Any]) -> set[str]:
-    return {difference["field"] for difference in result["config_differences"]}
+def fields(result: Validation) -> set[str]:
+    return {difference.field for difference in result.config_differences}
 
 
 # -------------------- what is right
@@ -85,29 +88,30 @@ def fields(result: dict[str, Any]) -> set[str]:
 @pytest.mark.parametrize("geometry", sorted(meta_model.GEOMETRIES))
 def test_a_conversion_passes(geometry: str, source: Callable[..., Path], converted: Callable[..., Path]) -> None:
     result = validate(converted(geometry), reference=source(geometry), tokens=40)
-    assert result["passed"], result
-    assert result["config_differences"] == result["tensors_different"] == result["tensors_unexpected"] == []
-    assert result["gates_failed"] == []
-    assert result["candidate_failure"] is None
-    assert result["first_divergence"] is None
-    assert result["nmse"] < 1e-12
-    assert [layer["layer"] for layer in result["layers"]] == list(range(len(result["layers"])))
+    assert result.passed, result
+    assert result.config_differences == result.tensors_different == result.tensors_unexpected == []
+    assert result.gates_failed == []
+    assert result.candidate_failure is None
+    assert result.first_divergence is None
+    assert result.nmse < 1e-12
+    assert [layer.layer for layer in result.layers] == list(range(len(result.layers)))
 
 
 def test_the_result_has_every_field_of_the_contract(
     source: Callable[..., Path], converted: Callable[..., Path]
 ) -> None:
     result = validate(converted(), reference=source(), tokens=40)
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert result["passed"] is True
-    assert result["runner"] == "llama4"
-    assert result["dtype"] == "float32"
-    assert result["tokens"] == 40 + 8 + 4 + 8  # the random ones, and a tile of 4 patches between words
-    assert result["top1_agreement"] == 1
-    assert all(isinstance(result[name], float) for name in (*METRICS, "perplexity_candidate"))
-    assert set(result["gates"]) == {"top1_agreement", "kl_mean", "kl_p999", "nmse"}
-    assert result["tensors_compared"] == 155
-    assert [set(layer) for layer in result["layers"]] == [
+    printed = json.loads(json.dumps(msgspec.to_builtins(result), allow_nan=False))
+    assert decode(printed, Validation, "the JSON") == result
+    assert result.passed is True
+    assert result.runner == "llama4"
+    assert result.dtype == "float32"
+    assert result.tokens == 40 + 8 + 4 + 8  # the random ones, and a tile of 4 patches between words
+    assert result.top1_agreement == 1
+    assert all(isinstance(getattr(result, name), float) for name in (*METRICS, "perplexity_candidate"))
+    assert set(result.gates) == {"top1_agreement", "kl_mean", "kl_p999", "nmse"}
+    assert result.tensors_compared == 155
+    assert [set(layer) for layer in printed["layers"]] == [
         {"layer", "nmse_local", "nmse_propagated", "router_agreement"}
     ] * 5
 
@@ -117,12 +121,12 @@ def test_transformers_computes_the_same(
     geometry: str, source: Callable[..., Path], converted: Callable[..., Path]
 ) -> None:
     result = validate(converted(geometry), reference=source(geometry), tokens=40, runner="transformers")
-    assert result["passed"], result
-    assert result["runner"] == "transformers"
-    assert result["nmse"] < 1e-10
-    assert len(result["layers"]) == len(validate(converted(geometry), reference=source(geometry), tokens=2)["layers"])
-    assert all(layer["nmse_local"] < 1e-10 > layer["nmse_propagated"] for layer in result["layers"])
-    assert result["first_divergence"] is None
+    assert result.passed, result
+    assert result.runner == "transformers"
+    assert result.nmse < 1e-10
+    assert len(result.layers) == len(validate(converted(geometry), reference=source(geometry), tokens=2).layers)
+    assert all(layer.nmse_local < 1e-10 > layer.nmse_propagated for layer in result.layers)
+    assert result.first_divergence is None
 
 
 @pytest.mark.parametrize("is_reference", [False, True])
@@ -132,8 +136,8 @@ def test_a_text_model_beside_a_directory_that_sees(is_reference: bool, converted
     path, reference = reversed(sides) if is_reference else sides
     said: list[str] = []
     result = validate(path, reference=reference, tokens=10, warn=said.append)
-    assert result["passed"], result
-    assert (result["kl_mean"], result["tensors_unexpected"], result["config_differences"]) == (0, [], [])
+    assert result.passed, result
+    assert (result.kl_mean, result.tensors_unexpected, result.config_differences) == (0, [], [])
     assert len(said) == 1
     assert f"the vision tower of {converted()} is left out" in said[0]
 
@@ -144,8 +148,8 @@ def test_a_text_only_conversion_passes_and_says_what_it_leaves_out(
     said: list[str] = []
     for runner in ("llama4", "transformers"):
         result = validate(converted(text_only=True), reference=source(), tokens=10, runner=runner, warn=said.append)
-        assert result["passed"], result
-        assert result["tokens"] == 10
+        assert result.passed, result
+        assert result.tokens == 10
     assert len(said) == 2
     assert "vision tower" in said[0]
     assert "left out of the comparison" in said[0]
@@ -156,7 +160,7 @@ def test_a_conversion_to_another_dtype_passes(
     dtype: str, source: Callable[..., Path], converted: Callable[..., Path]
 ) -> None:
     result = validate(converted(dtype=dtype), reference=source(), tokens=10)
-    assert result["passed"], result
+    assert result.passed, result
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -165,17 +169,17 @@ def test_both_sides_compute_in_the_dtype_that_is_asked_for(
 ) -> None:
     result = validate(converted("text_only"), reference=source("text_only"), tokens=10, dtype=dtype)
     exact = validate(converted("text_only"), reference=source("text_only"), tokens=10)
-    assert result["passed"], result
-    assert result["dtype"] == dtype
-    assert result["perplexity_reference"] != exact["perplexity_reference"]
+    assert result.passed, result
+    assert result.dtype == dtype
+    assert result.perplexity_reference != exact.perplexity_reference
 
 
 def test_either_layout_can_be_either_side(
     meta_checkpoint: Callable[..., Any], source: Callable[..., Path], converted: Callable[..., Path]
 ) -> None:
     others = (meta_checkpoint("scout", 8, "mixed").src, meta_checkpoint("scout", 1, "module").src)
-    assert all(validate(other, reference=source(), tokens=5)["passed"] for other in others)
-    assert validate(converted(), reference=converted(), tokens=5)["passed"]
+    assert all(validate(other, reference=source(), tokens=5).passed for other in others)
+    assert validate(converted(), reference=converted(), tokens=5).passed
 
 
 def test_random_tokens_come_from_the_seed(source: Callable[..., Path], converted: Callable[..., Path]) -> None:
@@ -183,7 +187,7 @@ def test_random_tokens_come_from_the_seed(source: Callable[..., Path], converted
         validate(converted("text_only"), reference=source("text_only"), tokens=5, seed=seed) for seed in (3, 3, 4)
     )
     assert one == again
-    assert one["perplexity_reference"] != other["perplexity_reference"]
+    assert one.perplexity_reference != other.perplexity_reference
 
 
 def test_progress_is_told_a_total_and_comes_near_it(
@@ -351,15 +355,15 @@ def test_a_planted_fault_is_found_and_only_it(
     path = copy(geometry)
     change_tensors(path, lambda tensors: tensors.update({key: damage(tensors[key]).to(torch.bfloat16)}))
     result = validate(path, reference=source(geometry), tokens=2)
-    assert not result["passed"]
-    assert {fault["tensor"] for fault in result["tensors_different"]} == {key}
-    assert result["config_differences"] == []
-    assert result["candidate_failure"] is None
-    first = result["first_divergence"]
-    assert first == result["tensors_different"][0]
-    assert first["tensor"] == key
-    assert first["layer"] == (int(key.split("layers.")[1].split(".")[0]) if "layers." in key else None)
-    assert "elements differ" in first["cause"]
+    assert not result.passed
+    assert {fault.tensor for fault in result.tensors_different} == {key}
+    assert result.config_differences == []
+    assert result.candidate_failure is None
+    first = result.first_divergence
+    assert first == result.tensors_different[0]
+    assert first.tensor == key
+    assert first.layer == (int(key.split("layers.")[1].split(".")[0]) if "layers." in key else None)
+    assert "elements differ" in first.cause
     json.dumps(result, allow_nan=False)
 
 
@@ -393,31 +397,26 @@ def test_two_tensors_exchanged_are_both_named(
     path = copy(geometry)
     change_tensors(path, exchange(one, other))
     result = validate(path, reference=source(geometry), tokens=2)
-    assert not result["passed"]
-    assert {fault["tensor"] for fault in result["tensors_different"]} == {one, other}
+    assert not result.passed
+    assert {fault.tensor for fault in result.tensors_different} == {one, other}
 
 
 def test_an_expert_is_named_where_many_share_a_tensor(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
     path = copy()
     key = f"{TEXT}layers.2.feed_forward.experts.gate_up_proj"
     change_tensors(path, lambda tensors: tensors[key][3, :, -1].zero_())
-    [fault] = validate(path, reference=source(), tokens=2)["tensors_different"]
-    assert fault == {
-        "layer": 2,
-        "module": "feed_forward.experts.3.up",
-        "tensor": key,
-        "cause": fault["cause"],
-        "kind": "zeros",
-    }
-    assert "; 128 of 13,312 elements differ, by up to " in fault["cause"]
+    [fault] = validate(path, reference=source(), tokens=2).tensors_different
+    assert (fault.layer, fault.module, fault.tensor) == (2, "feed_forward.experts.3.up", key)
+    assert fault.kind == "zeros"
+    assert "; 128 of 13,312 elements differ, by up to " in fault.cause
 
 
 def test_the_sign_of_a_zero_is_a_bit_like_any_other(converted: Callable[..., Path], tmp_path: Path) -> None:
     one, other = (commands.copy(converted("text_only"), tmp_path / name) for name in ("one", "other"))
     change_tensors(one, lambda tensors: tensors["model.norm.weight"].fill_(0.0))
     change_tensors(other, lambda tensors: tensors["model.norm.weight"].fill_(-0.0))
-    [fault] = validate(other, reference=one, tokens=2)["tensors_different"]
-    assert fault["tensor"] == "model.norm.weight"
+    [fault] = validate(other, reference=one, tokens=2).tensors_different
+    assert fault.tensor == "model.norm.weight"
 
 
 def test_a_wrong_rounding_to_another_dtype_is_found(
@@ -427,7 +426,7 @@ def test_a_wrong_rounding_to_another_dtype_is_found(
     path = commands.copy(converted(dtype="float32"), converted(dtype="float32").parent / "rounded")
     change_tensors(path, lambda t: t.update({f"{TEXT}norm.weight": t[f"{TEXT}norm.weight"] * (1 + 2**-20)}))
     result = validate(path, reference=source(), tokens=2)
-    assert [fault["tensor"] for fault in result["tensors_different"]] == [f"{TEXT}norm.weight"]
+    assert [fault.tensor for fault in result.tensors_different] == [f"{TEXT}norm.weight"]
 
 
 @pytest.mark.parametrize("key", [f"{LAYER}self_attn.v_proj.weight", f"{TOWER}mlp.fc1.bias"])
@@ -438,10 +437,10 @@ def test_a_missing_tensor_is_named_and_nothing_runs(
     change_tensors(path, lambda tensors: tensors.pop(key))
     for runner in ("llama4", "transformers"):
         result = validate(path, reference=source(), tokens=2, runner=runner)
-        assert not result["passed"]
-        assert [fault["tensor"] for fault in result["tensors_different"]] == [key]
-        assert result["tensors_compared"] < 155
-        assert key in result["candidate_failure"]
+        assert not result.passed
+        assert [fault.tensor for fault in result.tensors_different] == [key]
+        assert result.tensors_compared < 155
+        assert key in result.candidate_failure
         assert all(result[name] is None for name in METRICS)
 
 
@@ -460,15 +459,15 @@ def test_a_tensor_of_another_shape_is_named(
     path = copy()
     change_tensors(path, lambda tensors: tensors.update({key: cut(tensors[key])}))
     result = validate(path, reference=source(), tokens=2)
-    assert not result["passed"]
-    assert {fault["tensor"] for fault in result["tensors_different"]} == {key}
+    assert not result.passed
+    assert {fault.tensor for fault in result.tensors_different} == {key}
 
 
 def test_a_tensor_that_no_llama_4_has_is_listed(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
     path = copy()
     change_tensors(path, lambda tensors: tensors.update({f"{LAYER}self_attn.q_proj.bias": torch.zeros(2)}))
     result = validate(path, reference=source(), tokens=2)
-    assert result["tensors_unexpected"] == [f"{LAYER}self_attn.q_proj.bias"]
+    assert result.tensors_unexpected == [f"{LAYER}self_attn.q_proj.bias"]
 
 
 def test_the_keys_in_these_tests_are_of_every_kind(converted: Callable[..., Path]) -> None:
@@ -526,20 +525,20 @@ def test_a_wrong_field_is_named_and_logits_tell_where_it_matters(
     path = copy(geometry)
     change_config(path, **changes)
     result = validate(path, reference=source(geometry), tokens=40)
-    assert not result["passed"]
+    assert not result.passed
     assert fields(result) == named
-    assert result["tensors_different"] == []
-    assert result["candidate_failure"] is None
-    first = result["first_divergence"]
-    assert (first["layer"], first["module"], first["tensor"]) == (*strays, None)
-    assert all(field in first["cause"] for field in named)
+    assert result.tensors_different == []
+    assert result.candidate_failure is None
+    first = result.first_divergence
+    assert (first.layer, first.module, first.tensor) == (*strays, None)
+    assert all(field in first.cause for field in named)
     # The logits tell it alone.
-    assert {"kl_mean", "nmse"} <= set(result["gates_failed"])
-    assert result["kl_mean"] > 1e-5
+    assert {"kl_mean", "nmse"} <= set(result.gates_failed)
+    assert result.kl_mean > 1e-5
     if strays[0] is not None:
-        clean = result["layers"][: strays[0]]
-        assert all(layer["nmse_local"] < 1e-9 > layer["nmse_propagated"] for layer in clean)
-        assert result["layers"][strays[0]]["nmse_local"] > 1e-9
+        clean = result.layers[: strays[0]]
+        assert all(layer.nmse_local < 1e-9 > layer.nmse_propagated for layer in clean)
+        assert result.layers[strays[0]].nmse_local > 1e-9
 
 
 SILENT = [
@@ -574,7 +573,7 @@ def test_a_wrong_field_that_40_tokens_do_not_show_is_named_all_the_same(
     path = copy(geometry)
     change_config(path, **changes)
     result = validate(path, reference=source(geometry), tokens=40)
-    assert not result["passed"]
+    assert not result.passed
     assert fields(result) == {named}
 
 
@@ -585,7 +584,7 @@ def test_a_generation_that_would_not_end_is_a_wrong_field(
     path = copy()
     change_config(path, "generation_config.json", eos_token_id=stops)
     result = validate(path, reference=source(), tokens=2)
-    assert not result["passed"]
+    assert not result.passed
     assert fields(result) == {"eos_token_id"}
 
 
@@ -616,9 +615,9 @@ def test_a_wrong_field_of_another_file_is_named(
     path = copy()
     change_config(path, file, **changes)
     result = validate(path, reference=source(), tokens=2)
-    assert not result["passed"]
+    assert not result.passed
     assert fields(result) == {f"{file}: {named}"}
-    assert not result["config_differences"][0]["matters"]
+    assert not result.config_differences[0].matters
 
 
 def test_a_vocabulary_of_other_ids_is_a_wrong_file(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
@@ -627,8 +626,8 @@ def test_a_vocabulary_of_other_ids_is_a_wrong_file(source: Callable[..., Path], 
     vocabulary = body["model"]["vocab"]
     vocabulary["X"], vocabulary["Y"] = vocabulary["Y"], vocabulary["X"]
     (path / "tokenizer.json").write_text(json.dumps(body))
-    [difference] = validate(path, reference=source(), tokens=2)["config_differences"]
-    assert (difference["field"], difference["expected"], difference["found"]) == (
+    [difference] = validate(path, reference=source(), tokens=2).config_differences
+    assert (difference.field, difference.expected, difference.found) == (
         "tokenizer.json", f"token {ord('X')}: 'X'", "Y",
     )  # fmt: skip
 
@@ -639,9 +638,9 @@ def test_a_chunk_size_that_no_layer_uses_changes_no_logit(
     path = copy("guard")
     change_config(path, attention_chunk_size=8)
     result = validate(path, reference=source("guard"), tokens=20)
-    [difference] = result["config_differences"]
-    assert (difference["field"], difference["matters_from"]) == ("attention_chunk_size", None)
-    assert result["gates_failed"] == []
+    [difference] = result.config_differences
+    assert (difference.field, difference.matters_from) == ("attention_chunk_size", None)
+    assert result.gates_failed == []
 
 
 def test_readers_that_count_moe_layers_must_find_none_in_a_dense_model(
@@ -708,16 +707,16 @@ def test_what_transformers_refuses_is_a_failed_check_too(
     path = copy("text_only")
     change_config(path, **changes)
     result = validate(path, reference=source("text_only"), tokens=2, runner="transformers")
-    assert not result["passed"]
-    assert "Transformers" in result["candidate_failure"]
+    assert not result.passed
+    assert "Transformers" in result.candidate_failure
 
 
 def test_a_wrong_field_shows_in_transformers_too(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
     path = copy("text_only")
     change_config(path, rms_norm_eps=0.5)
     result = validate(path, reference=source("text_only"), tokens=20, runner="transformers")
-    assert not result["passed"]
-    assert "nmse" in result["gates_failed"]
+    assert not result.passed
+    assert "nmse" in result.gates_failed
     assert fields(result) == {"rms_norm_eps"}
 
 
@@ -727,11 +726,11 @@ def test_a_nan_in_the_candidate_is_no_number_anywhere_in_the_result(
     path = copy("text_only")
     change_tensors(path, lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(math.nan))
     result = validate(path, reference=source("text_only"), tokens=5)
-    assert not result["passed"]
-    assert result["gates_failed"] == sorted(result["gates"])
-    assert result["top1_agreement"] is result["kl_mean"] is result["perplexity_candidate"] is None
-    assert result["perplexity_reference"] > 0
-    assert {layer["nmse_propagated"] for layer in result["layers"]} == {None}
+    assert not result.passed
+    assert result.gates_failed == sorted(result.gates)
+    assert result.top1_agreement is result.kl_mean is result.perplexity_candidate is None
+    assert result.perplexity_reference > 0
+    assert {layer.nmse_propagated for layer in result.layers} == {None}
 
 
 # -------------------- files that are damaged
@@ -822,23 +821,23 @@ def test_a_gate_can_be_closed_and_opened(
     source: Callable[..., Path], copy: Callable[..., Path], converted: Callable[..., Path]
 ) -> None:
     closed = validate(converted("text_only"), reference=source("text_only"), tokens=5, gates={"top1_agreement": 1.1})
-    assert not closed["passed"]
-    assert closed["gates_failed"] == ["top1_agreement"]
-    assert closed["gates"]["top1_agreement"] == 1.1
+    assert not closed.passed
+    assert closed.gates_failed == ["top1_agreement"]
+    assert closed.gates["top1_agreement"] == 1.1
 
     path = copy("text_only")
     change_config(path, rms_norm_eps=0.5)
     wide = {"top1_agreement": 0, "kl_mean": 100, "kl_p999": 100, "nmse": 100}
     opened = validate(path, reference=source("text_only"), tokens=5, gates=wide)
-    assert opened["gates_failed"] == []
-    assert not opened["passed"]  # the field differs whatever logits may
+    assert opened.gates_failed == []
+    assert not opened.passed  # the field differs whatever logits may
 
 
 def test_a_gate_of_another_metric_is_added(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
     path = copy("text_only")
     change_config(path, rms_norm_eps=0.5)
     result = validate(path, reference=source("text_only"), tokens=5, gates={"max_abs_diff": 1e-3})
-    assert "max_abs_diff" in result["gates_failed"]
+    assert "max_abs_diff" in result.gates_failed
 
 
 def test_unknown_names_are_mistakes_of_use(source: Callable[..., Path], converted: Callable[..., Path]) -> None:
@@ -961,7 +960,7 @@ def test_another_tokenizer_is_named(source: Callable[..., Path], copy: Callable[
     file.write_text(json.dumps(body))
     (tmp_path / "prompts").write_text("the thin\n")
     result = validate(path, reference=source(), prompts=tmp_path / "prompts")
-    assert not result["passed"]
+    assert not result.passed
     assert fields(result) == {"tokenizer.json"}
 
 
@@ -1075,13 +1074,13 @@ def test_a_tensor_of_fewer_dimensions_or_experts_is_named(
     path = copy()
     change_tensors(path, lambda tensors: tensors.update({key: tensor.to(torch.bfloat16)}))
     result = validate(path, reference=source(), tokens=2)
-    assert not result["passed"]
-    assert {fault["tensor"] for fault in result["tensors_different"]} == {key}
+    assert not result.passed
+    assert {fault.tensor for fault in result.tensors_different} == {key}
 
 
 def test_a_wider_embedding_is_said_to_have_other_rows(source: Callable[..., Path], copy: Callable[..., Path]) -> None:
     path = copy()
     key = f"{TEXT}embed_tokens.weight"
     change_tensors(path, lambda tensors: tensors.update({key: tensors[key][:, :64]}))
-    [fault] = validate(path, reference=source(), tokens=2)["tensors_different"]
-    assert "rows" not in fault["cause"]
+    [fault] = validate(path, reference=source(), tokens=2).tensors_different
+    assert "rows" not in fault.cause

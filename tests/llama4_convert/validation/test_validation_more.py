@@ -30,7 +30,7 @@ def test_a_dtype_that_loses_bits_is_no_fault(source: str, target: str, tmp_path:
     """The reference is rounded as the conversion rounds."""
     written(tmp_path / "meta", getattr(torch, source))
     convert(tmp_path / "meta", tmp_path / "out", dtype=target)
-    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=24)["passed"]
+    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=24).passed
 
 
 def test_the_way_back_of_a_base_model_stops_where_it_did(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_the_way_back_of_a_base_model_stops_where_it_did(tmp_path: Path) -> None
     written(tmp_path / "meta", vision_args=None)
     convert(tmp_path / "meta", tmp_path / "out", variant="base")
     export(tmp_path / "out", tmp_path / "back")
-    assert validate(tmp_path / "back", reference=tmp_path / "out", tokens=8)["passed"]
+    assert validate(tmp_path / "back", reference=tmp_path / "out", tokens=8).passed
 
 
 def test_chunks_where_every_layer_is_nope(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_seventh_of_the_patches(tmp_path: Path) -> None:
     vision = {**SCOUT["vision_args"], "image_size": {"height": 98, "width": 98}, "pixel_shuffle_ratio": 1 / 7}
     written(tmp_path / "meta", vision_args={**vision, "dim": 16, "n_heads": 2, "mlp_ratio": 49.0})
     convert(tmp_path / "meta", tmp_path / "out")
-    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=8)["passed"]
+    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=8).passed
 
 
 def test_a_vocabulary_of_special_tokens_only(tmp_path: Path) -> None:
@@ -62,14 +62,14 @@ def test_a_vocabulary_of_special_tokens_only(tmp_path: Path) -> None:
     written(tmp_path / "meta", vocab_size=2048, vision_args=None)
     (tmp_path / "meta" / "tokenizer.model").unlink()
     convert(tmp_path / "meta", tmp_path / "out")
-    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=8)["passed"]
+    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=8).passed
 
 
 def test_experts_that_no_layer_has(tmp_path: Path) -> None:
     """An interval beyond the last layer: a dense model, whatever moe_args says of experts."""
     written(tmp_path / "meta", moe_args={**SCOUT["moe_args"], "interleave_moe_layer_step": 9}, ffn_exp=None)
     convert(tmp_path / "meta", tmp_path / "out")
-    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=24)["passed"]
+    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=24).passed
 
 
 def test_a_rope_that_transformers_scales_in_another_way_is_refused(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_words_that_readers_choose_their_code_by(
     part[last] = value
     (folder / "out" / "config.json").write_text(json.dumps(body))
     result = validate(folder / "out", reference=folder / "meta", tokens=4)
-    assert not result["passed"]
-    assert field in {difference["field"] for difference in result["config_differences"]}
+    assert not result.passed
+    assert field in {difference.field for difference in result.config_differences}
 
 
 class TestGenerate:
@@ -118,9 +118,7 @@ class TestGenerate:
     def test_the_smallest_temperature_is_greedy(self, temperature: str, output: Path) -> None:
         options: dict[str, Any] = {"max_new_tokens": 6, "dtype": "float32"}
         greedy = generate(output, "Hello", **options)
-        assert (
-            generate(output, "Hello", temperature=float(temperature), seed=1, **options)["tokens"] == greedy["tokens"]
-        )
+        assert generate(output, "Hello", temperature=float(temperature), seed=1, **options).tokens == greedy.tokens
 
     def test_a_temperature_that_is_no_number(self, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
         outcome = commands.run(capsys, "generate", output, "--prompt", "x", "--temperature", "nan")

@@ -28,7 +28,7 @@ from llama4_convert.validation.diagnosis import (
 from llama4_convert.validation.diagnosis.block_order import Axis
 from llama4_convert.validation.diagnosis.changed_values import Region
 from llama4_convert.validation.diagnosis.moved_values import Move, Tolerance
-from llama4_convert.validation.weight_check import WeightFault, compare_weights
+from llama4_convert.validation.weight_check import WeightFault, compare_weights, pairs_with_reference
 from quant.schemes.nf4 import NF4
 from tests.support import commands, meta_model, planted
 
@@ -65,8 +65,7 @@ def bits(tensor: Tensor) -> Any:
 
 
 def faults_of(reference: Checkpoint, candidate: Checkpoint) -> list[WeightFault]:
-    findings = compare_weights(reference, candidate, reference.config, lambda n: None)
-    return [finding for finding in findings if isinstance(finding, WeightFault)]
+    return compare_weights(pairs_with_reference(reference, candidate, reference.config)).faults
 
 
 # -------------------- every fault of the catalogue, in several geometries

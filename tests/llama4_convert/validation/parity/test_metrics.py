@@ -203,8 +203,8 @@ def test_the_histogram_counts_every_position_and_the_sample_is_of_the_logits(see
     reference, candidate = logits(seed), logits(seed) + logits(seed + 1, 0.1)
     comparison = comparison_of(reference, candidate, widths=widths)
     histogram = comparison.kl_histogram()
-    assert histogram["below"] + sum(histogram["counts"]) == POSITIONS
-    assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+    assert histogram.below + sum(histogram.counts) == POSITIONS
+    assert len(histogram.edges) == len(histogram.counts) + 1
     pairs = set(zip(reference.ravel().tolist(), candidate.ravel().tolist(), strict=True))
     assert pairs >= {tuple(map(float, np.float32(pair))) for pair in comparison.sample()}  # to the last bit
     assert 0 < len(comparison.sample()) <= POSITIONS * VOCABULARY

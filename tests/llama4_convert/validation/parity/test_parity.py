@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,9 +23,10 @@ from llama4_convert.checkpoints.readers import RankReader
 from llama4_convert.errors import UsageError
 from llama4_convert.reference.checkpoint import Checkpoint
 from llama4_convert.validation import cache as parity_cache
-from llama4_convert.validation import config_check
+from llama4_convert.validation import chat_template
 from llama4_convert.validation.config_check import matters_from
 from llama4_convert.validation.parity.memory import budget
+from llama4_convert.validation.results import RoutingLoad
 from tests.support import commands
 
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -90,15 +92,15 @@ def test_the_first_layer_that_strays_is_split_into_its_modules(
     source, path = damaged(key, noisy, geometry)
     layer = int(key.split("layers.")[1][0])
     result = validate(path, reference=source, tokens=24, runner=runner)
-    assert result["modules"]["stage"] == f"layers.{layer}"
-    errors = result["modules"]["errors"]
+    assert result.modules.stage == f"layers.{layer}"
+    errors = result.modules.errors
     assert {name for name, error in errors.items() if error > 1e-8} == {module}
     assert next(iter(errors)) == "attention_norm"
-    before, at, after = result["layers"][:layer], result["layers"][layer], result["layers"][layer + 1 :]
-    assert all(told["nmse_propagated"] < 1e-10 for told in before)
-    assert at["nmse_local"] > 1e-8
+    before, at, after = result.layers[:layer], result.layers[layer], result.layers[layer + 1 :]
+    assert all(told.nmse_propagated < 1e-10 for told in before)
+    assert at.nmse_local > 1e-8
     # What comes behind is right in itself, and wrong for what it is given.
-    assert all(told["nmse_local"] < 1e-8 < told["nmse_propagated"] for told in after)
+    assert all(told.nmse_local < 1e-8 < told.nmse_propagated for told in after)
 
 
 @pytest.mark.parametrize("runner", ["llama4", "transformers"])
@@ -109,7 +111,7 @@ def test_the_expert_that_strays_is_named(runner: str, damaged: Callable[..., tup
 
     source, path = damaged(f"{TEXT}layers.1.feed_forward.experts.down_proj", change)
     result = validate(path, reference=source, tokens=60, runner=runner)
-    errors = result["modules"]["errors"]
+    errors = result.modules.errors
     assert {name for name, error in errors.items() if error > 1e-8} == {"feed_forward.experts.2"}
     assert {f"feed_forward.experts.{e}" for e in range(4)} <= errors.keys()
 
@@ -128,11 +130,11 @@ def test_the_stage_of_the_vision_tower_that_strays_is_told(
     key: str, stage: str, runner: str, damaged: Callable[..., tuple[Path, Path]]
 ) -> None:
     source, path = damaged(key, noisy)
-    vision = validate(path, reference=source, tokens=4, runner=runner)["vision"]
-    names = [told["stage"] for told in vision]
+    vision = validate(path, reference=source, tokens=4, runner=runner).vision
+    names = [told.stage for told in vision]
     assert names == ["vision.embed", "vision.layers.0", "vision.layers.1", "vision.adapter", "vision.projector"]
-    assert [told["stage"] for told in vision if told["nmse_local"] > 1e-8] == [stage]
-    assert [told["stage"] for told in vision if told["nmse_propagated"] > 1e-8] == names[names.index(stage) :]
+    assert [told.stage for told in vision if told.nmse_local > 1e-8] == [stage]
+    assert [told.stage for told in vision if told.nmse_propagated > 1e-8] == names[names.index(stage) :]
 
 
 @pytest.mark.parametrize("runner", ["llama4", "transformers"])
@@ -145,9 +147,9 @@ def test_layers_of_another_kind_are_a_failed_check_and_no_crash(
         synth(tmp_path / geometry, geometry=geometry, tiny=True, ranks=2)
     convert(tmp_path / one, tmp_path / "out")
     result = validate(tmp_path / "out", reference=tmp_path / other, tokens=4, runner=runner)
-    assert not result["passed"]
-    assert {"moe_layers", "interleave_moe_layer_step"} <= {d["field"] for d in result["config_differences"]}
-    assert any(fault["kind"] == "missing" for fault in result["tensors_different"])
+    assert not result.passed
+    assert {"moe_layers", "interleave_moe_layer_step"} <= {d.field for d in result.config_differences}
+    assert any(fault.kind == "missing" for fault in result.tensors_different)
 
 
 # -------------------- routing
@@ -157,30 +159,31 @@ def test_forced_routing_takes_jumps_out(damaged: Callable[..., tuple[Path, Path]
     """A router that errs a little sends some tokens elsewhere: with the reference's choice only the gates differ."""
     source, path = damaged(f"{TEXT}layers.1.feed_forward.router.weight", lambda t: noisy(t) * 0.05 + t * 0.95)
     result = validate(path, reference=source, tokens=60)
-    agreement = [layer["router_agreement"] for layer in result["layers"]]
+    agreement = [layer.router_agreement for layer in result.layers]
     assert agreement[0] == 1
     assert agreement[1] < 1
-    assert 0 < result["forced_routing"]["kl_mean"] < result["kl_mean"] / 2
+    assert 0 < result.forced_routing.kl_mean < result.kl_mean / 2
 
 
 def test_routing_that_agrees_is_the_same_forced(pair: Callable[..., tuple[Path, Path]]) -> None:
     source, output = pair()
     result = validate(output, reference=source, tokens=24)
-    assert {layer["router_agreement"] for layer in result["layers"]} == {1.0}
-    assert result["forced_routing"] == {name: result[name] for name in result["forced_routing"]}
-    load = result["pictures"]["routing_load"]
-    assert load["layers"] == [0, 1, 2, 3, 4]
-    assert {sum(row) for row in load["tokens"]} == {result["tokens"]}
-    assert {len(row) for row in load["tokens"]} == {4}
+    assert {layer.router_agreement for layer in result.layers} == {1.0}
+    forced = structs.asdict(result.forced_routing)
+    assert forced == {name: getattr(result, name) for name in forced}
+    load = result.pictures.routing_load
+    assert load.layers == [0, 1, 2, 3, 4]
+    assert {sum(row) for row in load.tokens} == {result.tokens}
+    assert {len(row) for row in load.tokens} == {4}
 
 
 def test_a_model_without_experts_has_no_routing(pair: Callable[..., tuple[Path, Path]]) -> None:
     source, output = pair("guard")
     result = validate(output, reference=source, tokens=24)
-    assert result["passed"]
-    assert {layer["router_agreement"] for layer in result["layers"]} == {None}
-    assert result["forced_routing"] is None
-    assert result["pictures"]["routing_load"] == {"layers": [], "tokens": []}
+    assert result.passed
+    assert {layer.router_agreement for layer in result.layers} == {None}
+    assert result.forced_routing is None
+    assert result.pictures.routing_load == RoutingLoad(layers=[], tokens=[])
 
 
 def test_another_number_of_experts_a_token_cannot_be_forced(
@@ -192,20 +195,20 @@ def test_another_number_of_experts_a_token_cannot_be_forced(
     body["num_experts_per_tok"] = 1
     (path / "config.json").write_text(json.dumps(body))
     result = validate(path, reference=source, tokens=24)
-    assert result["forced_routing"] is None
-    assert result["first_divergence"]["module"] == "feed_forward"
+    assert result.forced_routing is None
+    assert result.first_divergence.module == "feed_forward"
 
 
 def test_a_quantized_candidate_tells_the_error_of_every_expert(pair: Callable[..., tuple[Path, Path]]) -> None:
     source, output = pair("text_only", recipe="nf4")
     result = validate(output, reference=source, tokens=24)
-    assert result["passed"], result["gates_failed"]
-    assert result["kind"] == "nf4"
-    told = result["pictures"]["quantization_error"]
-    assert told["layers"] == [0, 1, 2, 3]
-    assert all(0.004 < error < 0.02 for row in told["relative_mse"] for error in row)
-    assert result["forced_routing"]["kl_mean"] <= result["kl_mean"]
-    assert all(0 < layer["nmse_local"] < 0.5 for layer in result["layers"])
+    assert result.passed, result.gates_failed
+    assert result.kind == "nf4"
+    told = result.pictures.quantization_error
+    assert told.layers == [0, 1, 2, 3]
+    assert all(0.004 < error < 0.02 for row in told.relative_mse for error in row)
+    assert result.forced_routing.kl_mean <= result.kl_mean
+    assert all(0 < layer.nmse_local < 0.5 for layer in result.layers)
 
 
 # -------------------- Transformers on either side
@@ -217,19 +220,19 @@ def test_transformers_can_be_the_reference(
 ) -> None:
     _, output = pair()
     result = validate(output, reference=output, tokens=24, reference_runner=ours, runner=theirs)
-    assert result["passed"], result
-    assert result["reference_runner"] == ours
-    assert {layer["router_agreement"] for layer in result["layers"]} == {1.0}
-    assert all(layer["nmse_propagated"] < 1e-10 for layer in result["layers"])
+    assert result.passed, result
+    assert result.reference_runner == ours
+    assert {layer.router_agreement for layer in result.layers} == {1.0}
+    assert all(layer.nmse_propagated < 1e-10 for layer in result.layers)
     # Of two records neither can run on the other's input.
-    assert all((layer["nmse_local"] is None) == (theirs == "transformers") for layer in result["layers"])
+    assert all((layer.nmse_local is None) == (theirs == "transformers") for layer in result.layers)
     _, wrong = damaged(f"{TEXT}layers.1.self_attn.o_proj.weight", noisy)
     result = validate(wrong, reference=output, tokens=24, reference_runner=ours, runner=theirs)
-    assert not result["passed"]
-    assert result["layers"][0]["nmse_propagated"] < 1e-10 < 1e-4 < result["layers"][1]["nmse_propagated"]
-    assert "kl_mean" in result["gates_failed"]
+    assert not result.passed
+    assert result.layers[0].nmse_propagated < 1e-10 < 1e-4 < result.layers[1].nmse_propagated
+    assert "kl_mean" in result.gates_failed
     if theirs == "llama4":
-        assert {name for name, error in result["modules"]["errors"].items() if error > 1e-8} == {"attention.o"}
+        assert {name for name, error in result.modules.errors.items() if error > 1e-8} == {"attention.o"}
 
 
 def test_what_only_transformers_can_read_is_compared_by_what_it_computes(
@@ -241,10 +244,10 @@ def test_what_only_transformers_can_read_is_compared_by_what_it_computes(
     result = validate(
         output, reference=source, tokens=24, runner="transformers", dtype="bfloat16", gates={"kl_mean": 1}
     )
-    assert "bitsandbytes" in result["weights_not_compared"]
-    assert result["tensors_compared"] == 0
-    assert result["tokens"] == 24 + 20  # text, and a picture with text around it
-    assert result["candidate_failure"] is None
+    assert "bitsandbytes" in result.weights_not_compared
+    assert result.tensors_compared == 0
+    assert result.tokens == 24 + 20  # text, and a picture with text around it
+    assert result.candidate_failure is None
 
 
 def test_meta_s_layout_is_none_that_transformers_reads(pair: Callable[..., tuple[Path, Path]]) -> None:
@@ -285,7 +288,7 @@ def test_the_reference_is_computed_once_for_all_its_candidates(
     lossy = validate(other, reference=source, tokens=24, cache=tmp_path)
     assert lossy == validate(other, reference=source, tokens=24)
     # Other prompts are other numbers.
-    assert validate(output, reference=source, tokens=25, cache=tmp_path)["tokens"] == first["tokens"] + 1
+    assert validate(output, reference=source, tokens=25, cache=tmp_path).tokens == first.tokens + 1
 
 
 def test_a_second_candidate_is_compared_without_reading_the_reference(
@@ -310,7 +313,7 @@ def test_a_second_candidate_is_compared_without_reading_the_reference(
     assert validate(output, reference=source, tokens=2, cache=tmp_path / "cache") == first
     assert set(read) == {"output.weight"}  # for the logits
     assert validate(bad, reference=source, tokens=2, cache=tmp_path / "cache") == expected
-    assert [fault["kind"] for fault in expected["tensors_different"]] == ["negated"]
+    assert [fault.kind for fault in expected.tensors_different] == ["negated"]
 
 
 def test_a_changed_reference_is_computed_anew(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -321,8 +324,8 @@ def test_a_changed_reference_is_computed_anew(pair: Callable[..., tuple[Path, Pa
     tensors["model.norm.weight"] *= 2
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
     result = validate(output, reference=path, tokens=8, cache=tmp_path / "cache")
-    assert [fault["tensor"] for fault in result["tensors_different"]] == ["model.norm.weight"]
-    assert result["nmse"] > 0.1
+    assert [fault.tensor for fault in result.tensors_different] == ["model.norm.weight"]
+    assert result.nmse > 0.1
 
 
 @pytest.mark.parametrize("recipe", [None, "nf4"])
@@ -333,7 +336,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     computed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(parity_cache, "_EVERY", 0.0)
+    monkeypatch.setattr(parity_cache, "_SECONDS_BETWEEN_SAVES", 0.0)
     source, output = pair("text_only", **({"recipe": recipe} if recipe else {}))
     expected = validate(output, reference=source, tokens=24)
 
@@ -352,14 +355,14 @@ def test_an_interrupted_comparison_of_weights_goes_on_too(
     damaged: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is wrong before the interruption is told after it, and so is what stands in another's place."""
-    monkeypatch.setattr(parity_cache, "_EVERY", 0.0)
+    monkeypatch.setattr(parity_cache, "_SECONDS_BETWEEN_SAVES", 0.0)
     source, path = damaged(f"{TEXT}layers.3.self_attn.q_proj.weight", lambda t: t.neg())
     tensors = load_file(path / WEIGHTS)
     names = [f"{TEXT}layers.{i}.self_attn.v_proj.weight" for i in (0, 4)]
     tensors[names[1]] = tensors[names[0]].clone()
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
     expected = validate(path, reference=source, tokens=2)
-    assert [fault["kind"] for fault in expected["tensors_different"]] == ["negated", "other_tensor"]
+    assert [fault.kind for fault in expected.tensors_different] == ["negated", "other_tensor"]
     total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     with pytest.raises(commands.Stop):
         validate(path, reference=source, tokens=2, cache=tmp_path, progress=commands.stopping_after(0.6 * total))
@@ -382,7 +385,7 @@ def test_a_folder_that_takes_nothing_is_a_warning(pair: Callable[..., tuple[Path
     (tmp_path / "file").write_text("")
     said: list[str] = []
     result = validate(output, reference=source, tokens=8, cache=tmp_path / "file", warn=said.append)
-    assert result["passed"]
+    assert result.passed
     assert len(said) == 1
     assert "keeps nothing" in said[0]
 
@@ -391,7 +394,7 @@ def test_only_the_runs_used_last_are_kept(pair: Callable[..., tuple[Path, Path]]
     source, output = pair("text_only")
     for tokens in range(2, 9):
         validate(output, reference=source, tokens=tokens, cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == parity_cache._KEPT
+    assert len(list(tmp_path.iterdir())) == parity_cache._KEPT_VALIDATIONS
 
 
 def test_the_report_is_written_beside_the_summary_and_a_wrong_place_is_refused_first(
@@ -449,16 +452,16 @@ def test_a_field_changes_no_logit_before_the_length_that_is_told_and_does_then(
     assert least is not None
     (tmp_path / "ids").write_text(json.dumps([list(range(3, 3 + least))]))
     result = validate(path, reference=source, token_ids=tmp_path / "ids")
-    [told] = [d for d in result["config_differences"] if d["field"] == name]
-    assert told["matters_from"] == least
-    assert told["matters"] is True
-    assert "kl_mean" in result["gates_failed"]
+    [told] = [d for d in result.config_differences if d.field == name]
+    assert told.matters_from == least
+    assert told.matters is True
+    assert "kl_mean" in result.gates_failed
     if least > 1:
         (tmp_path / "ids").write_text(json.dumps([list(range(3, 2 + least))]))
         result = validate(path, reference=source, token_ids=tmp_path / "ids")
-        assert {d["matters"] for d in result["config_differences"]} == {False}
-        assert result["gates_failed"] == []
-        assert not result["passed"]  # what it says is wrong all the same
+        assert {d.matters for d in result.config_differences} == {False}
+        assert result.gates_failed == []
+        assert not result.passed  # what it says is wrong all the same
 
 
 def test_rope_differs_from_the_length_at_which_an_angle_does(pair: Callable[..., tuple[Path, Path]]) -> None:
@@ -487,28 +490,28 @@ def test_a_chat_template_that_writes_other_tokens_is_a_wrong_field(
     pair: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     source, output = pair(variant="instruct")
-    assert validate(output, reference=source, tokens=2)["passed"]
+    assert validate(output, reference=source, tokens=2).passed
     path = commands.copy(output, tmp_path / "copy")
     file = path / "chat_template.jinja"
     text = file.read_text()
     for wrong in (text.replace("<|header_end|>\\n\\n", "<|header_end|>\\n"), text.replace("<|eot|>", "<|eom|>"), "{{"):
         file.write_text(wrong)
         result = validate(path, reference=source, tokens=2)
-        assert not result["passed"]
-        assert [d["field"] for d in result["config_differences"]] == ["chat_template"]
-        assert result["config_differences"][0]["matters"] is None
+        assert not result.passed
+        assert [d.field for d in result.config_differences] == ["chat_template"]
+        assert result.config_differences[0].matters is None
 
 
 def test_a_chat_template_that_does_not_end_is_stopped(
     pair: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_check, "_PATIENCE", 3.0)
+    monkeypatch.setattr(chat_template, "_MAX_CPU_SECONDS", 3.0)
     source, output = pair("text_only", variant="instruct")
     path = commands.copy(output, tmp_path / "copy")
     loop = "{% for i in range(99999) %}"
     (path / "chat_template.jinja").write_text(loop * 4 + "{% endfor %}" * 4)
-    [told] = validate(path, reference=source, tokens=2)["config_differences"]
-    assert (told["field"], told["found"]) == ("chat_template", "it does not end within 3 s")
+    [told] = validate(path, reference=source, tokens=2).config_differences
+    assert (told.field, told.found) == ("chat_template", "it does not end within 3 s")
 
 
 # -------------------- memory

@@ -224,7 +224,7 @@ def test_a_model_without_a_patch_token_is_shown_no_tile(config: Llama4Config) ->
 
 
 def test_prompts_are_padded_on_the_right_and_padding_is_known(config: Llama4Config) -> None:
-    batch = Batch.of([Prompt([7, 8, 9]), Prompt([5])], config)
+    batch = Batch.padded([Prompt([7, 8, 9]), Prompt([5])], config)
     assert batch.is_real.tolist() == [[True, True, True], [True, False, False]]
     assert batch.tokens[batch.is_real].tolist() == [7, 8, 9, 5]
     assert batch.tokens.shape == (2, 3)
@@ -232,27 +232,27 @@ def test_prompts_are_padded_on_the_right_and_padding_is_known(config: Llama4Conf
 
 
 def test_a_target_is_the_next_token_of_the_same_prompt(config: Llama4Config) -> None:
-    batch = Batch.of([Prompt([7, 8, 9]), Prompt([5, 6]), Prompt([4])], config)
+    batch = Batch.padded([Prompt([7, 8, 9]), Prompt([5, 6]), Prompt([4])], config)
     assert batch.targets.tolist() == [[8, 9, -1], [6, -1, -1], [-1, -1, -1]]
 
 
 def test_token_0_is_a_target_like_any_other(config: Llama4Config) -> None:
-    batch = Batch.of([Prompt([1, 0, 0]), Prompt([0, 2])], config)
+    batch = Batch.padded([Prompt([1, 0, 0]), Prompt([0, 2])], config)
     assert batch.targets.tolist() == [[0, 0, -1], [2, -1, -1]]
 
 
 def test_nobody_predicts_a_patch(config: Llama4Config) -> None:
     tile = torch.zeros(1, 3, 56, 56)
-    batch = Batch.of([Prompt([1, PATCH, PATCH, 2], tile)], config)
+    batch = Batch.padded([Prompt([1, PATCH, PATCH, 2], tile)], config)
     assert batch.targets.tolist() == [[-1, -1, 2, -1]]
-    without = Batch.of([Prompt([1, PATCH, 2])], replace(config, image_token_index=None))
+    without = Batch.padded([Prompt([1, PATCH, 2])], replace(config, image_token_index=None))
     assert without.targets.tolist() == [[PATCH, 2, -1]]
 
 
 def test_tiles_come_in_the_order_of_the_prompts(config: Llama4Config) -> None:
     tiles = torch.arange(3.0)[:, None, None, None].expand(3, 3, 56, 56)
     patches = [PATCH] * 4
-    batch = Batch.of([Prompt(patches, tiles[:1]), Prompt([1]), Prompt(patches * 2, tiles[1:])], config)
+    batch = Batch.padded([Prompt(patches, tiles[:1]), Prompt([1]), Prompt(patches * 2, tiles[1:])], config)
     assert torch.equal(batch.pixel_values, tiles)
 
 
@@ -260,7 +260,7 @@ def test_what_a_prompt_computes_does_not_depend_on_its_neighbours(meta_checkpoin
     source = meta_checkpoint("scout")
     rows = meta_model.text_tokens(source.model, 20).tolist()
     config = Llama4Config.from_json({"vocab_size": meta_model.VOCAB_SIZE, "num_hidden_layers": 1})
-    batch = Batch.of([Prompt(rows[0]), Prompt(rows[1][:3])], config)
+    batch = Batch.padded([Prompt(rows[0]), Prompt(rows[1][:3])], config)
     together = meta_model.logits(source.model, batch.tokens)[batch.is_real]
     alone = [meta_model.logits(source.model, torch.tensor([row])) for row in (rows[0], rows[1][:3])]
     torch.testing.assert_close(together, torch.cat([x[0] for x in alone]), atol=1e-5, rtol=0)
