@@ -364,7 +364,7 @@ def test_a_planted_fault_is_found_and_only_it(
     assert first.tensor == key
     assert first.layer == (int(key.split("layers.")[1].split(".")[0]) if "layers." in key else None)
     assert "elements differ" in first.cause
-    json.dumps(result, allow_nan=False)
+    json.dumps(msgspec.to_builtins(result), allow_nan=False)
 
 
 def exchange(a: str, b: str) -> Callable[[dict[str, Tensor]], None]:
@@ -441,7 +441,7 @@ def test_a_missing_tensor_is_named_and_nothing_runs(
         assert [fault.tensor for fault in result.tensors_different] == [key]
         assert result.tensors_compared < 155
         assert key in result.candidate_failure
-        assert all(result[name] is None for name in METRICS)
+        assert all(getattr(result, name) is None for name in METRICS)
 
 
 @pytest.mark.parametrize(
@@ -692,12 +692,12 @@ def test_a_configuration_that_cannot_run_is_a_failed_check_in_words(
     outcome = commands.run(capsys, "validate", path, "--reference", source(geometry), "--tokens", 20, "--json")
     assert outcome.code == 5
     assert named in outcome.error
-    result = outcome.json
+    result = decode(outcome.json, Validation, "the JSON")
     assert named in fields(result)
-    assert result["candidate_failure"]
-    assert "Traceback" not in result["candidate_failure"] + outcome.err
-    assert result["tokens"] == 0
-    assert all(result[name] is None for name in METRICS)
+    assert result.candidate_failure
+    assert "Traceback" not in result.candidate_failure + outcome.err
+    assert result.tokens == 0
+    assert all(getattr(result, name) is None for name in METRICS)
 
 
 @pytest.mark.parametrize("changes", [{"num_attention_heads": 12}, {"hidden_size": 64}], ids=str)
