@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_read_or_is_no_list_of_prompts(
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises((EnvironmentFailed, UsageError, BadInput)):
             read(path)
-    monkeypatch.setattr(prompts, "_MAX_FILE", 10)
+    monkeypatch.setattr(prompts, "_MAX_FILE_BYTES", 10)
     read(file("1 2 3 4 55"))
     with pytest.raises(UsageError, match="that is no list of prompts"):
         read(file("1 2 3 4 555"))
