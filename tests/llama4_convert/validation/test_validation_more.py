@@ -46,7 +46,7 @@ def test_chunks_where_every_layer_is_nope(tmp_path: Path) -> None:
     written(tmp_path / "meta", nope_layer_interval=1, attention_chunk_size=8)
     convert(tmp_path / "meta", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_bytes())["text_config"]["attention_chunk_size"] >= 8192
-    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=24)["passed"]
+    assert validate(tmp_path / "out", reference=tmp_path / "meta", tokens=24).passed
 
 
 def test_a_seventh_of_the_patches(tmp_path: Path) -> None:
