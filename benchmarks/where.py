@@ -64,7 +64,7 @@ def main() -> None:
     args = options.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-") as folder:
         source = Path(folder) / "meta"
-        size = synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8)["bytes"]
+        size = synth(source, layers=1, experts=args.experts, vocab=args.vocab, ranks=8).bytes
         os.sync()
         timed(from_meta, "from_meta", "planning")
         timed(Source, "read", "reading threads: read")

@@ -1,30 +1,28 @@
-"""The manual, made of the commands themselves: `docs/commands.md`, and pages for `man`.
+"""The manual, made of the commands themselves: docs/commands.md, and the JSON schema of their results.
 
-    python -m llama4_convert.commands.manual docs/commands.md
-    python -m llama4_convert.commands.manual ~/.local/share/man/man1
+    python -m llama4_convert.commands.manual
 
-What is said of a command is what its `--help` says, and what `json_fields.toml` says of its `--json`.
+A command's text is that of its `--help`; the fields of its `--json` are those of its result type, with their docstrings.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
-import sys
 import textwrap
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import click
+import msgspec
 
 from llama4_convert.commands.cli import EXIT_CODES, cli
-from llama4_convert.version import VERSION
+from llama4_convert.commands.fields import Field, fields_of, result_types, schema
 
 PROGRAM = "llama4-convert"
-_WIDTH = 130
+_WIDTH = 130  # characters of a line
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Page:
     usage: str
     blocks: tuple[Block, ...]
     options: tuple[Option, ...]
-    fields: dict[str, str]  # of --json
+    result: type[msgspec.Struct]  # what --json prints
 
     @property
     def summary(self) -> str:
@@ -63,18 +61,16 @@ class Page:
 
 def pages() -> list[Page]:
     """Every command, in the order of `llama4-convert --help`."""
-    table = tomllib.loads(
-        resources.files("llama4_convert.commands").joinpath("json_fields.toml").read_text(encoding="utf-8")
-    )
+    results = result_types()
     parent = click.Context(cli, info_name=PROGRAM, **cli.context_settings)
-    return [_page(name, cli.commands[name], parent, table.get(name, {})) for name in cli.list_commands(parent)]
+    return [_page(name, cli.commands[name], parent, results[name]) for name in cli.list_commands(parent)]
 
 
-def _page(name: str, command: click.Command, parent: click.Context, fields: dict[str, str]) -> Page:
+def _page(name: str, command: click.Command, parent: click.Context, result: type[msgspec.Struct]) -> Page:
     context = click.Context(command, info_name=name, parent=parent)
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     options = [o for o in command.get_params(context) if isinstance(o, click.Option)]
-    return Page(name, usage, tuple(_blocks(command.help or "")), tuple(_option(o, context) for o in options), fields)
+    return Page(name, usage, tuple(_blocks(command.help or "")), tuple(_option(o, context) for o in options), result)
 
 
 def _blocks(help: str) -> Iterator[Block]:
@@ -91,10 +87,10 @@ def _option(option: click.Option, context: click.Context) -> Option:
     names = ", ".join(option.opts)
     if not option.is_flag and not option.count:
         names += f" {option.make_metavar(context).removesuffix(' RANGE')}"
-    told = option.help or ""
-    told += " Required." if option.required else ""
+    text = option.help or ""
+    text += " Required." if option.required else ""
     default = option.default if isinstance(option.default, (str, int, float)) and not option.is_flag else ""
-    return Option(names, " ".join(told.split()), str(default))
+    return Option(names, " ".join(text.split()), str(default))
 
 
 def _exit_codes() -> str:
@@ -107,18 +103,17 @@ _EVERY = (
 )
 
 
-# -------------------- Markdown
-
-
 def markdown() -> str:
     """The text of docs/commands.md."""
     found = pages()
     lines = [
         "# Commands",
         "",
-        "<!-- Made by `python -m llama4_convert.commands.manual docs/commands.md` of what the commands say: edit those. -->",
+        "<!-- Made by `python -m llama4_convert.commands.manual` of the commands and their result types: edit those. -->",
         "",
         _filled(f"{_EVERY} {_exit_codes()}"),
+        "",
+        _filled("The schema of every result: [results.schema.json](results.schema.json)."),
         "",
         *(_item(f"[`{page.name}`](#{page.name})", page.summary) for page in found),
     ]
@@ -137,14 +132,27 @@ def _markdown_page(page: Page) -> Iterator[str]:
     for option in page.options:
         default = f" Default: `{option.default}`." if option.default else ""
         yield _item(f"`{option.names}`", option.help + default)
-    yield from ("", "Fields of `--json`:", "", *(_item(f"`{name}`", told) for name, told in page.fields.items()))
+    yield from ("", "Fields of `--json`:", "", *_markdown_fields(fields_of(page.result), 0, set()))
 
 
-def _item(name: str, told: str) -> str:
+def _markdown_fields(fields: list[Field], depth: int, shown: set[type]) -> Iterator[str]:
+    """A list item a field, and below it those of the objects that it holds; a type that was `shown` is not shown again."""
+    for field in fields:
+        command = next((name for name, kind in result_types().items() if kind is field.inner), None)
+        seen = f"; the fields are those of [`{command}`](#{command})" if command else ""
+        if not command and field.inner in shown:
+            seen = "; fields as above"
+        yield _item(f"`{field.name}`, {field.type}", field.doc + seen, depth)
+        if field.inner and not seen:
+            shown.add(field.inner)
+            yield from _markdown_fields(fields_of(field.inner), depth + 1, shown)
+
+
+def _item(name: str, text: str, depth: int = 0) -> str:
     return textwrap.fill(
-        f"- {name}: {_escaped(told)}",
+        f"{'  ' * depth}- {name}: {_escaped(text)}",
         _WIDTH,
-        subsequent_indent="  ",
+        subsequent_indent="  " * (depth + 1),
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -161,93 +169,10 @@ def _escaped(text: str) -> str:
     return "`".join(parts)
 
 
-# -------------------- man
-
-
-def man_pages() -> dict[str, str]:
-    """File name -> a page in the macros of man(7): one of the program, and one a command."""
-    found = pages()
-    made = {f"{PROGRAM}-{page.name}.1": _man_page(page, found) for page in found}
-    text = inspect.cleandoc(cli.help or "").partition("\n\n")[0]
-    lines = [
-        *_man_head(PROGRAM, "Meta's Llama 4 checkpoints to Transformers directories"),
-        ".SH SYNOPSIS",
-        f".B {_roff(PROGRAM)}",
-        r".I COMMAND \fR[OPTIONS] [ARGUMENTS]",
-        ".SH DESCRIPTION",
-        _roff(" ".join(text.split())),
-        ".PP",
-        _roff(_EVERY),
-        ".SH COMMANDS",
-        *(line for page in found for line in _man_item(page.name, page.summary + ".")),
-        *_man_tail(found),
-    ]
-    return {f"{PROGRAM}.1": "\n".join(lines) + "\n", **made}
-
-
-def _man_head(name: str, summary: str) -> Iterator[str]:
-    yield r".\" Made by `python -m llama4_convert.commands.manual`."
-    # No date: the same program has the same manual.
-    yield f'.TH {_roff(name.upper())} 1 "" "{PROGRAM} {VERSION}"'
-    yield from (".nh", ".ad l")  # names are not to be hyphenated
-    yield from (".SH NAME", rf"{_roff(name)} \- {_roff(summary)}")
-
-
-def _man_page(page: Page, every: list[Page]) -> str:
-    lines = [
-        *_man_head(f"{PROGRAM}-{page.name}", page.summary),
-        ".SH SYNOPSIS",
-        f".B {_roff(f'{PROGRAM} {page.name}')}",
-        _roff(page.usage.removeprefix(page.name).strip()),
-        ".SH DESCRIPTION",
-    ]
-    examples = [block for block in page.blocks if block.is_examples]
-    for number, block in enumerate(block for block in page.blocks if not block.is_examples):
-        lines += [".PP"] if number else []
-        lines += [_roff(f"{block.title}:"), *_man_literal(block.text)] if block.title else [_roff(block.text)]
-    lines.append(".SH OPTIONS")
-    for option in page.options:
-        default = f" Default: {option.default}." if option.default else ""
-        lines += _man_item(option.names, option.help + default)
-    lines.append(".SH EXAMPLES")
-    lines += [line for block in examples for line in _man_literal(block.text)]
-    lines += [".SH JSON", *(line for name, told in page.fields.items() for line in _man_item(name, told))]
-    return "\n".join([*lines, *_man_tail([other for other in every if other is not page])]) + "\n"
-
-
-def _man_tail(others: list[Page]) -> Iterator[str]:
-    yield from (".SH EXIT STATUS", _roff(_exit_codes()), ".SH SEE ALSO")
-    for number, page in enumerate(others, 1):
-        yield f".BR {_roff(f'{PROGRAM}-{page.name}')} (1){',' if number < len(others) else ''}"
-
-
-def _man_item(name: str, told: str) -> Iterator[str]:
-    yield from (".TP", rf"\fB{_roff(name)}\fR", _roff(told))
-
-
-def _man_literal(text: str) -> Iterator[str]:
-    yield from (".RS 4", ".nf", *(_roff(line) for line in text.split("\n")), ".fi", ".RE")
-
-
-def _roff(text: str) -> str:
-    """As roff would have it: what is in backticks is bold."""
-    text = (
-        text.replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq").replace("^", r"\(ha").replace("~", r"\(ti")
-    )
-    text = re.sub(r"`([^`]*)`", r"\\fB\1\\fR", text)
-    return rf"\&{text}" if text.startswith(".") else text
-
-
-def main(target: str) -> None:
-    """To a Markdown file, or a folder of man pages."""
-    path = Path(target)
-    if path.suffix == ".md":
-        path.write_text(markdown(), encoding="utf-8")
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    for name, text in man_pages().items():
-        (path / name).write_text(text, encoding="utf-8")
+def main(docs: Path = Path("docs")) -> None:
+    (docs / "commands.md").write_text(markdown(), encoding="utf-8")
+    (docs / "results.schema.json").write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

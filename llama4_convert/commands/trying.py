@@ -6,13 +6,16 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from llama4_convert import formatting
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import SEED, as_json, file_path, json_text, print_out, show
-from llama4_convert.reports import summaries
+
+if TYPE_CHECKING:
+    from llama4_convert.samples.synthetic.synth import Synthesis
 
 
 @click.command()
@@ -81,7 +84,13 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
 
     with terminal.ProgressBar("synth", quiet=as_json and not sys.stderr.isatty()) as bar:
         result = run(target, start=bar.start, progress=bar.advance, **options)
-    show(result, as_json, lambda r: summaries.synth_summary(target, r))
+    show(result, as_json, lambda result: _synth_summary(target, result))
+
+
+def _synth_summary(target: Path, result: Synthesis) -> str:
+    kind = "all zeros" if result.sparse else "random"
+    size = f"{formatting.parameters(result.parameters)}, {kind}, {formatting.gigabytes(result.bytes)}"
+    return f"{target}: {size} in {len(result.files)} files"
 
 
 @click.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import (
@@ -187,6 +188,24 @@ def _with_overwrite() -> Iterator[None]:
         raise UsageError(f"{error}; to go on with that one give its options, to replace it: {command}") from error
 
 
+class BuiltInRecipe(msgspec.Struct, frozen=True, kw_only=True):
+    """A recipe that ships with this tool."""
+
+    name: str
+    """what --recipe takes"""
+    format: str
+    """what reads its output: compressed-tensors, bitsandbytes or meta"""
+    summary: str
+    """a line"""
+
+
+class Recipes(msgspec.Struct, frozen=True, kw_only=True):
+    """The built-in recipes."""
+
+    recipes: list[BuiltInRecipe]
+    """all of them"""
+
+
 @click.command()
 @as_json
 def recipes(as_json: bool) -> None:
@@ -199,5 +218,5 @@ def recipes(as_json: bool) -> None:
     from quant.recipe import built_in
 
     found = built_in()
-    body = {"recipes": [{"name": r.name, "format": r.format, "summary": r.summary} for r in found.values()]}
-    show(body, as_json, lambda b: "\n".join(f"{r['name']:14} {r['summary']}" for r in b["recipes"]))
+    result = Recipes(recipes=[BuiltInRecipe(name=r.name, format=r.format, summary=r.summary) for r in found.values()])
+    show(result, as_json, lambda result: "\n".join(f"{r.name:14} {r.summary}" for r in result.recipes))

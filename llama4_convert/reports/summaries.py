@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from llama4_convert.conversion.results import (
     Conversion,
@@ -129,9 +127,3 @@ _PROMISES = {
     "CRC": "the CRCs inside say",
     "list": "the published ids say",
 }
-
-
-def synth_summary(target: Path, result: dict[str, Any]) -> str:
-    kind = "all zeros" if result["sparse"] else "random"
-    size = f"{parameters(result['parameters'])}, {kind}, {gigabytes(result['bytes'])}"
-    return f"{target}: {size} in {len(result['files'])} files"

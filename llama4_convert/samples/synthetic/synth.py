@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
+
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.pth_writer import PthWriter
 from llama4_convert.checkpoints.state_dict_pickle import PthTensor
@@ -29,6 +31,19 @@ MARKER = "synthetic.json"
 _RANKS = {"scout": 8, "maverick": 8, "guard": 1}
 
 
+class Synthesis(msgspec.Struct, frozen=True, kw_only=True):
+    """A random checkpoint that was written."""
+
+    files: list[str]
+    """their names"""
+    bytes: int
+    """of all files"""
+    parameters: int
+    """numbers of the model"""
+    sparse: bool
+    """the numbers are zeros, as holes in the files"""
+
+
 def synth(
     dst: str | os.PathLike[str],
     *,
@@ -45,7 +60,7 @@ def synth(
     sparse: bool = False,
     start: Start = lambda total, done: None,
     progress: Progress = lambda n: None,
-) -> dict[str, Any]:
+) -> Synthesis:
     """Write `consolidated.NN.pth` and `params.json` into `dst`; tiny models get `tokenizer.model`, `checklist.chk` too.
 
     `geometry` is "scout", "maverick" or "guard"; `layers`, `experts`, `vocab`, `vision_layers` replace its numbers.
@@ -62,7 +77,7 @@ def synth(
     `start(total, 0)` and `progress(n)` count bytes of tensor data.
 
     Files appear whole, `params.json` last. A `dst` that holds anything but an earlier synthetic checkpoint is refused:
-    the marker `synthetic.json` tells. Returns {"files": names, "bytes": of the files, "parameters": of the model, "sparse"}.
+    the marker `synthetic.json` is in it.
     Raises UsageError for impossible sizes and for a `dst` not ours, EnvironmentFailed for lack of space and I/O errors.
     """
     params = synth_params(geometry, layers, experts, vocab, vision_layers, tiny)
@@ -105,7 +120,7 @@ def synth(
     except OSError as error:
         raise from_os_error(error, f"writing a checkpoint into {directory}") from error
     parameters = sum(t.parameters(ranks) for t in tensors)
-    return {"files": names, "bytes": size, "parameters": parameters, "sparse": sparse}
+    return Synthesis(files=names, bytes=size, parameters=parameters, sparse=sparse)
 
 
 # A zip record costs a header, padding, a descriptor, a directory entry, and some 150 bytes of pickle: less than this.

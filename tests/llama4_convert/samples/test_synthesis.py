@@ -81,7 +81,7 @@ def test_meta_s_own_model_loads_every_family_strictly(tmp_path: Path, family: st
         torch.set_default_dtype(torch.float32)
     # Strict: nothing missing, and nothing left over once its hooks have dropped rope.freqs and the extra states.
     model.load_state_dict(state, strict=True)
-    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+    assert sum(p.numel() for p in model.parameters()) == summary.parameters
 
     tokens = torch.randint(params["vocab_size"], (1, 40), generator=torch.Generator().manual_seed(0))
     logits = model(TransformerInput(tokens=tokens, tokens_position=0)).logits
@@ -240,9 +240,9 @@ def test_the_summary_and_the_checklist_tell_the_truth(tmp_path: Path) -> None:
     steps: list[int] = []
     summary = synth(tmp_path, tiny=True, layers=1, start=lambda *t: totals.append(t), progress=steps.append)
     shards = [f"consolidated.{rank:02d}.pth" for rank in range(8)]
-    assert summary["files"] == [MARKER, *shards, "tokenizer.model", "checklist.chk", "params.json"]
-    assert sorted(summary["files"]) == sorted(path.name for path in tmp_path.iterdir())
-    assert summary["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert summary.files == [MARKER, *shards, "tokenizer.model", "checklist.chk", "params.json"]
+    assert sorted(summary.files) == sorted(path.name for path in tmp_path.iterdir())
+    assert summary.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     listed = dict(line.split("  ")[::-1] for line in (tmp_path / "checklist.chk").read_text().splitlines())
     assert set(listed) == {*shards, "tokenizer.model", "params.json"}
     for name, digest in listed.items():
@@ -279,7 +279,7 @@ def test_an_earlier_synthetic_checkpoint_is_replaced(tmp_path: Path) -> None:
     synth(tmp_path, tiny=True, layers=1, ranks=2)
     (tmp_path / "consolidated.01.pth.part").write_bytes(b"left by a run that was cut off")
     summary = synth(tmp_path, tiny=True, layers=1, ranks=1)
-    assert sorted(summary["files"]) == sorted(path.name for path in tmp_path.iterdir())
+    assert sorted(summary.files) == sorted(path.name for path in tmp_path.iterdir())
     assert len(load(tmp_path)) == 1
 
 
@@ -342,7 +342,7 @@ def test_the_space_asked_for_is_enough(
     prepare = module._prepare
     monkeypatch.setattr(module, "_prepare", lambda path, needed: (asked.append(needed), prepare(path, needed)))
     summary = synth(tmp_path, geometry=geometry, tiny=True, ranks=8, base=base)
-    assert summary["bytes"] <= asked[0] < 1.5 * summary["bytes"]
+    assert summary.bytes <= asked[0] < 1.5 * summary.bytes
 
 
 def test_a_refusing_system_is_our_error(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_full_width_takes_the_memory_of_a_chunk_and_no_torch(tmp_path: Path) -> 
         "from llama4_convert.samples.synthetic.synth import synth\n"
         "summary = synth(sys.argv[1], geometry='guard', layers=1, vocab=8, vision_layers=1)\n"
         "assert not {'torch', 'mappings'} & set(sys.modules)\n"
-        "print(peak() - idle, *summary['files'])"
+        "print(peak() - idle, *summary.files)"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "m")],
@@ -404,8 +404,8 @@ def test_full_width_takes_the_memory_of_a_chunk_and_no_torch(tmp_path: Path) -> 
 
 
 def test_a_sparse_model_is_zeros_that_take_no_space(tmp_path: Path) -> None:
-    assert synth(tmp_path / "dense", tiny=True, ranks=2)["sparse"] is False
-    assert synth(tmp_path / "sparse", tiny=True, ranks=2, sparse=True)["sparse"] is True
+    assert synth(tmp_path / "dense", tiny=True, ranks=2).sparse is False
+    assert synth(tmp_path / "sparse", tiny=True, ranks=2, sparse=True).sparse is True
     for dense, sparse in zip(load(tmp_path / "dense"), load(tmp_path / "sparse"), strict=True):
         assert dense.keys() == sparse.keys()
         tensors = [(dense[key], sparse[key]) for key in dense if isinstance(dense[key], torch.Tensor)]
