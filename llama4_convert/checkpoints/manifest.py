@@ -149,6 +149,28 @@ class Manifest(Struct, forbid_unknown_fields=True):
 _LISTED_MATRICES = 5
 
 
+class DroppedKey(Struct, frozen=True, kw_only=True):
+    """A key of the source that a conversion leaves out."""
+
+    name: str
+    """the key"""
+    why: str
+    """the reason"""
+
+
+class NonFiniteTensor(Struct, frozen=True, kw_only=True):
+    """A tensor with numbers that are not finite."""
+
+    tensor: str
+    """its key; a matrix that was quantized has the key of its weight"""
+    nan: int
+    """how many NaN"""
+    inf: int
+    """how many infinities"""
+    replaced: bool
+    """whether quantization has replaced them: by 0, and by the largest magnitude"""
+
+
 class QuantizationError(Struct, frozen=True, kw_only=True):
     """What quantizing some matrices cost."""
 

@@ -54,7 +54,7 @@ class Field(NamedTuple):
     """A field of a result."""
 
     name: str
-    type: str  # JSON's, in words
+    json_type: str  # in words
     doc: str
     inner: type[msgspec.Struct] | None  # of the objects that it holds
 

@@ -142,7 +142,7 @@ def _markdown_fields(fields: list[Field], depth: int, shown: set[type]) -> Itera
         seen = f"; the fields are those of [`{command}`](#{command})" if command else ""
         if not command and field.inner in shown:
             seen = "; fields as above"
-        yield _item(f"`{field.name}`, {field.type}", field.doc + seen, depth)
+        yield _item(f"`{field.name}`, {field.json_type}", field.doc + seen, depth)
         if field.inner and not seen:
             shown.add(field.inner)
             yield from _markdown_fields(fields_of(field.inner), depth + 1, shown)

@@ -6,17 +6,8 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from llama4_convert.checkpoints.manifest import DroppedKey, MatrixError, NonFiniteTensor, QuantizationError
 from llama4_convert.planning.adapter import AdapterSummary
-from llama4_convert.streaming.execution import NonFiniteTensor
-
-
-class Dropped(Struct, frozen=True, kw_only=True):
-    """An entry of the source that is not converted."""
-
-    name: str
-    """its key"""
-    why: str
-    """the reason"""
 
 
 class Repaired(Struct, frozen=True, kw_only=True):
@@ -45,28 +36,6 @@ class PlannedQuantization(Struct, frozen=True, kw_only=True):
     """scales included; null if nothing is quantized"""
 
 
-class FamilyError(Struct, frozen=True, kw_only=True):
-    """The error of a family of quantized matrices."""
-
-    matrices: int
-    """how many"""
-    relative_mse: float
-    """sum of squared errors over sum of squared weights"""
-    sqnr_db: float | None
-    """the same as a signal-to-noise ratio, in decibels; null if there is no error"""
-
-
-class MatrixError(Struct, frozen=True, kw_only=True):
-    """The error of one quantized matrix."""
-
-    module: str
-    """its name without `.weight`"""
-    relative_mse: float
-    """squared error over squared weights"""
-    sqnr_db: float | None
-    """the same in decibels; null if there is no error"""
-
-
 class Quantization(PlannedQuantization, frozen=True, kw_only=True):
     """What a recipe did, with the error that it made."""
 
@@ -76,7 +45,7 @@ class Quantization(PlannedQuantization, frozen=True, kw_only=True):
     """sum of squared errors over sum of squared weights"""
     sqnr_db: float | None
     """the same in decibels; null if there is no error"""
-    families: dict[str, FamilyError]
+    families: dict[str, QuantizationError]
     """errors by family"""
     worst: list[MatrixError]
     """the matrices of the largest errors"""
@@ -137,7 +106,7 @@ class PlanSummary(Struct, frozen=True, kw_only=True):
     """the weight files"""
     tensors: list[PlannedTensorSummary]
     """every tensor"""
-    dropped: list[Dropped]
+    dropped: list[DroppedKey]
     """entries of the source that are not converted"""
     warnings: list[str]
     """what stderr says, too"""
@@ -177,7 +146,7 @@ class Conversion(Struct, frozen=True, kw_only=True):
     """numbers of the output, dequantized"""
     output_bytes: int
     """size of all weight files"""
-    dropped: list[Dropped]
+    dropped: list[DroppedKey]
     """entries of the source that were not converted"""
     adapter: AdapterSummary | UnsetType = UNSET
     """with --adapter: as of `plan`"""
@@ -223,7 +192,7 @@ class Export(Struct, frozen=True, kw_only=True):
     """numbers of the model"""
     output_bytes: int
     """size of all rank files"""
-    dropped: list[Dropped]
+    dropped: list[DroppedKey]
     """entries of the source that were not exported"""
     files: list[WrittenFile]
     """every file of the output"""

@@ -10,12 +10,11 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from llama4_convert.checkpoints.manifest import Manifest, describe_errors
+from llama4_convert.checkpoints.manifest import DroppedKey, Manifest, describe_errors
 from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.conversion.bound_request import BoundRequest
 from llama4_convert.conversion.results import (
     Conversion,
-    Dropped,
     ExportQuantization,
     PlannedFileSummary,
     PlannedQuantization,
@@ -89,8 +88,8 @@ def conversion_result(bound: BoundRequest, run: Run) -> Conversion:
     )
 
 
-def dropped(plan: Plan) -> list[Dropped]:
-    return [Dropped(name=name, why=why) for name, why in plan.dropped.items()]
+def dropped(plan: Plan) -> list[DroppedKey]:
+    return [DroppedKey(name=name, why=why) for name, why in plan.dropped.items()]
 
 
 def written_files(manifest: Manifest) -> list[WrittenFile]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llama4_convert.checkpoints.families import FAMILIES, family_of
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import stored_codes
-from llama4_convert.inspection.results import FamilySpelling, Quantization, QuantizedGroup, Spelling
+from llama4_convert.inspection.results import FamilySpelling, QuantizedGroup, Spelling, StoredQuantization
 from mappings import Binding
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def spelling(binding: Binding, keys: Iterable[str], families: Mapping[str, str])
     )
 
 
-def quantization(reader: QuantizedReader) -> Quantization:
+def quantization(reader: QuantizedReader) -> StoredQuantization:
     """What config.json and the tensors of a Transformers directory say about quantized matrices."""
     config = reader.checkpoint.config["quantization_config"]
     stated = config if isinstance(config, dict) else {}
@@ -63,7 +63,7 @@ def quantization(reader: QuantizedReader) -> Quantization:
         group.bytes += stored[key.removesuffix(".weight")]
         family = family_of(key)
         group.kinds[family] = group.kinds.get(family, 0) + 1
-    return Quantization(
+    return StoredQuantization(
         method=stated.get("quant_method"),
         format=stated.get("format") or stated.get("bnb_4bit_quant_type"),
         groups=_with_bits(groups.values()),
@@ -71,7 +71,7 @@ def quantization(reader: QuantizedReader) -> Quantization:
     )
 
 
-def quantization_of_meta(checkpoint: MetaCheckpoint) -> Quantization | None:
+def quantization_of_meta(checkpoint: MetaCheckpoint) -> StoredQuantization | None:
     """The same for Meta's layout, where each rank's matrices are quantized by themselves; None where nothing is quantized."""
     groups: dict[str, QuantizedGroup] = {}
     for key, record in checkpoint.quantized.items():
@@ -87,7 +87,7 @@ def quantization_of_meta(checkpoint: MetaCheckpoint) -> Quantization | None:
     for group in groups.values():
         group.kinds = {"routed_experts": group.matrices}
         group.bytes += scales // len(groups)
-    return Quantization(method="meta", format=next(iter(groups)), groups=_with_bits(groups.values()), ignored=[])
+    return StoredQuantization(method="meta", format=next(iter(groups)), groups=_with_bits(groups.values()), ignored=[])
 
 
 def _with_bits(groups: Iterable[QuantizedGroup]) -> list[QuantizedGroup]:

@@ -14,7 +14,7 @@ from msgspec import structs
 from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.families import FAMILIES, active_parameters, family_of
-from llama4_convert.checkpoints.manifest import Manifest, describe_errors
+from llama4_convert.checkpoints.manifest import DroppedKey, Manifest, NonFiniteTensor, describe_errors
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import stored_codes
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor
@@ -22,11 +22,9 @@ from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 from llama4_convert.inspection.composition import quantization, quantization_of_meta, spelling
 from llama4_convert.inspection.results import (
-    Dropped,
     DtypeShare,
     Inspection,
     ManifestSummary,
-    NonFinite,
     Share,
     Sizes,
     TensorEntry,
@@ -60,7 +58,7 @@ def inspect(
     `progress(n)` count the bytes. Raises UsageError, BadInput or EnvironmentFailed.
     """
     path = Path(path)
-    replaced: list[NonFinite] = []
+    replaced: list[NonFiniteTensor] = []
     if is_meta(path):
         checkpoint = MetaCheckpoint.open(path)
         plan = make_plan(bind_meta(checkpoint, allow_rank_mismatch=True), TransformersLayout())
@@ -73,13 +71,13 @@ def inspect(
     if manifest := Manifest.read(path):
         result.manifest = _summary(manifest)
         result.nonfinite = [
-            NonFinite(tensor=key, nan=nan, inf=inf, replaced=key in quantized)
+            NonFiniteTensor(tensor=key, nan=nan, inf=inf, replaced=key in quantized)
             for key, (nan, inf) in sorted(manifest.nonfinite().items())
         ]
         replaced = [tensor for tensor in result.nonfinite if tensor.replaced]
     if stats:
         result.stats = _statistics(readers, start, progress)
-        counted = [NonFinite(tensor=s.tensor, nan=s.nan, inf=s.inf, replaced=False) for s in result.stats]
+        counted = [NonFiniteTensor(tensor=s.tensor, nan=s.nan, inf=s.inf, replaced=False) for s in result.stats]
         result.nonfinite = [tensor for tensor in counted if tensor.nan or tensor.inf] + replaced
     return result
 
@@ -188,7 +186,7 @@ def _of_meta(checkpoint: MetaCheckpoint, plan: Plan) -> Inspection:
         spelling=spelling(binding, plan.meta_keys, families),
         quantization=quantization_of_meta(checkpoint),
         tensors=_entries(stored),
-        dropped=[Dropped(name=name, why=why) for name, why in plan.dropped.items()],
+        dropped=[DroppedKey(name=name, why=why) for name, why in plan.dropped.items()],
     )
 
 

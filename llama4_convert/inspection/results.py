@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from llama4_convert.checkpoints.manifest import QuantizationErrors
+from llama4_convert.checkpoints.manifest import DroppedKey, NonFiniteTensor, QuantizationErrors
 
 
 class Sizes(Struct, frozen=True, kw_only=True):
@@ -109,7 +109,7 @@ class QuantizedGroup(Struct, kw_only=True):
     """family -> matrices"""
 
 
-class Quantization(Struct, frozen=True, kw_only=True):
+class StoredQuantization(Struct, frozen=True, kw_only=True):
     """What is quantized, and how."""
 
     method: str | None
@@ -131,28 +131,6 @@ class TensorEntry(Struct, frozen=True, kw_only=True):
     """as safetensors spells it"""
     shape: list[int]
     """in Meta's layout one rank's"""
-
-
-class Dropped(Struct, frozen=True, kw_only=True):
-    """A key that a conversion leaves out."""
-
-    name: str
-    """the key"""
-    why: str
-    """the reason"""
-
-
-class NonFinite(Struct, frozen=True, kw_only=True):
-    """A tensor with numbers that are not finite."""
-
-    tensor: str
-    """its key"""
-    nan: int
-    """how many NaN"""
-    inf: int
-    """how many infinities"""
-    replaced: bool
-    """whether quantization has replaced them: by 0, and by the largest magnitude"""
 
 
 class ManifestSummary(Struct, frozen=True, kw_only=True):
@@ -222,15 +200,15 @@ class Inspection(Struct, kw_only=True):
     """by dtype, the one with most bytes first"""
     spelling: Spelling | None
     """which of its names Meta's layout uses; null in Transformers'"""
-    quantization: Quantization | None
+    quantization: StoredQuantization | None
     """what is quantized, and how; null where nothing is"""
     quantized: dict[str, int] | UnsetType = UNSET
     """matrices by scheme (Transformers' layout)"""
     tensors: list[TensorEntry]
     """every stored tensor"""
-    dropped: list[Dropped] | UnsetType = UNSET
+    dropped: list[DroppedKey] | UnsetType = UNSET
     """what `convert` would leave out (Meta's layout)"""
-    nonfinite: list[NonFinite] | None = None
+    nonfinite: list[NonFiniteTensor] | None = None
     """the tensors with NaN or infinities; null where nobody has counted"""
     manifest: ManifestSummary | None = None
     """of an output; else null"""

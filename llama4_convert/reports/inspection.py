@@ -11,9 +11,9 @@ from llama4_convert.formatting import counted, gigabytes, parameters
 from llama4_convert.inspection.results import (
     Inspection,
     ManifestSummary,
-    Quantization,
     QuantizedGroup,
     Spelling,
+    StoredQuantization,
     TensorStatistics,
 )
 
@@ -97,7 +97,7 @@ def _spelling(told: Spelling) -> str:
     return f"mixed: {kinds}"
 
 
-def _quantization(told: Quantization) -> list[tuple[str, str]]:
+def _quantization(told: StoredQuantization) -> list[tuple[str, str]]:
     form = f", {told.format}" if told.format else ""
     rows = [("quantized", f"{told.method}{form}; all else is left as it is")]
     for group in told.groups:

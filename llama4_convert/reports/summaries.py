@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from llama4_convert.checkpoints.manifest import DroppedKey
 from llama4_convert.conversion.results import (
     Conversion,
-    Dropped,
     Export,
     PlannedQuantization,
     PlanSummary,
@@ -36,7 +36,7 @@ def plan_summary(plan: PlanSummary) -> str:
     return "\n".join(lines)
 
 
-def dropped_lines(dropped: Sequence[Dropped]) -> list[str]:
+def dropped_lines(dropped: Sequence[DroppedKey]) -> list[str]:
     """A line a reason."""
     reasons: dict[str, list[str]] = {}
     for entry in dropped:

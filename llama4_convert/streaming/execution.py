@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from llama4_convert.checkpoints.digests import check_promised
 from llama4_convert.checkpoints.families import active_parameters
-from llama4_convert.checkpoints.manifest import Manifest
+from llama4_convert.checkpoints.manifest import Manifest, NonFiniteTensor
 from llama4_convert.checkpoints.numbers import NonFinite
 from llama4_convert.checkpoints.pth import DamagedRecord
 from llama4_convert.errors import CheckFailed, EnvironmentFailed, UsageError
@@ -38,19 +36,6 @@ from quant.error import relative_mse
 
 _SMALL_FILES_BYTES, _SMALL_FILES = 64 << 20, 32  # room for the tokenizer and the other small files
 _NAMED_TENSORS = 3  # in a warning
-
-
-class NonFiniteTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor with numbers that are not finite."""
-
-    tensor: str
-    """Its name in the output; a matrix that was quantized has the name of its weight."""
-    nan: int
-    """How many NaN it has."""
-    inf: int
-    """How many infinities."""
-    replaced: bool
-    """They were quantized, as 0 and as the largest magnitude; else they are kept."""
 
 
 @dataclass(frozen=True)

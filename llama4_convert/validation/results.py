@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType, field
 
+from llama4_convert.checkpoints.manifest import DroppedKey
+
 
 class SchemeLoss(Struct, frozen=True, kw_only=True):
     """What quantizing to one scheme cost the matrices that it holds."""
@@ -128,7 +130,7 @@ class RoutingLoad(Struct, frozen=True, kw_only=True):
     """a row a layer, a column an expert"""
 
 
-class QuantizationError(Struct, frozen=True, kw_only=True):
+class ExpertErrors(Struct, frozen=True, kw_only=True):
     """What quantizing cost each expert."""
 
     layers: list[int]
@@ -146,7 +148,7 @@ class Pictures(Struct, frozen=True, kw_only=True):
     """[reference, candidate] of logits drawn with a fixed seed"""
     routing_load: RoutingLoad | UnsetType = UNSET
     """tokens by expert"""
-    quantization_error: QuantizationError | None = None
+    quantization_error: ExpertErrors | None = None
     """relative squared error by expert; null where none is quantized"""
 
 
@@ -260,15 +262,6 @@ class TensorDifference(Struct, frozen=True, kw_only=True):
     """how it differs, in words"""
     kind: str | None
     """the cause in a word, null where none fits"""
-
-
-class DroppedKey(Struct, frozen=True, kw_only=True):
-    """A key that only one checkpoint has and that `convert` drops."""
-
-    name: str
-    """the key"""
-    why: str
-    """the reason"""
 
 
 class RoundedTensors(Struct, frozen=True, kw_only=True):
