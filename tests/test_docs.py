@@ -10,18 +10,19 @@ import functools
 import importlib.util
 import re
 import shlex
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 
 from llama4_convert import convert, synth, validate
 from llama4_convert.commands import cli
 from llama4_convert.commands.options import json_text
+from llama4_convert.samples.demo import Demonstration
 from tests.support import commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,8 +207,7 @@ def test_the_transcript_of_the_demo(
 
     said = "\n".join(line for line in outcome.err.splitlines() if not line.startswith("warning: "))
     assert without_figures(said) == without_figures(transcript)
-    fields = tomllib.loads((ROOT / "llama4_convert" / "commands" / "json_fields.toml").read_text())["demo"]
-    assert fields.keys() == outcome.json.keys()
+    msgspec.convert(outcome.json, Demonstration, strict=True)
 
 
 # -------------------- what can be looked up

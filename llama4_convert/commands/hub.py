@@ -59,7 +59,7 @@ def card(
     options: dict[str, Any] = {"validation": validation, "base_model": base_model}
     if write:
         result = publishing.write_card(path, adopt=adopt, overwrite=overwrite, **options)
-        show(result, as_json, lambda r: f"{path / r.file}: {r.status}")
+        show(result, as_json, lambda r: f"{path / str(r.file)}: {r.status}")
         return
     show(publishing.card(path, **options), as_json, lambda r: str(r.card).rstrip("\n"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,4 +106,4 @@ def demo(folder: Path, as_json: bool) -> None:
 
     result = run(folder, say=terminal.say if as_json else print_out, warn=terminal.warn)
     if as_json:
-        print_out(json.dumps(result))
+        print_out(json_text(result))

@@ -9,13 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import to_builtins
+from msgspec import Struct, to_builtins
 
 from llama4_convert.conversion.convert import convert
 from llama4_convert.errors import CheckFailed, from_os_error
 from llama4_convert.inspection.verify import verify
 from llama4_convert.reference.generation import generate
 from llama4_convert.reports.validation import validate_verdict
+from llama4_convert.validation.results import Validation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,14 +29,28 @@ _NEW_TOKENS = 24
 _FILES = ("params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth", "README.md")
 
 
+class Demonstration(Struct, frozen=True, kw_only=True):
+    """What the demo made and found."""
+
+    meta: str
+    """where the model is, in Meta's layout"""
+    output: str
+    """where it is converted"""
+    validate: dict[str, Validation]
+    """results of `validate`: by the reference model, in Transformers if that is installed, and of the int4 model"""
+    texts: dict[str, str]
+    """what each model wrote"""
+    caption: str
+    """what it wrote of the picture"""
+
+
 def demo(
     folder: str | os.PathLike[str],
     *,
     say: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> Demonstration:
     """Copy the small model to `folder`, convert it, check and use the result. Raises CheckFailed at the first fault."""
-
     folder = Path(folder)
     meta, output = folder / "meta", folder / "transformers"
     size = _copy_model(meta)
@@ -88,7 +103,7 @@ def demo(
     )
     if not has_transformers:
         say("             (Transformers is not installed: pip install 'llama4-convert[transformers]')")
-    return {"meta": str(meta), "output": str(output), "validate": checks, "texts": texts, "caption": caption}
+    return Demonstration(meta=str(meta), output=str(output), validate=checks, texts=texts, caption=caption)
 
 
 def _copy_model(meta: Path) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from llama4.config import Llama4Config
 from llama4.weights import BindingError, LogicalTensor, absent, expert_of, parameter_shapes
 from llama4.weights_transformers import transformers_key
+from llama4_convert.checkpoints.manifest import DroppedKey
 from llama4_convert.checkpoints.meta_quantized import DequantizedView
 from llama4_convert.checkpoints.quantized import QuantizedMatrix, QuantizedReader
 from llama4_convert.checkpoints.readers import CheckpointReader, RankReader
@@ -30,7 +31,7 @@ from llama4_convert.validation.config_diff import config_differences
 from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, TensorPairs
 from llama4_convert.validation.parity.memory import INTERPRETER_BYTES
 from llama4_convert.validation.parity.metrics import finite
-from llama4_convert.validation.results import Diff, DroppedKey, RoundedTensors, TensorDifference
+from llama4_convert.validation.results import Diff, RoundedTensors, TensorDifference
 from llama4_convert.validation.tensor_check import LARGEST_LOSS, memory_needed
 from llama4_convert.validation.weight_check import WeightFault, compare_weights, losses_by_scheme
 from mappings import load_table

@@ -26,7 +26,7 @@ from llama4_convert.validation.diagnosis.sketches import Sketches
 from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, TensorPairs, cast
 from llama4_convert.validation.parity.memory import INTERPRETER_BYTES
 from llama4_convert.validation.parity.metrics import finite
-from llama4_convert.validation.results import QuantizationError, SchemeLoss, TensorFault
+from llama4_convert.validation.results import ExpertErrors, SchemeLoss, TensorFault
 from llama4_convert.validation.tensor_check import (
     LARGEST_LOSS,
     TensorComparison,
@@ -235,7 +235,7 @@ def losses_by_scheme(losses: Sequence[MatrixLoss]) -> dict[str, SchemeLoss]:
     return made
 
 
-def error_by_expert(losses: Sequence[MatrixLoss]) -> QuantizationError | None:
+def error_by_expert(losses: Sequence[MatrixLoss]) -> ExpertErrors | None:
     """Relative squared error, the mean of an expert's matrices; None if none is quantized."""
     errors: dict[int, dict[int, list[float]]] = {}  # by layer and expert
     for loss in losses:
@@ -244,7 +244,7 @@ def error_by_expert(losses: Sequence[MatrixLoss]) -> QuantizationError | None:
     if not errors:
         return None
     n_experts = 1 + max(expert for row in errors.values() for expert in row)
-    return QuantizationError(
+    return ExpertErrors(
         layers=sorted(errors),
         relative_mse=[
             [finite(sum(row[e]) / len(row[e])) if e in row else None for e in range(n_experts)]

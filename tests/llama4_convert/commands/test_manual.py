@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import re
-import shutil
-import subprocess
-import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
+from msgspec import UNSET, Struct, UnsetType
 
 from llama4_convert.commands import cli, manual
+from llama4_convert.commands.fields import field_docs, fields_of, result_types, schema
 from tests.support import commands, hub_stand_in
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-FIELDS = tomllib.loads((REPOSITORY / "llama4_convert" / "commands" / "json_fields.toml").read_text())
-MACROS = {"TH", "nh", "ad", "SH", "PP", "TP", "B", "BR", "I", "RS", "RE", "nf", "fi"}
+RESULTS = result_types()
 
 
 def test_the_committed_manual_is_what_the_commands_say() -> None:
-    found = (REPOSITORY / "docs" / "commands.md").read_text()
-    assert found == manual.markdown(), "run: python -m llama4_convert.commands.manual docs/commands.md"
+    made = {"commands.md": manual.markdown(), "results.schema.json": json.dumps(schema(), indent=1) + "\n"}
+    for name, text in made.items():
+        assert (REPOSITORY / "docs" / name).read_text() == text, "run: python -m llama4_convert.commands.manual"
+
+
+def test_every_field_of_every_result_has_a_docstring_in_the_manual_and_the_schema() -> None:
+    for command, kind in RESULTS.items():
+        for field in fields_of(kind):
+            assert re.search(r"\w", field.doc), f"{command}: {field.name}"
+    for name, body in schema()["$defs"].items():
+        for field, described in body["properties"].items():
+            assert described["description"], f"{name}: {field}"
+
+
+class Below(Struct):
+    a: int
+    """of the
+    base"""
+
+
+class Above(Below):
+    b: list[Below] | UnsetType = UNSET
+    """its own"""
+
+
+def test_the_docstrings_are_read_from_the_class_that_has_the_field() -> None:
+    assert field_docs(Above) == {"a": "of the base", "b": "its own"}
+    assert [field.json_type for field in fields_of(Above)] == ["whole number", "list of objects, not always there"]
 
 
 def test_every_option_of_every_command_is_in_it_with_a_word_of_help_and_its_default() -> None:
@@ -93,71 +117,18 @@ RUNS = [
 def test_the_fields_are_those_that_are_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed: dict[str, dict[str, Any]] = {name: {} for name in FIELDS}
+    printed: dict[str, dict[str, Any]] = {name: {} for name in RESULTS}
     places = {name: str(tmp_path / name) for name in PLACES} | {"REPO": "me/Llama-4-tiny"}
     with hub_stand_in.reached(monkeypatch):
         for words in RUNS:
             outcome = commands.run(capsys, *(places.get(word, word) for word in words), "--json")
             assert outcome.code == 0, outcome.err
+            msgspec.convert(outcome.json, RESULTS[words[0]], strict=True)  # it is what the type says, in every object
             printed[words[0]] |= outcome.json
             if words[:2] == ["convert", "META"] and not (tmp_path / "LORA").exists():
                 commands.write_adapter(tmp_path / "HF", tmp_path / "LORA")
             if words[0] == "validate":
                 (tmp_path / "PARITY").write_text(outcome.out)
-    assert FIELDS.keys() == cli.cli.commands.keys(), "each command's fields belong into json_fields.toml"
-    for name in FIELDS.keys() - {"demo"}:
-        assert FIELDS[name].keys() == printed[name].keys(), name
-
-
-# -------------------- man
-
-
-@functools.cache
-def pages() -> dict[str, str]:
-    return manual.man_pages()
-
-
-def test_a_page_for_each_command_and_one_for_the_program(tmp_path: Path) -> None:
-    manual.main(str(tmp_path / "man1"))
-    names = {path.name for path in (tmp_path / "man1").iterdir()}
-    assert names == {"llama4-convert.1", *(f"llama4-convert-{name}.1" for name in cli.cli.commands)}
-
-
-@pytest.mark.parametrize("name", sorted(manual.man_pages()))
-def test_only_known_macros_begin_a_line(name: str) -> None:
-    for line in pages()[name].splitlines():
-        assert not line.startswith("'")
-        if line.startswith(".") and not line.startswith('.\\"'):
-            assert line.split()[0][1:] in MACROS, line
-
-
-@pytest.mark.parametrize("tool", ["mandoc", "groff"])
-def test_readers_of_man_pages_have_nothing_to_complain_of(tmp_path: Path, tool: str) -> None:
-    if not shutil.which(tool):
-        pytest.skip(f"{tool} is not installed")
-    command = (
-        ["mandoc", "-T", "lint", "-W", "warning"] if tool == "mandoc" else ["groff", "-man", "-ww", "-z", "-Tutf8"]
-    )
-    for name, text in pages().items():
-        (tmp_path / name).write_text(text)
-        done = subprocess.run([*command, tmp_path / name], capture_output=True, text=True, check=False)
-        # There is no date on purpose: the same program has the same manual.
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "missing date" not in line]
-        assert said == []
-
-
-def test_what_is_printed_by_man(tmp_path: Path) -> None:
-    if not shutil.which("mandoc"):
-        pytest.skip("mandoc is not installed")
-    path = tmp_path / "page.1"
-    path.write_text(pages()["llama4-convert-explain.1"])
-    shown: Callable[..., str] = functools.partial(subprocess.check_output, text=True)
-    text = re.sub(r".\x08", "", shown(["mandoc", "-T", "utf8", path]))
-    for words in (
-        "--recipe NAME|FILE",
-        "'*layers.3.*router*'",
-        "Default: 5GB.",
-        "EXIT STATUS",
-        "llama4-convert-convert(1)",
-    ):
-        assert words in text
+    assert RESULTS.keys() == cli.cli.commands.keys(), "each command has a result type in commands/fields.py"
+    for name in RESULTS.keys() - {"demo"}:
+        assert printed[name].keys() == {field.name for field in fields_of(RESULTS[name])}, name
