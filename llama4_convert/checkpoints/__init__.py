@@ -1,8 +1,8 @@
 """Checkpoints on disk: which tensor lies where in which file, without loading one and without executing a pickle.
 
 Each format stands beside its inverse. Every folder above may import this one; it imports only the modules at the top of the
-package and the tables. Begin with
-`tensors.py` (what every format lists), `meta.py` (Meta's directory) and `transformers.py` (Transformers').
+package, the model and the quantizers. Begin with `tensors.py` (what every
+format lists), `meta.py` (Meta's directory) and `transformers.py` (Transformers').
 """
 
 from __future__ import annotations

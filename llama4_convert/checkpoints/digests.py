@@ -1,4 +1,4 @@
-"""Digests that others have published for files: lists of ids as hubs and `sha256sum` write them, and what downloads leave behind.
+"""Digests that files should have: lists of ids as hubs and `sha256sum` write them, what downloads leave behind, manifests.
 
 On the Hugging Face Hub the id of a large file is the SHA-256 of its bytes, and that of a small one git's: the SHA-1 of
 "blob", its size and its bytes. MD5 stands in Meta's checklist.chk.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +20,14 @@ from msgspec import Struct, field
 from llama4_convert.checkpoints.manifest import NAME, Manifest
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.files import is_file_name, parse_json, read_small
+from llama4_convert.progress import Progress
 from quant.typed import decode
 
 _ALGORITHMS = {32: "md5", 40: "git", 64: "sha256"}  # by the number of hexadecimal digits
 _LINE = re.compile(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{40}|[0-9a-fA-F]{64})\s+[*-]?\s*(\S.*)")
 _ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_LONGEST_PATH = 1000  # systems end at 1,024 or 4,096 bytes, the directory's own path included
-_DOWNLOADS = Path(".cache", "huggingface", "download")
+_MAX_PATH_LENGTH = 1000  # characters; systems end at 1,024 or 4,096 bytes, the directory's own path included
+_DOWNLOAD_METADATA = Path(".cache", "huggingface", "download")
 
 
 class Digest(NamedTuple):
@@ -36,8 +37,8 @@ class Digest(NamedTuple):
     value: str
 
     @staticmethod
-    def of(value: str) -> Digest:
-        """The algorithm is told by the length."""
+    def from_hex(value: str) -> Digest:
+        """The number of digits decides the algorithm."""
         return Digest(_ALGORITHMS[len(value)], value)
 
 
@@ -45,7 +46,7 @@ Ids = Mapping[str, Digest]  # relative path -> what it must be
 
 
 def read_ids(file: Path, folder: Path) -> Ids:
-    """A list of ids for the files of `folder`, which may be a folder of what the list speaks of (`original`).
+    """Reads a list of ids for the files of `folder`, which may be a folder of the listed repository (`original`).
 
     JSON as the Hub's API gives it (`/api/models/NAME/tree/main?recursive=1`, or `/api/models/NAME?blobs=1`), or lines of a digest
     and a path. Raises UsageError, BadInput or EnvironmentFailed.
@@ -100,6 +101,8 @@ class _Entry(Struct):
 
 
 class _Model(Struct):
+    """A repository as the Hub's API describes it."""
+
     siblings: list[_Entry]
 
 
@@ -110,9 +113,8 @@ def _listed(text: str) -> Iterator[tuple[str, Digest]]:
     except json.JSONDecodeError:
         yield from _from_lines(text)
         return
-    for entry in (
-        decode(body, _Model, "JSON").siblings if isinstance(body, dict) else decode(body, list[_Entry], "JSON")
-    ):
+    is_model = isinstance(body, dict)
+    for entry in decode(body, _Model, "JSON").siblings if is_model else decode(body, list[_Entry], "JSON"):
         if entry.type == "file":
             yield _checked(entry.name, entry.id)
 
@@ -132,33 +134,38 @@ def _checked(name: str, value: str) -> tuple[str, Digest]:
     if not re.fullmatch(r"[0-9a-f]+", value) or len(value) not in _ALGORITHMS:
         raise ValueError(f"{value!r:.80} is no id")
     name = name.removeprefix("./")
-    if len(name) > _LONGEST_PATH or not all(map(is_file_name, name.split("/"))):
+    if len(name) > _MAX_PATH_LENGTH or not all(map(is_file_name, name.split("/"))):
         raise ValueError(f"{name!r:.80} is no path in the directory: list them from inside it")
-    return name, Digest.of(value)
+    return name, Digest.from_hex(value)
 
 
 def ids_of_download(folder: Path) -> dict[str, Digest]:
-    """What the Hub's downloader has left: in a local directory a file of metadata for each, in its cache links to ids."""
+    """Path -> the id that the Hub's downloader has recorded: in a local directory in files of metadata, in its cache as links.
+
+    Raises BadInput or EnvironmentFailed.
+    """
     found: dict[str, Digest] = {}
     for root, prefix in ((folder, ""), (folder.resolve().parent, f"{folder.resolve().name}/")):
-        for path in sorted((root / _DOWNLOADS / prefix).rglob("*.metadata")):
+        for path in sorted((root / _DOWNLOAD_METADATA / prefix).rglob("*.metadata")):
             if not path.is_file():
                 continue
-            name = path.relative_to(root / _DOWNLOADS).as_posix().removesuffix(".metadata")
+            name = path.relative_to(root / _DOWNLOAD_METADATA).as_posix().removesuffix(".metadata")
             lines = read_small(path).decode(errors="replace").split()
             if len(lines) < 2 or not _ID.fullmatch(lines[1].strip('"')):  # the commit, the id, when
-                raise BadInput(f"{_DOWNLOADS / (name + '.metadata')} is damaged: remove it, or download {name} again")
-            found[name.removeprefix(prefix)] = Digest.of(lines[1].strip('"'))
+                raise BadInput(
+                    f"{_DOWNLOAD_METADATA / (name + '.metadata')} is damaged: remove it, or download {name} again"
+                )
+            found[name.removeprefix(prefix)] = Digest.from_hex(lines[1].strip('"'))
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             target = Path(os.readlink(path))
             if target.parent.name == "blobs" and _ID.fullmatch(target.name):
-                found[path.relative_to(folder).as_posix()] = Digest.of(target.name)
+                found[path.relative_to(folder).as_posix()] = Digest.from_hex(target.name)
     return found
 
 
-def digests(path: Path, algorithms: Collection[str], progress: Callable[[int], None]) -> dict[str, str]:
-    """Digests of a file, in one pass. Raises EnvironmentFailed if it cannot be read."""
+def digests(path: Path, algorithms: Collection[str], progress: Progress) -> dict[str, str]:
+    """Algorithm -> the hexadecimal digest of a file, all in one pass; `progress` counts bytes. Raises EnvironmentFailed."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -175,9 +182,9 @@ def digests(path: Path, algorithms: Collection[str], progress: Callable[[int], N
 
 
 def check_promised(
-    expected: Mapping[Path, Digest], progress: Callable[[int], None], threads: int = min(4, os.cpu_count() or 1)
+    expected: Mapping[Path, Digest], progress: Progress, threads: int = min(4, os.cpu_count() or 1)
 ) -> None:
-    """Hold files against what `expected_digests` found of them. Raises BadInput for damage."""
+    """Compare files with their `expected` digests; `progress` counts bytes. Raises BadInput, naming the first damaged file."""
 
     def damage(path: Path) -> str:
         digest = expected[path]
@@ -192,7 +199,7 @@ def check_promised(
 
 
 def expected_digests(files: Sequence[Path]) -> dict[Path, Digest]:
-    """What files of a directory must be, as far as its manifest or what a download has left tells. The first lies in it."""
+    """The digests that `files` should have, as far as a manifest or a download beside the first of them has recorded any."""
     folder = files[0].parent
     manifest, left = Manifest.read(folder), ids_of_download(folder)
     names = {path: path.relative_to(folder).as_posix() for path in files}

@@ -26,18 +26,18 @@ _MANIFEST = "llama4-convert.json"
 
 @dataclass(frozen=True)
 class MetaCheckpoint:
-    """An opened checkpoint. Ranks agree on keys, dtypes and kinds; what shapes they must have is the plan's to check."""
+    """An opened directory. Its ranks have the same keys and dtypes; which shapes they must have, the plan checks."""
 
     path: Path
     params: Mapping[str, Any]
     geometry: Geometry  # as params.json states it; open sizes are None
-    ranks: tuple[PthIndex, ...]  # where experts are quantized, with their numbers in bf16: see `meta_quantized`
+    ranks: tuple[PthIndex, ...]  # quantized experts are shown as bf16: see `meta_quantized`
     scales: tuple[PthIndex, ...]  # of quantized experts, one a rank, or none
     small_files: Mapping[str, bytes]  # params.json, and tokenizer.model where there is one
 
     @property
     def archives(self) -> tuple[PthIndex, ...]:
-        """Every file of tensors, the ranks first: what a run opens, and numbers so."""
+        """Every file of tensors, the ranks first: what a run opens, in the order in which a plan numbers them."""
         return self.ranks + self.scales
 
     @property
@@ -48,18 +48,18 @@ class MetaCheckpoint:
         return self.ranks[rank].tensors[key]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Rank 0's shapes."""
+        """Key -> its shape in rank 0."""
         return {key: tensor.shape for key, tensor in self.ranks[0].tensors.items()}
 
     def records(self) -> Iterator[tuple[int, Record]]:
-        """Every storage record of every archive."""
+        """(number of the archive, record) of every storage record."""
         for number, index in enumerate(self.archives):
             for record in index.records:
                 yield number, record
 
     @property
     def quantized(self) -> dict[str, DequantizedView]:
-        """Keys that hold codes, with rank 0's."""
+        """Key -> the view of rank 0, for the keys that hold codes."""
         tensors = self.ranks[0].tensors.items()
         return {key: tensor.record for key, tensor in tensors if isinstance(tensor.record, DequantizedView)}
 
@@ -124,7 +124,7 @@ def inner_original(path: Path) -> Path | None:
 
 
 def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """params.json parsed, and its bytes under its name."""
+    """params.json parsed, and {its name: its bytes}. Raises BadInput or EnvironmentFailed."""
     file = path / "params.json"
     if not os.path.lexists(file):
         if (path / _MANIFEST).exists():

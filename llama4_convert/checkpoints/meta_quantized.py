@@ -1,7 +1,8 @@
 """Meta's quantized originals: experts as codes, and the scales of each rank in a file beside it, shown as tensors in bf16.
 
-A tensor of codes takes the place of one in bf16 whose record lies nowhere: whoever reads a range of it is given codes times
-scales. So each rank is dequantized by itself before ranks are joined, a few rows at a time, and nothing else needs to know.
+A tensor of codes is listed as one in bf16, whose record is a `DequantizedView`: bytes that are computed, codes times scales, when
+a range of them is read. So each rank is dequantized by itself before ranks are joined, a few rows at a time, and the plan sees
+nothing but tensors in bf16.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from quant.encoding import Bits
 from quant.formats.meta import FORMATS, MetaFormat, scale_key
 
 CODES = "F8_E4M3"  # what both kinds of codes are called in a rank file
-_ITEM = 2  # bytes of a number in bf16
+_BF16_BYTES = 2  # of a number
 
 
 @dataclass(frozen=True)
 class DequantizedView(Record):
-    """Numbers in bf16 that are made of `codes` as they are read. Name and CRC are those of the codes; `size` is what is made."""
+    """A view of codes and scales as `size` bf16 bytes, computed when read. Name, offset and CRC are those of the codes."""
 
     format: MetaFormat
     codes: StoredTensor
     scales: StoredTensor  # [experts, ...]
     scales_file: Path
-    scales_archive: int  # its number among the checkpoint's files of tensors
-    key: str  # of the scales
+    scales_archive: int  # the number of `scales_file` among the checkpoint's files of tensors
+    key: str  # the key of the scales
     k: int  # inputs of an expert on this rank
-    n: int  # outputs
+    n: int  # outputs of an expert on this rank
 
     @property
     def kind(self) -> str:
@@ -44,7 +45,7 @@ class DequantizedView(Record):
         return self.scales.shape[0]
 
     def scales_of(self, expert: int) -> NDArray[np.float32]:
-        """Of one expert, [n] or [groups, n]. Raises BadInput if one is not finite."""
+        """The scales of one expert, [n] or [groups, n]. Raises BadInput if one is not finite."""
         shape = self.format.scales_shape(self.k, self.n)
         count = int(np.prod(shape))
         offset = self.scales.record.offset + (self.scales.offset + expert * count) * self.scales.itemsize
@@ -60,28 +61,28 @@ class DequantizedView(Record):
 
     def codes_until(self, position: int) -> int:
         """How many bytes of the codes, in whole rows, the first `position` bytes of the numbers are made of."""
-        inputs = -(-position // (_ITEM * self.n))
+        inputs = -(-position // (_BF16_BYTES * self.n))
         return -(-inputs // self.format.inputs_a_row) * self.n
 
     def codes_for(self, start: int, stop: int) -> tuple[int, int]:
         """The range of bytes of the codes, in whole rows, that bytes `start` to `stop` of the numbers are made of."""
-        row = start // (_ITEM * self.n) // self.format.inputs_a_row
+        row = start // (_BF16_BYTES * self.n) // self.format.inputs_a_row
         return row * self.n, self.codes_until(stop)
 
 
 def stored_codes(tensor: StoredTensor) -> StoredTensor:
-    """What lies in the file: of numbers that are made of codes the codes."""
+    """The tensor as it lies in the file: the codes, where `tensor` is a view of codes and scales."""
     return tensor.record.codes if isinstance(tensor.record, DequantizedView) else tensor
 
 
 @dataclass
 class Dequantizer:
-    """Makes numbers of codes; keeps the scales of the expert that it saw last of each file."""
+    """Computes numbers from codes; keeps the scales of the expert that it dequantized last, for each file."""
 
     _scales: dict[Path, tuple[str, int, NDArray[np.float32]]] = field(default_factory=dict)
 
     def numbers(self, record: DequantizedView, start: int, codes: NDArray[np.uint8]) -> Bits:
-        """bf16 bits [rows * inputs_a_row, n] of whole rows of codes, of which the first lies at byte `start`."""
+        """bf16 bits [rows * inputs_a_row, n] of whole rows of codes; `start` is the first code's byte in the record."""
         step, n = record.format.inputs_a_row, record.n
         rows, row, end = codes.reshape(-1, n), start // n, (start + codes.size) // n
         result = np.empty((len(rows) * step, n), np.uint16)
@@ -123,9 +124,9 @@ def with_scales(path: Path, ranks: tuple[PthIndex, ...]) -> tuple[tuple[PthIndex
             raise BadInput(f"{path} lacks {file.name}: download it, the experts of each rank have scales of their own")
         scales.append(PthIndex.read(file))
     shown = []
-    for number, (index, its) in enumerate(zip(ranks, scales, strict=True), len(ranks)):
+    for number, (index, scales_index) in enumerate(zip(ranks, scales, strict=True), len(ranks)):
         tensors = {
-            key: _dequantized(key, tensor, index, its, number, found[0]) if tensor.dtype == CODES else tensor
+            key: _dequantized(key, tensor, index, scales_index, number, found[0]) if tensor.dtype == CODES else tensor
             for key, tensor in index.tensors.items()
         }
         shown.append(replace(index, tensors=tensors))
@@ -158,7 +159,7 @@ def _dequantized(
     record = DequantizedView(
         name=codes.record.name,
         offset=codes.record.offset,
-        size=codes.numel * format.inputs_a_row * _ITEM,
+        size=codes.numel * format.inputs_a_row * _BF16_BYTES,
         crc=codes.record.crc,
         format=format,
         codes=codes,
@@ -174,7 +175,7 @@ def _dequantized(
 
 
 def _experts(index: PthIndex, feed_forward: str) -> int:
-    """How many experts a layer has, by its router."""
+    """How many experts a layer has: the router's columns."""
     router = index.tensors.get(f"{feed_forward}.router_DE")
     if router is None or len(router.shape) != 2:
         raise BadInput(f"{index.path.name} has no {feed_forward}.router_DE, which tells the number of experts")

@@ -1,4 +1,4 @@
-"""Casts between bf16, fp16 and fp32 on raw bytes, without torch: bf16 is the upper half of fp32."""
+"""Numbers as raw bytes, without torch: casts between bf16, fp16 and fp32, and counting what is not finite."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
 def cast(data: memoryview | bytes, source: str, target: str) -> tuple[bytes, int]:
-    """The numbers in `data` (little-endian, dtype `source`) as dtype `target`, rounded to nearest, ties to even.
+    """The numbers in `data` (little-endian, dtype `source`) as bytes of dtype `target`, rounded to nearest, ties to even.
 
-    Also returns how many finite numbers became infinite: fp16 ends at 65,504. NaN stays NaN.
+    "BF16", "F16" and "F32" are known. Also returns how many finite numbers became infinite: fp16 ends at 65,504. NaN stays NaN.
     """
     wide = widened(np.frombuffer(data, dtype=_NUMPY[source]), source)
     if target == "F32":
@@ -50,28 +50,30 @@ def _to_bf16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
 # dtype -> (unsigned type, its bits of an infinity: from here on, without the sign, a number is infinite or NaN)
 _FORMATS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F80_0000)}
 
-_FP8_NAN = 0x7F  # of float8_e4m3fn, which has no infinities
+_FP8_NAN_BITS = 0x7F  # of float8_e4m3fn, which has no infinities
 
-_CHUNK = 1 << 20  # stays in the cache between the two
+_CHUNK_BYTES = 1 << 20  # stays in the processor's cache between looking and counting
 
 
 class NonFinite(NamedTuple):
+    """How many NaN and how many infinities."""
+
     nan: int = 0
     inf: int = 0
 
     def __str__(self) -> str:
-        told = [f"{self.nan:,} NaN"] if self.nan else []
-        return " and ".join(told + ([f"{self.inf:,} infinite"] if self.inf else []))
+        counts = ((self.nan, "NaN"), (self.inf, "infinite"))
+        return " and ".join(f"{n:,} {what}" for n, what in counts if n)
 
 
 def count_nonfinite(data: bytes | bytearray | memoryview, dtype: str) -> NonFinite:
-    """Of the numbers in `data` (little-endian, dtype "BF16", "F16", "F32" or "F8_E4M3")."""
+    """Counts what is not finite in `data` (little-endian numbers of dtype "BF16", "F16", "F32" or "F8_E4M3")."""
     if dtype == "F8_E4M3":
-        return NonFinite(int(((np.frombuffer(data, np.uint8) & _FP8_NAN) == _FP8_NAN).sum()))
+        return NonFinite(int(((np.frombuffer(data, np.uint8) & _FP8_NAN_BITS) == _FP8_NAN_BITS).sum()))
     unsigned, infinity = _FORMATS[dtype]
     nan = inf = 0
-    for start in range(0, len(data), _CHUNK):
-        bits = np.frombuffer(memoryview(data)[start : start + _CHUNK], unsigned)
+    for start in range(0, len(data), _CHUNK_BYTES):
+        bits = np.frombuffer(memoryview(data)[start : start + _CHUNK_BYTES], unsigned)
         if _has_any(bits, infinity):
             magnitudes = _magnitudes(bits)
             nan += int((magnitudes > infinity).sum())
@@ -80,7 +82,10 @@ def count_nonfinite(data: bytes | bytearray | memoryview, dtype: str) -> NonFini
 
 
 def make_finite(data: bytearray, dtype: str) -> NonFinite:
-    """In place: NaN becomes 0, an infinity the largest finite magnitude of `data`, with its sign. Returns how many there were."""
+    """Replaces in `data`, in place, NaN by 0 and an infinity by the largest finite magnitude of `data`, with its sign.
+
+    `data`: little-endian numbers of dtype "BF16", "F16" or "F32". Returns how many were replaced.
+    """
     unsigned, infinity = _FORMATS[dtype]
     bits = np.frombuffer(data, unsigned)
     magnitudes = _magnitudes(bits)
@@ -92,7 +97,7 @@ def make_finite(data: bytearray, dtype: str) -> NonFinite:
 
 
 def _has_any(bits: NDArray[np.unsignedinteger], infinity: int) -> bool:
-    """Positive ones are the largest as signed integers, negative ones as unsigned."""
+    """Whether a number is infinite or NaN: positive ones are the largest as signed integers, negative ones as unsigned."""
     sign = 1 << (8 * bits.itemsize - 1)
     signed = bits.view(f"<i{bits.itemsize}")
     return bool(bits.size) and (int(signed.max()) >= infinity or int(bits.max()) >= (infinity | sign))

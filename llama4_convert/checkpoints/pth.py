@@ -1,7 +1,7 @@
 """The index of one `.pth` file: an uncompressed zip whose `data.pkl` describes tensors as views of `data/N` records.
 
 `PthIndex.read` touches the zip directory, the pickle and 30 bytes a record, never tensor data. It is strict: whatever it does
-not understand, or what two parts of the file tell differently, is an error that names the file and the record.
+not understand, and whatever two parts of the file state differently, is an error that names the file and the record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from isal.isal_zlib import crc32
 from llama4_convert.checkpoints.inert_pickle import Opaque, RefusedPickle, Storage, TensorView, read_state_dict
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, TensorFile
 from llama4_convert.errors import BadInput, from_os_error
+from llama4_convert.progress import Progress
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 # Scout's pickle has some 200 KB; anything near this limit is no state dict of a Llama 4.
@@ -31,7 +32,7 @@ _READ_BYTES = 1 << 20  # stays in the processor's cache between reading and chec
 
 @dataclass(frozen=True)
 class PthIndex:
-    """What one `.pth` file holds. `others` are entries that are no tensors (their values are of no interest)."""
+    """What one `.pth` file holds. `others` are the keys of entries that are no tensors; nothing needs their values."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
@@ -63,7 +64,7 @@ class DamagedRecord(BadInput):
         self.path, self.record = index.path, record.name
 
 
-def check_records(index: TensorFile, records: Iterable[Record], progress: Callable[[int], None]) -> None:
+def check_records(index: TensorFile, records: Iterable[Record], progress: Progress) -> None:
     """Read records only to compare their CRCs; `progress` counts bytes.
 
     Raises DamagedRecord, BadInput (the file ends early) or EnvironmentFailed (it cannot be read).
@@ -87,7 +88,7 @@ def check_records(index: TensorFile, records: Iterable[Record], progress: Callab
 
 
 def truncated(path: Path) -> str:
-    """What to say of a file that ends before a record that its directory lists."""
+    """The message for a file that ends before a record that its directory lists."""
     return f"{path.name} ends in the middle of a tensor: it changed or is truncated"
 
 

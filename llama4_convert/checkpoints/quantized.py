@@ -1,4 +1,4 @@
-"""A quantized directory read as the numbers that a runtime computes with: each matrix is dequantized when it is asked for."""
+"""A quantized Transformers directory, read as the numbers that a runtime computes with: matrices are dequantized when read."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class DamagedMatrix(BadInput, ShapeError):
 class QuantizedMatrix:
     """A linear layer's weight [n, k] in a format of ours; `parts`: suffix -> key."""
 
-    kind: str  # as recipes call it
+    kind: str  # the scheme, as recipes call it
     n: int
     k: int
     decoder: Decoder
-    parts: Mapping[str, str]  # those that decoding reads
+    parts: Mapping[str, str]  # the stored tensors that decoding reads
     by_rows: bool  # whether rows of the parts make rows of the matrix
-    settings: Mapping[str, int | bool | str]  # what shares a scale, as recipes say it
+    settings: Mapping[str, int | bool | str]  # which numbers share a scale, in the words of recipes
 
 
 class QuantizedReader(DirectoryReader):

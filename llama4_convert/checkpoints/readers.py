@@ -17,7 +17,7 @@ from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_BAND = 1 << 20
+_BAND_BYTES = 1 << 20
 
 
 class QuantizedTensor(Protocol):
@@ -30,7 +30,7 @@ class QuantizedTensor(Protocol):
 
 
 class RankReader:
-    """The tensors of one rank file; quantized ones as what they stand for."""
+    """The tensors of one rank file of Meta's layout; quantized ones as the numbers that they stand for."""
 
     damaged: Mapping[str, BindingError] = {}
     unknown_method: str | None = None
@@ -41,7 +41,7 @@ class RankReader:
 
     @property
     def quantized(self) -> dict[str, DequantizedView]:
-        """Those that are dequantized as they are read."""
+        """Key -> its view of codes and scales, for the tensors that are dequantized as they are read."""
         records = ((key, tensor.record) for key, tensor in self.index.tensors.items())
         return {key: record for key, record in records if isinstance(record, DequantizedView)}
 
@@ -55,7 +55,7 @@ class RankReader:
         return self.index.tensors[key].shape
 
     def read(self, key: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Bits:
-        """Raw bits, strides resolved."""
+        """The raw bits of a tensor, contiguous or not; see `TensorReader.read`."""
         whole = self._read_rows(key, rows)
         return whole if columns is None else whole[..., slice(*columns)]
 
@@ -75,7 +75,7 @@ class RankReader:
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
     def _dequantized(self, record: DequantizedView, first: int, shape: tuple[int, ...]) -> Bits:
-        """Entries from `first` on of the first dimension."""
+        """Entries of the first dimension, from `first` on, in `shape`."""
         entry = prod(shape[1:]) * 2
         start, stop = first * entry, (first + shape[0]) * entry
         begin, end = record.codes_for(start, stop)
@@ -109,7 +109,7 @@ class DirectoryReader:
         return self.checkpoint.tensors[key].shape
 
     def read(self, key: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Bits:
-        """Raw bits."""
+        """The raw bits of a tensor; see `TensorReader.read`."""
         tensor = self.checkpoint.tensors[key]
         item = ITEM_SIZES[tensor.dtype]
         file, offset = self.checkpoint.paths[key], tensor.record.offset
@@ -124,7 +124,7 @@ class DirectoryReader:
         width, (left, right) = tensor.shape[-1], _clamped(columns, tensor.shape[-1])
         made = np.empty((stop - start, *tensor.shape[1:-1], right - left), _BITS[item])
         lines = made.reshape(count // width if width else 0, right - left)
-        band = max(1, _BAND // max(1, width * item))
+        band = max(1, _BAND_BYTES // max(1, width * item))
         for line in range(0, len(lines), band):
             n = min(band, len(lines) - line)
             read = _read(file, first + line * width * item, n * width, item)
@@ -136,7 +136,7 @@ CheckpointReader = RankReader | DirectoryReader
 
 
 def _clamped(rows: tuple[int, int] | None, height: int) -> tuple[int, int]:
-    """As slices do it: what lies beyond the end is left out, never the next tensor's."""
+    """`rows` as a slice takes them: nothing beyond the end, where the next tensor lies."""
     start, stop = rows or (0, height)
     return min(start, height), min(stop, height)
 

@@ -15,19 +15,19 @@ ITEM_SIZES = {dtype: size for size, dtypes in _DTYPES_BY_SIZE.items() for dtype 
 
 @dataclass(frozen=True)
 class Record:
-    """A zip record: where its bytes lie in the file, and the CRC-32 that the directory promises for them (None: no promise)."""
+    """A range of bytes of a file that holds a tensor or several: a record of a zip, or the bytes of a safetensors tensor."""
 
     name: str
-    offset: int
-    size: int
-    crc: int | None
+    offset: int  # of its first byte in the file
+    size: int  # bytes
+    crc: int | None  # the CRC-32 that the archive states for them; None: it states none
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint file. `offset` and `strides` count elements, `offset` from the start of the record."""
+    """A tensor of a checkpoint file, as a view of a record. `offset` (in the record) and `strides` count elements."""
 
-    dtype: str
+    dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
@@ -67,10 +67,11 @@ class TensorFile(Protocol):
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor of this shape whose elements lie one behind the other."""
+    """Strides, in elements, of a tensor of this shape whose elements lie one behind the other."""
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+# The dtypes that weights are converted in, and their names in torch.
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 SAFETENSORS_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}

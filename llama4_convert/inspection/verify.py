@@ -199,5 +199,5 @@ def _checklist(path: Path) -> dict[str, Digest]:
         if line.strip() and (not match or not is_file_name(match[2])):
             raise BadInput(f"checklist.chk line {number} is not an MD5 and a file name: download it again")
         if match:
-            found[match[2]] = Digest.of(match[1])
+            found[match[2]] = Digest.from_hex(match[1])
     return found
