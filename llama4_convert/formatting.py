@@ -8,6 +8,7 @@ from llama4_convert.errors import UsageError
 
 
 def gib(n: int) -> str:
+    """A number of bytes in binary units, as GPUs count."""
     return f"{n / (1 << 30):.1f} GiB"
 
 
@@ -36,7 +37,7 @@ def parse_size(text: str) -> int:
 
 
 def gigabytes(n: int) -> str:
-    """A size for people: decimal units, as disks and model pages count."""
+    """A number of bytes in decimal units, as disks and model pages count: "1.5 GB"."""
     for unit, size in (("GB", 1000**3), ("MB", 1000**2), ("kB", 1000)):
         if n >= size:
             return f"{n / size:.{1 if n < 100 * size else 0}f} {unit}"
@@ -44,7 +45,7 @@ def gigabytes(n: int) -> str:
 
 
 def parameters(n: int) -> str:
-    """A number of parameters for people."""
+    """A number of parameters: "17.2 B parameters"."""
     return f"{n / 1e9:.2f} B parameters" if n >= 1e8 else f"{n / 1e6:.1f} M parameters"
 
 

@@ -1,7 +1,7 @@
-"""`push`: an output onto the Hugging Face Hub, through the Hub's own client, in one commit, and held against the manifest there.
+"""`card` and `push`: the model card of an output, and its way onto the Hugging Face Hub, where it is compared with the manifest.
 
-One commit, so that nobody finds half a model: the large files are transferred before it, and what has arrived is not sent again
-when an interrupted push is repeated. huggingface_hub is an extra (`hub`), and nothing here runs unless it is asked for.
+A push is one commit, so that nobody finds half a model: the large files are transferred before it, and those that have arrived
+are not sent again when an interrupted push is repeated. huggingface_hub is an extra (`hub`), imported by `push` alone.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _client(quiet: bool) -> HfApi:
         from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
     except ImportError as error:
         raise EnvironmentFailed("push needs the Hub's client: pip install 'llama4-convert[hub]'") from error
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would say is told here, in one line
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # `_one_line` reports the same
     if quiet:
         disable_progress_bars()
     return HfApi(library_name="llama4-convert")
@@ -164,7 +164,7 @@ def _client(quiet: bool) -> HfApi:
 
 @contextmanager
 def _one_line(doing: str) -> Iterator[None]:
-    """What the client raises, as one line of ours."""
+    """Turns what the Hub's client raises into UsageError or EnvironmentFailed, with one line."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError  # type: ignore[attr-defined]
 
     try:
@@ -213,7 +213,7 @@ def _verify(path: Path, start: Start, progress: Progress) -> None:
 
 
 def _commit(api: HfApi, path: Path, planned: Push, revision: str | None, message: str) -> tuple[str, str]:
-    """All files in one commit; those that the Hub has already are left out by the client. Returns its id and its page."""
+    """Sends all files in one commit; the client leaves out those that the Hub has already. Returns the commit's id and page."""
     from huggingface_hub import CommitOperationAdd
 
     operations = [CommitOperationAdd(file.file, path / file.file) for file in planned.files]
@@ -222,7 +222,7 @@ def _commit(api: HfApi, path: Path, planned: Push, revision: str | None, message
 
 
 def _tree(api: HfApi, repository: str, revision: str, names: set[str]) -> tuple[dict[str, tuple[str, str]], set[str]]:
-    """Of files called `names`, (algorithm, id) as the Hub has them; and the weights beside them that are not ours."""
+    """Name -> (algorithm, id), as the Hub has the files `names`; and the weights beside them that are not ours."""
     from huggingface_hub.hf_api import RepoFile
 
     ours, strays = {}, set()

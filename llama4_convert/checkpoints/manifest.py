@@ -25,6 +25,12 @@ NAME = "llama4-convert.json"
 INDEX = "model.safetensors.index.json"
 _VERSION = 1
 MOST_RANKS = 128
+# What a conversion was made of beside its source -> the words for it.
+_BESIDE_SOURCE = {
+    "adapter": "adapter",
+    "vision_from": "base for --vision-from",
+    "config_from": "base for --config-from",
+}
 _Natural = Annotated[int, Meta(ge=0)]
 
 
@@ -73,7 +79,7 @@ class Manifest(Struct, forbid_unknown_fields=True):
         self.files[name] = ManifestFile(sha256, size, counts)
 
     def nonfinite(self) -> dict[str, tuple[int, int]]:
-        """Tensor -> how many NaN and infinities, of those that have any; of matrices, before they were quantized."""
+        """Tensor -> (NaN, infinities), for tensors that have any; matrices are counted before they are quantized."""
         found: dict[str, tuple[int, int]] = {}
         for entry in self.files.values():
             for tensor, (nan, inf) in entry.nonfinite.items():
@@ -111,32 +117,29 @@ class Manifest(Struct, forbid_unknown_fields=True):
         return manifest
 
     def differences(self, other: Manifest) -> list[str]:
-        """In words, what makes `other` another conversion than this one; empty if it is the same."""
+        """What makes `other` another conversion than this one, in words; empty if it is the same."""
         found = []
-        parts = {
-            "adapter": "adapter",
-            "vision_from": "base for --vision-from",
-            "config_from": "base for --config-from",
-        }
-        for name, what in parts.items():
-            mine, its = self.source.get(name), other.source.get(name)
-            if mine != its:
-                found.append(f"no {what} there" if mine is None else f"another {what}" if its else f"no {what} now")
-        if any(self.source.get(k) != other.source.get(k) for k in {*self.source, *other.source} - parts.keys()):
+        for name, what in _BESIDE_SOURCE.items():
+            before, now = self.source.get(name), other.source.get(name)
+            if before != now:
+                found.append(f"no {what} there" if before is None else f"another {what}" if now else f"no {what} now")
+        if any(
+            self.source.get(k) != other.source.get(k) for k in {*self.source, *other.source} - _BESIDE_SOURCE.keys()
+        ):
             found.append("another source")
         for name in sorted(self.options.keys() | other.options.keys()):
-            mine, its = self.options.get(name), other.options.get(name)
-            if mine != its:
-                mine, its = (value["name"] if isinstance(value, dict) else value for value in (mine, its))
+            before, now = self.options.get(name), other.options.get(name)
+            if before != now:
+                before, now = (value["name"] if isinstance(value, dict) else value for value in (before, now))
                 what = name.replace("_", "-")
-                there = f"no {what}" if mine in (None, False) else f"{what} {mine}"
-                found.append(f"{there} there, {its or 'none'} now" if mine != its else f"{what} {its}, changed")
+                there = f"no {what}" if before in (None, False) else f"{what} {before}"
+                found.append(f"{there} there, {now or 'none'} now" if before != now else f"{what} {now}, changed")
         if self.tool != other.tool and not found:
             found.append(f"{other.tool} instead of {self.tool}")
         return found
 
     def intact(self, folder: Path, names: Iterable[str]) -> set[str]:
-        """Those of `names` that are listed here and lie in `folder` with the listed size."""
+        """The `names` that are listed here and lie in `folder` with the listed size."""
         return {
             name
             for name in names
@@ -203,7 +206,7 @@ class QuantizationErrors(QuantizationError, frozen=True, kw_only=True):
 
 
 def describe_errors(errors: Mapping[str, Sequence[float]]) -> QuantizationErrors:
-    """`errors`: module -> its sum of squared errors, and its sum of squared weights."""
+    """`errors`: module -> its sum of squared errors, and its sum of squared weights; see `Manifest.errors`."""
     families: dict[str, list[Sequence[float]]] = defaultdict(list)
     for module, sums in errors.items():
         families[family_of(f"{module}.weight")].append(sums)

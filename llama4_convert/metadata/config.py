@@ -1,4 +1,4 @@
-"""config.json and its friends: every value from params.json and the tensors, nothing left to a reader's defaults.
+"""config.json, generation_config.json and the processor's: every value from params.json and the tensors, no reader's defaults.
 
 The dialect is the one of Transformers 4.x (`rope_theta` and `rope_scaling`, `torch_dtype`), which vLLM, SGLang, mlx-lm and
 llama.cpp read and Transformers 5 still accepts.
@@ -151,7 +151,7 @@ def generation_config(ids: TokenIds | None, variant: str) -> dict[str, Any]:
 
 
 class _Pictures(Protocol):
-    """What a processor must know of a vision tower."""
+    """The sizes of a vision tower that a processor needs."""
 
     @property
     def image_size(self) -> int: ...

@@ -1,7 +1,7 @@
-"""What training frameworks strip or get wrong in a fine-tune's config.json, put right from its tensors and from its base model.
+"""Repairs a fine-tune's config.json: training frameworks strip fields or get them wrong.
 
-Sizes are the tensors' to say. What no tensor says (RoPE's scaling, chunks, which layers rotate ...) is the base model's: a
-fine-tune computes with it, whatever its config.json has made of it. Nothing is changed in silence.
+Sizes are read off the tensors. Fields that no tensor shows (RoPE's scaling, chunks, which layers rotate ...) are taken from the
+base model: a fine-tune computes with them, whatever its config.json says. Every change is reported as a `Repair`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SIZES = (
     ),
     *("moe_layers", "interleave_moe_layer_step"),
 )
-_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")  # tensors say their products only
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")  # tensors show their products only
 _A_LAYER = ("no_rope_layers", "layer_types")  # lists with an entry for each
 # Fields that are taken over together: several spellings, or one that is counted from another.
 _TOGETHER = {
@@ -48,7 +48,7 @@ _DTYPE = ("dtype", "torch_dtype")
 
 
 class Repair(NamedTuple):
-    """A field of config.json, what it was (None: not there), and what it is now."""
+    """A field of config.json, its value before (None: the field is missing), and its value now."""
 
     field: str
     found: Any
@@ -60,7 +60,7 @@ class Repair(NamedTuple):
 
 
 def tensor_sizes(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """The fields of a text model's config.json that its tensors decide."""
+    """The fields of a text model's config.json that its tensors decide: field -> value."""
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     found: dict[str, Any] = {}
     if len(embeddings := shapes.get("model.embed_tokens.weight", ())) == 2:
@@ -85,7 +85,7 @@ def tensor_sizes(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
 
 
 def other_model(base: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str | None:
-    """What shows that the tensors are no fine-tune of `base`, in words; layers and vocabulary may be fewer or more."""
+    """Why the tensors are no fine-tune of `base`, in words; None if they may be. Numbers of layers and tokens may differ."""
     expected, sizes = Llama4TextConfig.from_json(base), tensor_sizes(tensors)
     for field in ("hidden_size", "intermediate_size", "intermediate_size_mlp", "num_local_experts"):
         is_idle = field == "num_local_experts" and not expected.moe_layers
@@ -103,7 +103,7 @@ def vision_keys(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def text_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of the text model: in a part of it where there is a vision tower."""
+    """The text model's fields of a config.json: those of `text_config` where there is a vision tower."""
     return _part(body, "text_config") or body
 
 
@@ -117,15 +117,15 @@ def _part(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def repair(
     found: Mapping[str, Any], base: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, Any], list[Repair]]:
-    """A fine-tune's config.json and its base's -> the repaired one, of a text model if `tensors` are those of one.
+    """A fine-tune's config.json and its base's -> the repaired config.json, and what was changed.
 
-    Raises ConfigError, and BadInput if it is no fine-tune of `base`.
+    The result is a text model's if `tensors` are those of one. Raises ConfigError, and BadInput if it is no fine-tune of `base`.
     """
     found_text, base_text = text_of(found), text_of(base)
     texts = {key.removeprefix(TEXT_PREFIX): tensor for key, tensor in tensors.items()}
     if apart := other_model(base_text, texts):
         raise BadInput(f"it is no fine-tune of the base: {apart}")
-    text, told = repair_text(found_text, base_text, texts)
+    text, repairs = repair_text(found_text, base_text, texts)
     if not vision_keys(tensors):
         body = {**text, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
     else:
@@ -133,54 +133,54 @@ def repair(
         outer = found if "text_config" in found else {name: text[name] for name in _DTYPE if name in text}
         body = {**outer, "text_config": {**inner, "model_type": "llama4_text"}, "model_type": "llama4"}
         body["architectures"] = ["Llama4ForConditionalGeneration"]
-        told += _repair_vision(body, base)
+        repairs += _repair_vision(body, base)
     names = ("model_type", "architectures")
-    told += [Repair(name, found.get(name), body[name]) for name in names if found.get(name) != body[name]]
-    return body, told + _repair_dtype(body, tensors)
+    repairs += [Repair(name, found.get(name), body[name]) for name in names if found.get(name) != body[name]]
+    return body, repairs + _repair_dtype(body, tensors)
 
 
 def _repair_dtype(body: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> list[Repair]:
-    """What most tensors are in. Its name was `torch_dtype` before Transformers 5."""
+    """The dtype of most tensors, in place. The field was called `torch_dtype` before Transformers 5."""
     counted = Counter(tensor.dtype for tensor in tensors.values() if tensor.dtype in TORCH_NAMES)
     used = [TORCH_NAMES[dtype] for dtype, _ in counted.most_common(1)]
     name = next((name for name in _DTYPE if body.get(name)), _DTYPE[-1])
     if not used or body.get(name) == used[0]:
         return []
-    told = Repair(name, body.get(name), used[0])
+    found = body.get(name)
     for part in (body, body.get("text_config", body)):
         part[name] = used[0]
-    return [told]
+    return [Repair(name, found, used[0])]
 
 
 def _repair_vision(body: dict[str, Any], base: Mapping[str, Any]) -> list[Repair]:
-    """What stands beside the text model's: the tower is the base's, and so is all that is said of it."""
+    """The fields of the vision tower, in place: the tower is the base's, and so is its configuration."""
     found, expected = _part(body, "vision_config"), _part(base, "vision_config")
     if not expected:
         if not found:
             raise ConfigError("there is a vision tower, and no vision_config here or in the base's config.json")
         return []
-    told = [
+    repairs = [
         Repair(name, None, base[name])
         for name in _IMAGE_TOKENS
         if body.get(name) is None and base.get(name) is not None
     ]
-    body |= {one.field: one.used for one in told}
+    body |= {one.field: one.used for one in repairs}
     is_null = any(value is None and expected.get(name) is not None for name, value in found.items())
     try:
         if found and not is_null and Llama4VisionConfig.from_json(found) == Llama4VisionConfig.from_json(expected):
-            return told
+            return repairs
     except ConfigError:  # what is left contradicts itself
         pass
     taken = {name: value for name, value in expected.items() if name not in _DTYPE}
     body["vision_config"] = {name: value for name, value in found.items() if name in _DTYPE} | taken
     changed = (name for name in taken if found.get(name) != taken[name])
-    return told + [Repair(f"vision_config.{name}", found.get(name), taken[name]) for name in changed]
+    return repairs + [Repair(f"vision_config.{name}", found.get(name), taken[name]) for name in changed]
 
 
 def repair_text(
     found: Mapping[str, Any], base: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, Any], list[Repair]]:
-    """A fine-tune's text configuration and its base's, as config.json has them -> the repaired one. Raises ConfigError."""
+    """A fine-tune's text configuration and its base's -> the repaired one, and what was changed. Raises ConfigError."""
     text = dict(found)
     expected = Llama4TextConfig.from_json(base)
     for size in list(_sizes_that_differ(text, tensors)):
@@ -197,8 +197,8 @@ def repair_text(
         _take(text, base, _TOGETHER.get(together, (field,)))
     text |= wrong_tokens(text, base) | _nulls(text, base)
     names = [*text, *(name for name in found if name not in text)]
-    told = [Repair(name, found.get(name), text.get(name)) for name in names if found.get(name) != text.get(name)]
-    return text, told
+    repairs = [Repair(name, found.get(name), text.get(name)) for name in names if found.get(name) != text.get(name)]
+    return text, repairs
 
 
 def _sizes_that_differ(text: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Repair]:
@@ -214,7 +214,7 @@ def _sizes_that_differ(text: Mapping[str, Any], tensors: Mapping[str, StoredTens
 
 
 def _nulls(text: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that say null for what they mean, each with the value: Transformers 5 refuses null where the class has a number."""
+    """Field -> its value, for fields that are null: Transformers 5 refuses null where its class has a number."""
     now = Llama4TextConfig.from_json(text)
     names = [name for name, value in text.items() if value is None and base.get(name) is not None]
     own = {name: getattr(now, name) for name in names if name in (*_SIZES, *_A_LAYER)}
@@ -227,7 +227,7 @@ def _number(entry: Any) -> Any:
 
 
 def _heads(text: dict[str, Any], base: Llama4TextConfig, tensors: Mapping[str, StoredTensor]) -> None:
-    """The base's heads, where the projections have as many rows as these make."""
+    """Takes the base's heads, in place, where the projections have as many rows as these make."""
     rows = (base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim)
     keys = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight")
     if all(key in tensors and tensors[key].shape[:1] == (n,) for key, n in zip(keys, rows, strict=True)):
@@ -250,7 +250,7 @@ def wrong_tokens(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str,
 
 
 def repair_generation(found: bytes | None, base: bytes | None) -> tuple[bytes | None, list[Repair]]:
-    """generation_config.json decides what ends a text: the base's where there is none, its token ids where they are wrong."""
+    """Repairs generation_config.json, which decides what ends a text: it, or its wrong token ids, are taken from the base."""
     if base is None:
         return found, []
     if found is None:
@@ -258,8 +258,8 @@ def repair_generation(found: bytes | None, base: bytes | None) -> tuple[bytes | 
     body, expected = parse_object(found, GENERATION), parse_object(base, GENERATION)
     if not (wrong := wrong_tokens(body, expected)):
         return found, []
-    told = [Repair(f"{GENERATION}: {name}", body.get(name), used) for name, used in wrong.items()]
-    return to_json({**body, **wrong}), told
+    repairs = [Repair(f"{GENERATION}: {name}", body.get(name), used) for name, used in wrong.items()]
+    return to_json({**body, **wrong}), repairs
 
 
 def _ids(value: Any) -> list[int]:
@@ -267,7 +267,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _take(text: dict[str, Any], base: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """As the base has them: a field that it leaves to readers' defaults is left to them here, too."""
+    """Takes fields from the base, in place; a field that the base leaves to readers' defaults is removed."""
     for name in names:
         text.pop(name, None)
         if name in base:

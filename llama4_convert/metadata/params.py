@@ -1,4 +1,4 @@
-"""params.json: what Meta's code builds a model from, made of a configuration where the original is not at hand.
+"""Makes params.json, from which Meta's code builds a model, of a config.json.
 
 Widths are no fields of it: Meta's code computes them from factors (`llama4.geometry.swiglu_width`). Published factors are taken
 where they give the widths that the model has; else factors that do.
@@ -16,11 +16,11 @@ from llama4.geometry import Geometry, GeometryError, swiglu_width
 from llama4_convert.errors import BadInput
 
 _PUBLISHED = {"multiple_of": 2048, "ffn_dim_multiplier": 1.2, "ffn_exp": 4.0}
-_CAPACITY = 1.0  # published; Meta's code scales a width by it, and reads it for nothing else
+_CAPACITY_FACTOR = 1.0  # published; Meta's code scales a width by it, and reads it for nothing else
 
 
 def params_json(config: Llama4Config) -> bytes:
-    """The content of params.json. Raises BadInput, naming the field of config.json, for what Meta's code cannot be told."""
+    """The content of params.json. Raises BadInput, naming the field of config.json that params.json cannot express."""
     params = _params(config)
     try:
         made = Llama4Config.from_geometry(Geometry.from_params(params))
@@ -35,7 +35,7 @@ def params_json(config: Llama4Config) -> bytes:
 
 
 def contradictions(made: Llama4Config, config: Llama4Config) -> Iterator[Difference]:
-    """Fields of `config` that a model built by params.json would not have; what only the tokenizer says is left out."""
+    """Fields of `config` that a model built by params.json would not have; those that the tokenizer decides are left out."""
     return (d for d in differences(made, config) if not d.field.endswith("_token_index"))
 
 
@@ -93,14 +93,14 @@ def _factors(g: Geometry, has_moe: bool) -> dict[str, Any]:
         return factors
     moe: dict[str, Any] = {
         "num_experts": g.n_experts,
-        "capacity_factor": _CAPACITY,
+        "capacity_factor": _CAPACITY_FACTOR,
         "auto_scale_F": True,
         "top_k": g.top_k,
         "interleave_moe_layer_step": g.moe_step,
     }
     expert = g.expert_dim or 0
     multiplier, multiple = float(factors["ffn_dim_multiplier"]), int(factors["multiple_of"])
-    if swiglu_width(4 * g.dim, multiplier, 1 + _CAPACITY, multiple) != expert:
+    if swiglu_width(4 * g.dim, multiplier, 1 + _CAPACITY_FACTOR, multiple) != expert:
         # A width before scaling down that is above the expert's, and the divisor 1 + capacity_factor that makes it that.
         if multiple > 1:
             factors = {"multiple_of": 1, "ffn_dim_multiplier": (dense + 0.5) / base, "ffn_exp": 4.0}
@@ -112,7 +112,7 @@ def _factors(g: Geometry, has_moe: bool) -> dict[str, Any]:
 
 
 def without_vision(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a text model."""
+    """`params` of the text model alone."""
     if isinstance(params.get("model"), Mapping):
         return {**params, "model": without_vision(params["model"])}
     return {key: value for key, value in params.items() if key != "vision_args" or value is None}

@@ -1,4 +1,4 @@
-"""Which kind of model a checkpoint is: base, instruct or guard. params.json does not say, so it is concluded from evidence."""
+"""Which variant a checkpoint is: base, instruct or guard. params.json does not say, so it is inferred from evidence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VARIANTS = ("base", "instruct", "guard")
 
 
 def recorded_variant(manifest: Manifest) -> str | None:
-    """What a directory of ours was converted as, or exported from; None if that was not known."""
+    """The variant that a manifest records, of the output or of what it was exported from; None if it was not known."""
     found = manifest.options.get("variant") or manifest.source.get("variant")
     return found if found in VARIANTS else None
 
