@@ -11,6 +11,7 @@ from llama4_convert.files import parse_json
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the bound that the safetensors library sets itself
 _LENGTH_BYTES = 8  # in front of the header
+_MAX_DIMENSIONS = 64  # as torch and numpy have
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -30,9 +31,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - _LENGTH_BYTES):
                 raise BadInput(f"{path.name} is no safetensors file, or it is cut off: {size:,} bytes")
-            header = parse_json(file.read(length))
-        with safe_open(path, framework="numpy"):  # imports no numpy, and maps the file instead of reading it
-            pass
+            with safe_open(path, framework="numpy"):  # imports no numpy, and maps the file instead of reading it
+                header = parse_json(file.read(length))
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}") from error
     except (SafetensorError, ValueError) as error:
@@ -42,8 +42,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for key, entry in header.items():
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if dtype not in ITEM_SIZES:
-            raise BadInput(f"{path.name}: {key} is {dtype}, which no Llama 4 has: is it the right file?")
+        if dtype not in ITEM_SIZES or len(shape) > _MAX_DIMENSIONS:
+            what = dtype if dtype not in ITEM_SIZES else f"of {len(shape)} dimensions"
+            raise BadInput(f"{path.name}: {key} is {what}, which no Llama 4 has: is it the right file?")
         record = Record(key, _LENGTH_BYTES + length + begin, end - begin, None)
         tensors[key] = StoredTensor(dtype, shape, contiguous(shape), 0, record)
     return tensors

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path
 from typing import Protocol
 
@@ -68,7 +70,7 @@ class TensorFile(Protocol):
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a tensor of this shape whose elements lie one behind the other."""
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
 
 
 # The dtypes that weights are converted in, and their names in torch.

@@ -54,6 +54,12 @@ HEADERS: dict[str, str | bytes] = {
     "no object": "[]",
     "no JSON": "{",
     "not UTF-8": b'{"a\xff": 0}',
+    "more dimensions than any reader has": json.dumps({"a": entry(0, 16, [16, *[1] * 64])}),
+    "sizes that only an empty one hides": json.dumps(
+        {"a": entry(0, 16), "b": entry(16, 16, [0, *[1 << 62] * 100_000])}
+    ),
+    "numbers as notes": json.dumps({"__metadata__": {"step": 3}, "a": entry(0, 16)}),
+    "one name, one range": f'{{"a": {json.dumps(entry(0, 16))}, "a": {json.dumps(entry(0, 16))}}}',
     "deeper than any reader goes": '{"a":' * 100_000,
     "NaN": '{"a": NaN}',
 }
