@@ -37,7 +37,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise from_os_error(error, f"reading {path.name}") from error
     except (SafetensorError, ValueError) as error:
         why = one_line(error).removeprefix("Error while deserializing header: ")
-        raise BadInput(f"{path.name} is damaged or cut off ({why}): convert again, or download it again") from error
+        raise BadInput(
+            f"{path.name} of {size:,} bytes is damaged or cut off ({why}): convert again, or download it again"
+        ) from error
     header.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}
     for key, entry in header.items():
