@@ -1,4 +1,4 @@
-"""The result type of each command, and what its fields are: read from the docstrings of the types, for the manual and the schema."""
+"""The result type of each command, and the docstrings of its fields, for the manual and the schema."""
 
 from __future__ import annotations
 

@@ -160,27 +160,27 @@ class Explanation(Struct, frozen=True, kw_only=True):
     """only where TENSOR means several: each of them, and none of the fields below"""
     role: Literal["output", "input"] | UnsetType = UNSET
     """`output` or `input`; a name of both is explained as the output"""
-    file: str | None | UnsetType = UNSET
+    file: str | UnsetType | None = UNSET
     """where it is or will be; null if it is nowhere any more. With several ranks the first rank's"""
-    bytes: list[int] | None | UnsetType = UNSET
+    bytes: list[int] | UnsetType | None = UNSET
     """`[first, end]` in the file, the end not included; null for an entry that is no tensor"""
-    dtype: str | None | UnsetType = UNSET
+    dtype: str | UnsetType | None = UNSET
     """as safetensors spells it"""
-    shape: list[int] | None | UnsetType = UNSET
+    shape: list[int] | UnsetType | None = UNSET
     """of the stored tensor"""
-    dropped: str | None | UnsetType = UNSET
+    dropped: str | UnsetType | None = UNSET
     """why an input goes nowhere; else null"""
     other_ranks: list[Place] | UnsetType = UNSET
     """the same key in the other rank files"""
     replicated: bool | UnsetType = UNSET
     """whether all ranks hold the same (Meta's keys)"""
-    part: LogicalBox | None | UnsetType = UNSET
+    part: LogicalBox | UnsetType | None = UNSET
     """the box of a logical tensor, if a name of the reference means only that; else null"""
-    came_from: Origin | None | UnsetType = UNSET
+    came_from: Origin | UnsetType | None = UNSET
     """of a directory with a manifest: what the tensor was made of; else null"""
     op: list[str] | UnsetType = UNSET
     """the steps that make an output, in words"""
-    row: Row | None | UnsetType = UNSET
+    row: Row | UnsetType | None = UNSET
     """of the table"""
     made_of: list[CopiedPiece] | UnsetType = UNSET
     """the copies that make an output; a matrix that is quantized is gathered first"""
