@@ -87,21 +87,19 @@ def memory_use(deployment: Deployment, runtime: Runtime) -> MemoryUse:
     weights = deployment.weights
     if deployment.format in runtime.decompresses:
         weights = max(weights, Weights.from_geometry(g), key=lambda w: w.total)
+    full, chunked = layer_counts(g) if keeps_chunks(g, runtime) else (g.n_layers, 0)
     if runtime.splits == "tensors":
         sharers = deployment.n_gpus
         weight_bytes = weights.split_by_tensors(sharers, g.n_kv_heads)
-        full, chunked = layer_counts(g)
     else:
         sharers = 1
         weight_bytes = weights.split_by_layers(deployment.n_gpus, g)
-        full, chunked = layers_on_fullest_gpu(g, deployment.n_gpus)
+        full, chunked = layers_on_fullest_gpu(g, deployment.n_gpus, full, chunked)
+    if runtime.pads_layer_groups:
+        full, chunked = grouped_layers(full, chunked)
     piece = prefill_tokens(deployment, runtime)
     token = kv_bytes(g, sharers, 1 if has_fp8_kv(deployment, runtime) else BF16_BYTES)
-    cache = KVCache(token, full + chunked)
-    if keeps_chunks(g, runtime):
-        if runtime.pads_layer_groups:
-            full, chunked = grouped_layers(full, chunked)
-        cache = KVCache(token, full, chunked, g.chunk_size or 0, piece * runtime.pieces_in_cache)
+    cache = KVCache(token, full, chunked, g.chunk_size or 0, piece * runtime.pieces_in_cache)
     if runtime.prefill_tokens is None:
         every_expert = deployment.sequences * piece * all_experts_bytes(g)
         return MemoryUse(weight_bytes, cache, every_expert, deployment.sequences * repeated_kv_bytes(g))

@@ -49,13 +49,14 @@ def fit(
     """Whether `gpus` GPUs of a kind hold the checkpoint at `path` in each runtime. Reads headers only.
 
     `path` is a finished directory in Transformers' layout, in bf16 or quantized with compressed-tensors or bitsandbytes; or
-    Meta's, of which every built-in recipe is tried. `gpu` is a key of gpus.toml, or "all". `context` None asks for 8,192
-    tokens. `kv_cache_dtype` is "bf16" or "fp8". Raises UsageError, BadInput or EnvironmentFailed.
+    Meta's directory, for which every built-in recipe is tried. `gpu` is a key of gpus.toml, or "all". `sequences` of `context`
+    tokens each (None: 8,192) must have room at a time. `kv_cache_dtype` is "bf16" or "fp8".
+    Raises UsageError, BadInput or EnvironmentFailed.
     """
     if kv_cache_dtype not in ("bf16", "fp8"):
         raise UsageError(f"kv_cache_dtype must be bf16 or fp8, not {kv_cache_dtype!r:.40}")
     path = Path(path)
-    model, deployments = _of_meta(path) if is_meta(path) else _of_directory(path)
+    model, deployments = _meta_deployments(path) if is_meta(path) else _directory_deployment(path)
     verdicts = []
     for one in known_gpus().values() if gpu.strip().lower() == "all" else [find_gpu(gpu)]:
         for recipe, deployment in deployments.items():
@@ -68,8 +69,8 @@ def fit(
                 fp8_kv=kv_cache_dtype == "fp8",
             )
             name = recipe or (deployment.format or "bf16").removeprefix("compressed-tensors-")
-            convert = _convert(path, recipe, deployment.directory)
-            verdicts.append(structs.replace(judge(asked), recipe=recipe, name=name, convert=convert))
+            made_by = _convert_command(path, recipe, deployment.directory)
+            verdicts.append(structs.replace(judge(asked), recipe=recipe, name=name, convert=made_by))
     advised = advised_verdict(verdicts)
     return Fit(
         path=str(path),
@@ -89,7 +90,10 @@ def fit(
 def fit_plan(
     plan: Plan, recipe: Recipe | None, *, gpu: str, gpus: int, context: int | None, max_context: int
 ) -> FitVerdict:
-    """Whether GPUs hold what a plan writes. `recipe`: the plan's; `max_context`: tokens that the model is made for."""
+    """Whether `gpus` GPUs hold what `plan` writes with `recipe`, and `context` tokens (None: 8,192).
+
+    `max_context`: tokens that the model is made for. Raises UsageError for a GPU that is not known.
+    """
     return judge(
         Deployment(
             plan.geometry,
@@ -104,16 +108,16 @@ def fit_plan(
     )
 
 
-def _convert(path: Path, recipe: str | None, target: str) -> str:
-    """The command that makes what a verdict is on; empty for a directory that lies there."""
+def _convert_command(path: Path, recipe: str | None, target: str) -> str:
+    """The command that writes what a recipe's verdict is about; empty for `path` as it is."""
     if recipe is None:
         return ""
     option = "" if recipe == "bf16" else f" --recipe {recipe}"
     return f"llama4-convert convert {shlex.quote(str(path))} {target}{option}"
 
 
-def _of_meta(path: Path) -> tuple[str, dict[str | None, Deployment]]:
-    """The model in words, and by recipe what each makes of it."""
+def _meta_deployments(path: Path) -> tuple[str, dict[str | None, Deployment]]:
+    """(the model in words, recipe -> the deployment of what it writes) for a directory in Meta's layout."""
     plan = make_plan(bind_meta(MetaCheckpoint.open(path)), TransformersLayout())
     variant, _ = infer_variant(plan.geometry, plan.base_evidence, path)
     weights = Weights.from_tensors((tensor.name, tensor.nbytes) for tensor in plan.tensors)
@@ -131,8 +135,8 @@ def _of_meta(path: Path) -> tuple[str, dict[str | None, Deployment]]:
     return f"{variant}, {parameters(plan.parameters)}", deployments
 
 
-def _of_directory(path: Path) -> tuple[str, dict[str | None, Deployment]]:
-    """The format, and the directory as it is, under None."""
+def _directory_deployment(path: Path) -> tuple[str, dict[str | None, Deployment]]:
+    """(the format, {None: the deployment}) for a directory in Transformers' layout."""
     checkpoint = TransformersCheckpoint.open(path)
     try:
         config = Llama4Config.from_json(checkpoint.config)

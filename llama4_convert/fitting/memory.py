@@ -157,8 +157,8 @@ class KVCache:
 
     token_bytes: int  # of one token in one layer
     full_layers: int
-    chunked_layers: int = 0
-    chunk_tokens: int = 0
+    chunked_layers: int
+    chunk_tokens: int
     piece_tokens: int = 0  # behind the chunk, which the runtime keeps as well, once for all sequences
 
     def nbytes(self, context: int, sequences: int = 1) -> int:
@@ -188,9 +188,8 @@ def layer_counts(geometry: Geometry) -> tuple[int, int]:
     return geometry.n_layers - chunked, chunked
 
 
-def layers_on_fullest_gpu(geometry: Geometry, n_gpus: int) -> tuple[int, int]:
-    """The most (full, chunked) layers on any of `n_gpus` that hold consecutive layers, one more than an even share at most."""
-    full, chunked = layer_counts(geometry)
+def layers_on_fullest_gpu(geometry: Geometry, n_gpus: int, full: int, chunked: int) -> tuple[int, int]:
+    """The most of (full, chunked) layers on any of `n_gpus` that hold consecutive layers, at most one beyond an even share."""
     if n_gpus == 1:
         return full, chunked
     layers = min(geometry.n_layers, -(-geometry.n_layers // n_gpus) + 1)

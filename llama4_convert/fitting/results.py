@@ -8,7 +8,7 @@ from llama4_convert.fitting.memory import FamilySizes
 
 
 class GpuMemory(Struct, frozen=True, kw_only=True):
-    """What one GPU is taken for in a runtime, at the context of its `command`."""
+    """What takes memory of one GPU in a runtime, at the context of its `command`."""
 
     weights: int
     """on the fullest GPU"""
@@ -28,13 +28,13 @@ class RuntimeVerdict(Struct, frozen=True, kw_only=True):
     fits: bool
     """whether it holds the context that was asked; where none was, 8,192 tokens"""
     max_context: int
-    """the most tokens that each sequence can have; 0 where the weights alone are too much, or are not loaded"""
+    """the most tokens that each sequence can have; 0 where the weights leave no room, or are not loaded"""
     max_context_fp8_kv: int | None
     """the same with an FP8 KV cache; null where there is none"""
     command: str
     """what serves the context that was asked, or where it does not fit or none was asked, the largest; empty where none fits"""
     note: str
-    """what else is to be known, or why it does not fit"""
+    """what a user must know beside it, or why it does not fit"""
     memory: GpuMemory | None
     """null where the runtime does not load the checkpoint"""
 
@@ -111,8 +111,8 @@ class Fit(Struct, frozen=True, kw_only=True):
     fits: bool
     """whether anything fits"""
     fit: FitVerdict
-    """of the verdicts the one that is advised: of the smallest GPU that fits, the recipe with the least error that reaches the
-    context; where nothing fits, what comes nearest"""
+    """the advised one of `verdicts`: the recipe with the least error that reaches the context, on the smallest GPU on which
+    anything fits; where nothing fits, what comes nearest"""
     verdicts: tuple[FitVerdict, ...]
     """one a format and GPU"""
     advice: str

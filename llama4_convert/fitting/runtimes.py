@@ -1,4 +1,4 @@
-"""The runtimes of runtimes.toml: what each loads, how it uses a GPU's memory, the command that serves, and what to say of it."""
+"""The runtimes of runtimes.toml: what each loads, how it uses a GPU's memory, the command that serves, and notes for users."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Runtime(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     script: str = ""
     """the placeholder {script} of `command`: Python, with placeholders of its own"""
     loading_notes: tuple[Phrase, ...] = ()
-    """what is to be said of the weights, also where they do not fit"""
+    """about the weights, shown also where they do not fit"""
     notes: tuple[Phrase, ...] = ()
-    """what is to be said where anything can be served"""
+    """shown where at least some tokens have room"""
     usage: str = ""
-    """the last note: what callers must do"""
+    """the last note: what callers must do; with placeholders"""
     without_chunks: Switch | None = None
     name: str = ""
     """the name of the table"""

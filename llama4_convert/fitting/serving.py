@@ -1,4 +1,4 @@
-"""The command that serves a deployment in a runtime, and the notes that go with it: the texts of runtimes.toml, filled in."""
+"""The command that serves a deployment in a runtime, and the notes beside it: the texts of runtimes.toml, filled in."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(deployment: Deployment, runtime: Runtime, context: int) -> str:
 
 
 def notes(deployment: Deployment, runtime: Runtime, largest: int) -> list[str]:
-    """What is to be said of the deployment, of which sequences of `largest` tokens fit; where that is too few, why."""
+    """What a user must know, where sequences of `largest` tokens have room; first why that is too few, if it is."""
     use = memory_use(deployment, runtime)
     needed, limit = deployment.needed_context, deployment.usable_bytes - use.activations()
     found = [*_notes_on_loading(deployment, runtime)]
@@ -67,7 +67,7 @@ def _notes_on_serving(deployment: Deployment, runtime: Runtime, context: int) ->
 
 
 def facts(deployment: Deployment, runtime: Runtime) -> set[Fact]:
-    """Those that are true."""
+    """The facts that hold for the deployment in the runtime."""
     format = deployment.format
     every: dict[Fact, bool] = {
         "several GPUs": deployment.n_gpus > 1,
@@ -84,7 +84,7 @@ def facts(deployment: Deployment, runtime: Runtime) -> set[Fact]:
 
 
 def placeholders(deployment: Deployment, runtime: Runtime, context: int) -> dict[str, int | str]:
-    """What the texts of runtimes.toml may have in braces."""
+    """What texts of runtimes.toml may name in braces, and the value of each for serving `context` tokens."""
     use = memory_use(deployment, runtime)
     usable, memory = deployment.usable_bytes, deployment.gpu.nbytes
     has_vision = deployment.geometry.vision is not None
