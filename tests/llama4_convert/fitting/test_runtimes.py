@@ -78,7 +78,7 @@ def test_every_fact_can_be_true() -> None:
     [
         ({"splits": "experts"}, 'splits is "experts": choose one of tensors, layers'),
         ({"keep_chunks": "never"}, 'unknown field "keep_chunks": did you mean "keeps_chunks"?'),
-        ({"notes": [{"text": "", "when": ["amd"]}]}, 'notes 1: when 1 is "amd"'),
+        ({"notes": [{"text": "", "when": ["amd"]}]}, 'notes 1: when, entry 1 is "amd"'),
         ({"loads": []}, "loads, decompresses and refuses must share out"),
         ({"refuses": {"bitsandbytes-nf4": "no"}}, "loads, decompresses and refuses must share out"),
     ],
