@@ -228,9 +228,7 @@ def _use(facts: Facts) -> list[str]:
         )
     else:
         lines.append("Any runtime that loads Llama 4 from a Transformers directory loads this one.")
-    # vLLM's other int4 kernels for experts apply the router's score elsewhere than on their input.
-    backend = " --moe-backend triton" if "int4" in facts.schemes and facts.text.get("moe_layers") else ""
-    lines += ["", "```", f"vllm serve MODEL --max-model-len 32768{backend}", "```", ""]
+    lines += ["", "```", "vllm serve MODEL --max-model-len 32768", "```", ""]
     return [*lines, "`llama4-convert plan SOURCE --gpu NAME` counts which context fits onto which GPUs."]
 
 

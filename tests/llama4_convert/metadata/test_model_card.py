@@ -135,8 +135,7 @@ def test_the_sources_fingerprints_are_on_the_card(made: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words", "no"),
     [
-        ("int4", "vllm serve MODEL --max-model-len 32768 --moe-backend triton\n", "bitsandbytes"),
-        ("fp8", "vllm serve MODEL --max-model-len 32768\n", "triton"),
+        ("int4", "vllm serve MODEL --max-model-len 32768\n", "bitsandbytes"),
         ("nf4", "pip install bitsandbytes", "vllm serve"),
     ],
 )
