@@ -7,6 +7,7 @@ from typing import Any, Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from llama4_convert.checkpoints.manifest import DroppedKey, MatrixError, NonFiniteTensor, QuantizationError
+from llama4_convert.fitting.results import FitVerdict
 from llama4_convert.planning.adapter import AdapterSummary
 
 
@@ -116,7 +117,7 @@ class PlanSummary(Struct, frozen=True, kw_only=True):
     """with --adapter: what is merged"""
     repaired: list[Repaired] | UnsetType = UNSET
     """with --vision-from or --config-from: what was wrong in SRC's config.json"""
-    fit: Any | UnsetType = UNSET
+    fit: FitVerdict | UnsetType = UNSET
     """with --gpu: the verdict of `fit`"""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -24,6 +23,7 @@ from llama4_convert.conversion.results import (
     Repaired,
     WrittenFile,
 )
+from llama4_convert.fitting.results import FitVerdict
 from llama4_convert.metadata.config_repair import Repair
 from llama4_convert.planning.plan import Plan
 from llama4_convert.streaming.bounds import DEFAULT_MEMORY
@@ -33,7 +33,7 @@ from quant.error import relative_mse, sqnr_db
 from quant.recipe import Recipe
 
 
-def plan_summary(bound: BoundRequest, fit: Any = UNSET) -> PlanSummary:
+def plan_summary(bound: BoundRequest, fit: FitVerdict | UnsetType = UNSET) -> PlanSummary:
     job, plan = bound.job, bound.job.plan
     return PlanSummary(
         source=str(bound.request.source),

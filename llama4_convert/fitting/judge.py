@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from msgspec import structs
+
 from llama4_convert.errors import UsageError
 from llama4_convert.fitting.advice import advice, best_recipe, gpus_that_fit, recipes_that_fit
 from llama4_convert.fitting.deployment import Deployment, has_fp8_kv, largest_context, memory_use, refusal
 from llama4_convert.fitting.gpus import allowances
 from llama4_convert.fitting.memory import layer_counts
-from llama4_convert.fitting.results import FitVerdict, GpuMemory, RuntimeVerdict
+from llama4_convert.fitting.results import FamilySizes, FitVerdict, GpuMemory, RuntimeVerdict
 from llama4_convert.fitting.runtimes import FORMATS, Runtime, runtimes
 from llama4_convert.fitting.serving import command, notes
 
@@ -36,7 +38,7 @@ def judge(deployment: Deployment) -> FitVerdict:
         n_gpus=deployment.n_gpus,
         gpu_bytes=deployment.gpu.nbytes,
         weight_bytes=deployment.weights.total,
-        weight_bytes_by_kind=deployment.weights,
+        weight_bytes_by_kind=FamilySizes(*structs.astuple(deployment.weights)),
         format=deployment.format,
         context=deployment.context,
         sequences=deployment.sequences,

@@ -11,38 +11,18 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
-from msgspec import Struct, structs
+from msgspec import structs
 
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.families import matrix_family_of
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
+from llama4_convert.fitting.results import FamilySizes
 from quant.recipe import FAMILIES, Recipe, Scheme
 
 BF16_BYTES = 2
 BLOCK_TOKENS = 16  # runtimes reserve KV cache in whole blocks
 _LOGIT_BYTES = 4 * 3  # float32, its probability, and a sorted copy for top-p
 _TILES = 17  # of a picture: 16 and the whole, which is what Llama 4's processor makes of the largest
-
-
-class FamilySizes(Struct, frozen=True):
-    """Sizes by family of tensors. Families that runtimes split over GPUs alike are one field."""
-
-    routed_experts: int = 0
-    """all experts of all layers"""
-    shared_expert: int = 0
-    """the shared experts of all layers"""
-    dense_mlp: int = 0
-    """the feed-forward blocks of dense layers"""
-    keys_values: int = 0
-    """the projections of keys and values of the text model"""
-    replicated: int = 0
-    """what every GPU holds whole: routers, norms, embeddings of positions"""
-    other: int = 0
-    """everything else: embeddings, queries and outputs of attention, output head, vision"""
-
-    @property
-    def total(self) -> int:
-        return sum(structs.astuple(self))
 
 
 def parameters(geometry: Geometry) -> FamilySizes:

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
-from llama4_convert.fitting.memory import FamilySizes
+
+class FamilySizes(Struct, frozen=True):
+    """Sizes by family of tensors. Families that runtimes split over GPUs alike are one field."""
+
+    routed_experts: int = 0
+    """all experts of all layers"""
+    shared_expert: int = 0
+    """the shared experts of all layers"""
+    dense_mlp: int = 0
+    """the feed-forward blocks of dense layers"""
+    keys_values: int = 0
+    """the projections of keys and values of the text model"""
+    replicated: int = 0
+    """what every GPU holds whole: routers, norms, embeddings of positions"""
+    other: int = 0
+    """everything else: embeddings, queries and outputs of attention, output head, vision"""
+
+    @property
+    def total(self) -> int:
+        return sum(structs.astuple(self))
 
 
 class GpuMemory(Struct, frozen=True, kw_only=True):

@@ -15,7 +15,8 @@ from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.from_meta import from_meta
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
-from llama4_convert.fitting.results import FitVerdict
+from llama4_convert.fitting.results import Fit, FitVerdict
+from quant.typed import decode
 from tests.support import commands, meta_model
 
 GIB = 1 << 30
@@ -288,6 +289,10 @@ def test_json_is_one_object_also_where_the_answer_is_no(run: Run, scout: Path) -
     assert {"gpu", "gpu_bytes", "weight_bytes", "runtimes"} <= said["fit"].keys()
     assert {"weights", "kv_cache", "activations", "context_overhead"} <= said["fit"].keys()
     assert all({"runtime", "fits", "max_context", "command", "note"} <= r.keys() for r in said["fit"]["runtimes"])
+
+
+def test_what_is_printed_reads_back(run: Run, tiny: Path) -> None:
+    assert decode(run("fit", tiny, "--json").json, Fit, "fit.json") == fit(tiny)
 
 
 def test_the_docs_show_what_is_printed(scout: Path) -> None:
