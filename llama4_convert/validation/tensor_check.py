@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.validation.diagnosis.changed_values import Floats, floats
-from llama4_convert.validation.diagnosis.moved_values import as_matrix, listed
 from llama4_convert.validation.diagnosis.quantized_faults import suspicion
 from llama4_convert.validation.diagnosis.sketches import Shape, sketch, sketch_of_rows
 from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, TensorPairs, cast, slices
+from llama4_convert.validation.diagnosis.tolerance import Floats, as_matrix, floats, listed
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Digest

@@ -205,7 +205,7 @@ def _cause_of(
     if not found.keys:
         return f"{cause}{_under_another_name(pairs, name)}", "missing"
     try:
-        diagnosis = diagnoser.of(name)
+        diagnosis = diagnoser.diagnose(name)
     except BindingError as error:  # of a fused tensor that has no such expert, or of a sibling that is missing
         if largest is None and not isinstance(error, DamagedMatrix):
             return f"{cause}: experts are missing", "missing"

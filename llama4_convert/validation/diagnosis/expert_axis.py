@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from llama4_convert.validation.diagnosis.moved_values import Array, Diagnosis, listed, some_of
+from llama4_convert.validation.diagnosis.tolerance import Array, Diagnosis, listed, some_of
 
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 16)
 _BEGINNING = 8  # numbers that a piece is known by

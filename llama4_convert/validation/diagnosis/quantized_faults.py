@@ -12,30 +12,36 @@ from typing import Any
 import numpy as np
 
 from llama4_convert.checkpoints.quantized import QuantizedMatrix
-from llama4_convert.validation.diagnosis.block_order import Axis, blocks, told
-from llama4_convert.validation.diagnosis.changed_values import Floats, floats, group_gain
-from llama4_convert.validation.diagnosis.moved_values import (
+from llama4_convert.validation.diagnosis.block_order import describe, find_blocks
+from llama4_convert.validation.diagnosis.changed_values import group_gain
+from llama4_convert.validation.diagnosis.moved_values import Move, find_move
+from llama4_convert.validation.diagnosis.tolerance import (
     Array,
     Diagnosis,
+    Floats,
     Tolerance,
     divisors,
+    floats,
     listed,
     relative_error,
     some_of,
 )
+from llama4_convert.validation.diagnosis.wrong_tensor import Axis
 
 # Scales are known as well as the codes' rounding lets the ratio of a group be known: some percent.
 _SCALES = Tolerance(0.003)
-# Orders of eight codes in a word that other packers use: reversed, as AWQ deals them out, halves of bytes exchanged.
-_WORDS = {
-    "in the reverse order": (7, 6, 5, 4, 3, 2, 1, 0),
-    "in AWQ's order": (0, 2, 4, 6, 1, 3, 5, 7),
-    "in AWQ's order undone": (0, 4, 1, 5, 2, 6, 3, 7),
-    "with the halves of each byte exchanged": (1, 0, 3, 2, 5, 4, 7, 6),
-    "with the bytes in the other order": (6, 7, 4, 5, 2, 3, 0, 1),
-}
-
-
+# Orders of the eight codes in a word that other packers use.
+_WORDS = tuple(
+    Move(f"R ({source}) -> R ({target})", "packing", f"packing: the codes lie {words}")
+    for source, target, words in (
+        ("word four two", "word -four -two", "in the reverse order"),
+        ("word four two", "word two four", "in AWQ's order"),
+        ("word two four", "word four two", "in AWQ's order"),
+        ("word four two", "word four -two", "with the halves of each byte exchanged"),
+        ("word four two", "word -four two", "with the bytes in the other order"),
+    )
+)
+_AWQ_OUTPUTS = [0, 4, 1, 5, 2, 6, 3, 7]  # where the outputs of a word of AWQ lie in it
 # A group's ratio to the weights is 1 less its error. Over the groups it varies by some percent, by wrong scales five times so.
 _USUAL_SPREAD = 0.05
 _LARGEST_RATIO, _SMALLEST_RATIO = 1.3, 0.4
@@ -53,7 +59,7 @@ _ROWS = 256  # that a middle is taken of
 _BAND = 1 << 20  # numbers whose codes are looked at at a time
 _FEWEST = 1024  # weights whose errors have a middle
 Spread = Callable[[Array], Array]
-_FEW = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
+_FEW_CODES = 1e-3  # part of the codes: who rounds otherwise than to the nearest has many more
 
 
 def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array]) -> Diagnosis | None:
@@ -70,13 +76,13 @@ def suspicion(a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str,
         or known.min() < _SMALLEST_RATIO
     ):
         return Diagnosis("scale", f"scale: {_ratios(gain)}")
-    if matrix.kind == "int4" and (told_of := _other_zero(a, b, stored)):
-        return told_of
+    if matrix.kind == "int4" and (found := _other_zero(a, b, stored)):
+        return found
     places = _wrong_codes(a, b, stored, spread, matrix)
     groups = _groups_of(places, stored, a.shape)
     if len(places) > 4 and len(groups) <= max(1, len(places) // 8):
         return Diagnosis("scale", _few_scales(groups, gain))
-    if not 0 < len(places) <= max(4, _FEW * a.size):
+    if not 0 < len(places) <= max(4, _FEW_CODES * a.size):
         return None
     row, column = (int(i) for i in places[0])
     words = f"element [{row}, {column}] is read as {b[row, column]:.4g} for {a[row, column]:.4g}"
@@ -181,14 +187,14 @@ def _ratios(gain: Floats) -> str:
 
 
 def wrong_scales(
-    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Tolerance
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], tolerance: Tolerance
 ) -> Diagnosis | None:
     """Whether each group of `b` is `a`'s times a factor: then the codes are right, and the scales that they need are known."""
     stored, gain, spread = _scales(a, b, matrix, parts)
     expected = a * spread(gain)
-    if not np.isfinite(gain).all() or relative_error(b, expected) > same.limit:
+    if not np.isfinite(gain).all() or relative_error(b, expected) > tolerance.limit:
         return None
-    if (np.square(expected - b).sum(1) > 2 * same.limit * np.square(b).sum(1)).any():
+    if (np.square(expected - b).sum(1) > 2 * tolerance.limit * np.square(b).sum(1)).any():
         return None  # rows that no scale puts right
     with np.errstate(all="ignore"):
         right = stored / gain
@@ -211,9 +217,9 @@ def wrong_scales(
         for shift in (1, -1, 2, -2):
             if len(x) > abs(shift) and _explains(np.roll(x, shift, 0), x, y):
                 return Diagnosis("scale", f"scale: the scales are shifted by {shift} {lines}(s); {codes}")
-        found = blocks(x, y, _SCALES, [*divisors(len(x)), len(x)]) if x.shape[1] > 1 and len(x) > 1 else None
+        found = find_blocks(x, y, _SCALES, [*divisors(len(x)), len(x)]) if x.shape[1] > 1 and len(x) > 1 else None
         if found and len(set(found.order.tolist())) == found.n:
-            return Diagnosis("scale", f"scale: the scales' {told(found, Axis(lines)).cause}; {codes}")
+            return Diagnosis("scale", f"scale: the scales' {describe(found, Axis(lines)).cause}; {codes}")
     for shift in (1, -1, 2, -2):
         if _explains(np.roll(right.ravel(), shift).reshape(right.shape), right, stored):
             return Diagnosis("scale", f"scale: the scales are shifted by {shift}; {codes}")
@@ -256,34 +262,29 @@ def _block_sums(x: Floats) -> Floats:
 
 
 def wrong_packing(
-    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Tolerance
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], tolerance: Tolerance
 ) -> Diagnosis | None:
     """Codes in another order within their words, or with another zero."""
     n, k = a.shape
-    some = slice(0, 64)
-    if matrix.kind != "fp8" and k % 8 == 0:
-        for words, order in _WORDS.items():
-            for turn in (np.array(order), np.argsort(order)):
-                moved = a[some].reshape(-1, k // 8, 8)[:, :, turn].reshape(-1, k)
-                if same.near(moved, b[some]) and same(a.reshape(n, k // 8, 8)[:, :, turn].reshape(n, k), b):
-                    return Diagnosis("packing", f"packing: the codes lie {words}")
+    if matrix.kind != "fp8" and k % _CODES == 0 and (found := find_move([_WORDS], a, b, tolerance, {"four": 4})):
+        return found
     if matrix.kind == "fp8":
         import torch
 
         if n == k and matrix.settings["granularity"] != "block":
             turned = {**parts, "weight": np.ascontiguousarray(parts["weight"].T)}
-            if same(a, floats(matrix.decoder.decode(turned, n, k), "BF16")):
+            if tolerance(a, floats(matrix.decoder.decode(turned, n, k), "BF16")):
                 return Diagnosis("packing", "packing: the codes lie transposed, and their scales do not")
         if matrix.settings["granularity"] == "channel":
             codes = torch.from_numpy(np.ascontiguousarray(parts["weight"]).view(np.uint8))
             scale = _scales(a, b, matrix, parts)[0]
-            if same(a, codes.view(torch.float8_e5m2).float().numpy() * scale):
+            if tolerance(a, codes.view(torch.float8_e5m2).float().numpy() * scale):
                 return Diagnosis("reinterpreted", "reinterpreted: the codes are float8_e5m2's, read as float8_e4m3fn")
     if matrix.kind == "int4":
-        if other := _other_words(a, b, matrix, parts, same):
+        if other := _other_words(a, b, matrix, parts, tolerance):
             return other
         flipped = {**parts, "weight_packed": parts["weight_packed"] ^ np.uint32(0x88888888)}
-        if same(a, floats(matrix.decoder.decode(flipped, n, k), "BF16")):
+        if tolerance(a, floats(matrix.decoder.decode(flipped, n, k), "BF16")):
             return Diagnosis(
                 "packing", "packing: the codes count from 8 as zero where 0 is meant (unsigned for signed)"
             )
@@ -291,7 +292,7 @@ def wrong_packing(
 
 
 def _other_words(
-    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], same: Tolerance
+    a: Floats, b: Floats, matrix: QuantizedMatrix, parts: Mapping[str, Array], tolerance: Tolerance
 ) -> Diagnosis | None:
     """Words as other tools lay them out, under the unchanged shape. Told by the first outputs."""
     (n, k), some = a.shape, slice(0, 8 * _CODES)
@@ -304,17 +305,17 @@ def _other_words(
         return numbers
 
     words = parts["weight_packed"].view(np.uint32)
-    if same.near(a[some], codes(words.reshape(-1, n)[:, some].T).reshape(-1, k) * scale):
+    if tolerance.near(a[some], codes(words.reshape(-1, n)[:, some].T).reshape(-1, k) * scale):
         return Diagnosis("packing", "packing: the words lie transposed, [in / 8, out] as GPTQ writes them")
     if n % _CODES == 0:
-        dealt = codes(words.reshape(k, -1)[:, :_CODES])[..., list(_WORDS["in AWQ's order undone"])]
-        if same.near(a[some], dealt.reshape(k, -1).T * scale):
+        dealt = codes(words.reshape(k, -1)[:, :_CODES])[..., _AWQ_OUTPUTS]
+        if tolerance.near(a[some], dealt.reshape(k, -1).T * scale):
             return Diagnosis("packing", "packing: the words are AWQ's, [in, out / 8]")
     return None
 
 
 def damaged(
-    a: Floats, shapes: Mapping[str, tuple[int, ...]], read: Any, same: Mapping[str, Tolerance]
+    a: Floats, shapes: Mapping[str, tuple[int, ...]], read: Any, tolerances: Mapping[str, Tolerance]
 ) -> Diagnosis | None:
     """Whether the scales of an int4 or FP8 matrix lie transposed, shape and all; `read` reads a part by its suffix."""
     from quant.encoders import FloatQuantized, PackQuantized
@@ -335,7 +336,7 @@ def damaged(
         kinds += [("fp8", FloatQuantized(one), "weight") for one in schemes if one.shapes(n, k)[1] == scale[::-1]]
     for kind, decoder, codes in kinds:
         parts = {codes: read(codes), "weight_scale": np.ascontiguousarray(read("weight_scale").T)}
-        right = "; transposed they fit" if same[kind](a, floats(decoder.decode(parts, n, k), "BF16")) else ""
+        right = "; transposed they fit" if tolerances[kind](a, floats(decoder.decode(parts, n, k), "BF16")) else ""
         return Diagnosis(
             "scale_axis", f"scale on the wrong axis: the scales are {list(scale)}, not {list(scale[::-1])}{right}"
         )

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama4.weights import LogicalTensor
-from llama4_convert.validation.diagnosis.changed_values import Floats, floats
-from llama4_convert.validation.diagnosis.moved_values import Array, Tolerance
+from llama4_convert.validation.diagnosis.tolerance import Array, Floats, Tolerance, floats
 
 _ROWS, _COLUMNS = 16, 32
 _ROUNDED = Tolerance(1e-4)  # what is equal bit by bit may have been rounded to another dtype on its way

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from math import prod
 
 import numpy as np
@@ -17,11 +18,9 @@ from llama4.config import Llama4Config
 from llama4.weights import BindingError, Bits, LogicalTensor, TensorReader, parameter_shapes
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
-from llama4_convert.validation.diagnosis import moved_values
-from llama4_convert.validation.diagnosis.block_order import Axis
-from llama4_convert.validation.diagnosis.changed_values import Floats, Region, floats
-from llama4_convert.validation.diagnosis.moved_values import Array, Tolerance
 from llama4_convert.validation.diagnosis.sketches import sketch, sketch_of_rows
+from llama4_convert.validation.diagnosis.tolerance import EXACT, Array, Floats, Tolerance, as_matrix, floats, some_of
+from llama4_convert.validation.diagnosis.wrong_tensor import Axis, Region, WrongTensor
 
 # The two vocabulary matrices have 2 GB each in Scout: they are read in slices of rows, all others whole.
 SLICED = {"tok_embeddings", "output"}
@@ -36,34 +35,6 @@ def slices(name: str, height: int) -> Iterator[tuple[int, int] | None]:
         yield None
     else:
         yield from ((start, start + SLICE) for start in range(0, height + 1, SLICE))
-
-
-@dataclass
-class WrongTensor:
-    """A wrong tensor: x is what the reference holds and y what was found, raw bits of one dtype, or numbers if it is lossy.
-
-    Of a sliced matrix x and y are the first rows; `thin` has some columns of all rows.
-    """
-
-    name: str
-    tolerance: Tolerance
-    dtype: str
-    x: Array
-    y: Array
-    axes: tuple[Axis, Axis]
-    head_dim: int = 0
-    thin: tuple[Array, Array] | None = None
-    sparse: Region | None = None  # of a sliced matrix: some of the rows and columns that differ
-
-    @cached_property
-    def region(self) -> Region:
-        return self.sparse or Region.of(self.x, self.y, self.dtype, self.tolerance)
-
-    def turned(self) -> Iterator[tuple[Array, Array, Axis]]:
-        """For tests of rows: as it is, and for its columns."""
-        yield *(self.thin or (self.x, self.y)), self.axes[0]
-        if self.x.shape[1] > 1:
-            yield self.x.T, self.y.T, self.axes[1]
 
 
 @dataclass(frozen=True)
@@ -122,32 +93,41 @@ class TensorPairs:
         return floats(bits, theirs.dtype) if tolerance.limit else bits
 
     def wrong_tensor(self, name: str) -> WrongTensor:
+        """Both sides, read. Raises BindingError."""
+        tolerance, dtype = self.tolerance(name), self.theirs[name].dtype
         axis, heads, head_dim = _heads(name, self.config)
         rows = Axis("row", heads if axis == 0 else 0, of_experts=name.endswith(".router"))
         axes = rows, Axis("column", heads if axis == 1 else 0)
-        tolerance, dtype = self.tolerance(name), self.theirs[name].dtype
         if name in SLICED:
             return self._sliced(name, dtype, axes)
         x, y = self.load(name, tolerance)
         if x.shape == y.shape or x.ndim == y.ndim == 1:
-            x, y = moved_values.as_matrix(x), moved_values.as_matrix(y)
-        return WrongTensor(name, tolerance, dtype, x, y, axes, head_dim if axis == 0 else 0)
+            x, y = as_matrix(x), as_matrix(y)
+        return WrongTensor(name, tolerance, dtype, x, y, axes, self._sizes(name, head_dim if axis == 0 else 0, x))
+
+    def _sizes(self, name: str, head_dim: int, x: Array) -> dict[str, int]:
+        """Of the axes that `moved_values` names: of the heads on the rows of q and k, and of the vision tower's ends."""
+        vision = self.config.vision_config
+        if vision and name == "vision.patch_embedding":
+            return {"high": vision.patch_size, "wide": vision.patch_size}
+        if vision and name == "vision.adapter.c_fc":
+            return {"pixels": x.shape[1] // vision.hidden_size}
+        return {"head_dim": head_dim, "pairs": 0 if head_dim % 2 else head_dim // 2}
 
     def _sliced(self, name: str, dtype: str, axes: tuple[Axis, Axis]) -> WrongTensor:
         """Both read once, for some columns of all rows, and where they differ."""
-        ours, found = self.ours[name], self.theirs[name]
+        ours, theirs = self.ours[name], self.theirs[name]
         thin: tuple[list[Array], list[Array]] = ([], [])
         first: tuple[Array, Array] | None = None
         differing: list[Array] = []
         pieces: list[tuple[Array, Array]] = []
-        start = 0
-        while True:
+        for start in count(0, SLICE):
             span = (start, start + SLICE)
-            x, y = cast(ours.load(span), ours.dtype, dtype), found.load(span)
+            x, y = cast(ours.load(span), ours.dtype, dtype), theirs.load(span)
             if y.ndim != 2 or x.shape[1] != y.shape[1]:
-                return WrongTensor(name, Tolerance(), dtype, x, y, axes)
+                return WrongTensor(name, EXACT, dtype, x, y, axes)
             first = first or (x, y)
-            columns = moved_values.some_of(x.shape[1], _COLUMNS)
+            columns = some_of(x.shape[1], _COLUMNS)
             for part, bits in zip(thin, (x, y), strict=True):
                 part.append(bits[:, columns])
             n = min(len(x), len(y))
@@ -157,21 +137,19 @@ class TensorPairs:
             differing.append(rows + start)
             if max(len(x), len(y)) < SLICE:
                 break
-            start += SLICE
+        assert first is not None
         whole = np.concatenate(thin[0]), np.concatenate(thin[1])
         if whole[0].shape != whole[1].shape:
-            return WrongTensor(name, Tolerance(), dtype, whole[0], whole[1], axes)
+            return WrongTensor(name, EXACT, dtype, *whole, axes)
         a, b = (np.concatenate(part) for part in zip(*pieces, strict=True))
-        inner = Region.of(a, b, dtype)
-        region = Region(
-            np.concatenate(differing), inner.columns, (len(whole[0]), first[0].shape[1]), dtype, inner.x, inner.y
-        )
-        return WrongTensor(name, Tolerance(), dtype, first[0], first[1], axes, thin=whole, sparse=region)
+        inner, shape = Region.of(a, b, dtype), (len(whole[0]), first[0].shape[1])
+        region = replace(inner, rows=np.concatenate(differing), shape=shape)
+        return WrongTensor(name, EXACT, dtype, *first, axes, thin=whole, sparse=region)
 
     def sketch(self, tensor: LogicalTensor) -> Floats:
         if tensor.name in SLICED:
             return sketch_of_rows(tensor, (self.vocabulary, self.config.text_config.hidden_size))
-        return sketch(moved_values.as_matrix(tensor.load(None)), tensor.dtype)
+        return sketch(as_matrix(tensor.load(None)), tensor.dtype)
 
 
 def cast(bits: Bits, source: str, target: str) -> Bits:

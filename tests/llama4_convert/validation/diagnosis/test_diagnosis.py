@@ -23,17 +23,17 @@ from llama4_convert.validation.diagnosis import (
     changed_values,
     moved_values,
     quantized_faults,
+    remainders,
     tensor_pairs,
 )
-from llama4_convert.validation.diagnosis.block_order import Axis
-from llama4_convert.validation.diagnosis.changed_values import Region
-from llama4_convert.validation.diagnosis.moved_values import Move, Tolerance
+from llama4_convert.validation.diagnosis.moved_values import ALTERNATING_RANKS, RANKS, TRANSPOSED, Move, find_move
+from llama4_convert.validation.diagnosis.tolerance import EXACT, Tolerance, floats
+from llama4_convert.validation.diagnosis.wrong_tensor import Axis, WrongTensor
 from llama4_convert.validation.weight_check import WeightFault, compare_weights, pairs_with_reference
 from quant.schemes.nf4 import NF4
 from tests.support import commands, meta_model, planted
 
 WEIGHTS = "model-00001-of-00001.safetensors"
-EXACT = Tolerance()
 
 
 class Memory:
@@ -584,32 +584,42 @@ def matrix(rows: int, columns: int, seed: int = 0) -> Any:
     return bits(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16))
 
 
+def wrong(x: Any, y: Any, dtype: str = "BF16") -> WrongTensor:
+    return WrongTensor("a matrix", EXACT, dtype, x, y)
+
+
 @pytest.mark.parametrize("split", [(3, 5, 7), (15, 7, 1), (5, 3, 7)])
-def test_a_move_tells_where_each_number_comes_from(split: tuple[int, ...]) -> None:
-    x = np.arange(105).reshape(15, 7)
-    for axes in ((1, 0, 2), (0, 2, 1), (2, 1, 0)):
-        move = Move(split, axes)
-        assert np.array_equal(move(x).ravel(), x.ravel()[move.sources(np.arange(105))])
+@pytest.mark.parametrize("target", ["b (a c)", "(a c) b", "c b a", "a -b c", "(-b -c) a"])
+def test_a_move_tells_where_each_number_comes_from(split: tuple[int, ...], target: str) -> None:
+    x = np.arange(105)
+    move = Move(f"(a b) c -> {target}", "", "")
+    assert np.array_equal(move(x, split).ravel(), move.sources(x, split))
+
+
+def test_a_move_is_written_as_it_lies() -> None:
+    x = np.arange(24).reshape(6, 4)
+    assert np.array_equal(Move("(n r) C -> r (n C)", "", "")(x, (2, 3, 4)).reshape(3, 8), np.hstack([x[:3], x[3:]]))
+    assert np.array_equal(Move("R C -> -R C", "", "")(x, (6, 4)), x[::-1])
 
 
 @pytest.mark.parametrize("shape", [(12, 18), (9, 15), (16, 16), (7, 30)])
 def test_nothing_is_said_of_numbers_that_have_nothing_in_common(shape: tuple[int, int]) -> None:
     x, y = matrix(*shape), matrix(*shape, seed=1)
-    assert moved_values.transposed(x, y, EXACT) is None
-    assert moved_values.wrong_axis(x, y, EXACT) is None
-    assert moved_values.shifted(x, y, EXACT, True) is None
-    assert block_order.block_order(x, y, EXACT, Axis()) is None
-    assert block_order.row_order(x, y, EXACT, Axis()) is None
-    region = Region.of(x, y, "BF16")
-    assert (
-        changed_values.flipped_bits(region)
-        is changed_values.constants(region)
-        is changed_values.other_reading(region)
-        is None
-    )
-    assert changed_values.rounded(region) is None
-    assert changed_values.recalculated(region, EXACT) is None
-    told = changed_values.near_or_unrelated(region)
+    unrelated = wrong(x, y)
+    assert find_move([TRANSPOSED, RANKS, ALTERNATING_RANKS], x, y, EXACT) is None
+    for hypothesis in (
+        moved_values.moved,
+        moved_values.wrong_axis,
+        moved_values.shifted,
+        block_order.in_blocks,
+        block_order.in_rows,
+        changed_values.flipped_bits,
+        changed_values.constant_somewhere,
+        changed_values.changed_bits,
+        changed_values.recalculated,
+    ):
+        assert hypothesis(unrelated) is None
+    told = remainders.near_or_unrelated(unrelated)
     assert told is None or told.kind == "unrelated"
 
 
@@ -644,7 +654,7 @@ def test_each_bit_of_a_bf16_number(bit: int) -> None:
     x = matrix(5, 3)
     y = x.copy()
     y[3, 1] ^= np.uint16(1 << bit)
-    told = changed_values.flipped_bits(Region.of(x, y, "BF16"))
+    told = changed_values.flipped_bits(wrong(x, y))
     assert told is not None
     assert told.kind == "flipped_bit"
     meaning = "sign" if bit == 15 else "exponent" if bit >= 7 else "mantissa"
@@ -655,7 +665,7 @@ def test_only_where_it_is_wrong_a_tensor_is_looked_at() -> None:
     x = torch.randn(24, 18, generator=torch.Generator().manual_seed(0))
     y = x.clone()
     y[4:9, 3:] *= 5
-    told = changed_values.recalculated(Region.of(bits(x), bits(y), "F32"), EXACT)
+    told = changed_values.recalculated(wrong(bits(x), bits(y), "F32"))
     assert told is not None
     assert (told.kind, told.cause) == ("scaled", "scaled: all multiplied by 5 in rows 4..8 and columns 3..17")
 
@@ -665,10 +675,10 @@ def test_a_lossy_matrix_is_the_same_within_its_limit() -> None:
     y = x + 0.1 * torch.randn(64, 48, generator=torch.Generator().manual_seed(1)).numpy()
     assert Tolerance(0.02)(x, y)
     assert not Tolerance(0.005)(x, y)
-    told = moved_values.transposed(x, y.T.reshape(64, 48), Tolerance(0.02))
+    told = find_move([TRANSPOSED], x, y.T.reshape(64, 48), Tolerance(0.02))
     assert told is not None
-    assert block_order.blocks(x, y, Tolerance(0.02), [2, 4, 64]) is None  # in its order
-    found = block_order.blocks(x, np.roll(y, 16, 0), Tolerance(0.02), [2, 4, 64])
+    assert block_order.find_blocks(x, y, Tolerance(0.02), [2, 4, 64]) is None  # in its order
+    found = block_order.find_blocks(x, np.roll(y, 16, 0), Tolerance(0.02), [2, 4, 64])
     assert found is not None
     assert (found.n, found.order.tolist()) == (4, [3, 0, 1, 2])
 
@@ -724,7 +734,7 @@ def test_sound_quantized_matrices_raise_no_suspicion(wide: Path, quantized: Call
             b = encoder.decode(parts, 256, 512)
             told = quantized_faults.suspicion(
                 a.float().numpy(),
-                changed_values.floats(b, "BF16"),
+                floats(b, "BF16"),
                 QuantizedMatrix(scheme.kind, 256, 512, encoder, {}, False, {"granularity": scheme.granularity}),
                 parts,
             )
