@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
-from llama4_convert.validation.diagnosis.changed_values import Floats, floats
 from llama4_convert.validation.diagnosis.quantized_faults import suspicion
 from llama4_convert.validation.diagnosis.sketches import Shape, sketch, sketch_of_rows
 from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, TensorPairs, cast, slices

@@ -124,7 +124,7 @@ def test_planted_faults_are_named_with_their_cause(
             assert re.search(
                 r"(; |^)([\d,]+ of [\d,]+ elements differ|its shape is |it has (fewer|more) rows)", one.cause
             )
-            assert one.to_json()["kind"] == one.kind
+            assert one.result().kind == one.kind
         for fault in faults:
             for key in fault.keys:
                 count += 1
