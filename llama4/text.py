@@ -21,7 +21,7 @@ from llama4.loading import Weights
 
 Observer = Callable[[str, Tensor], None]
 
-_TOKENS = 4096  # of whole prompts that attention works on at a time
+MAX_ATTENTION_TOKENS = 4096  # of whole prompts that attention works on at a time
 
 
 class Llama4TextModel:
@@ -65,7 +65,7 @@ class Llama4TextModel:
         at = f"layers.{index}.attention."
         q, k, v, o = (self.weights[at + name] for name in "qkvo")
         # Prompts without a cache go through a few at a time: their queries and keys are the largest that a layer makes.
-        parts = torch.split(x, max(1, _TOKENS // x.shape[1])) if cache is None and x.shape[1] else (x,)
+        parts = torch.split(x, max(1, MAX_ATTENTION_TOKENS // x.shape[1])) if cache is None and x.shape[1] else (x,)
         made = [
             F.linear(self.attend(index, F.linear(part, q), F.linear(part, k), F.linear(part, v), cache), o)
             for part in parts
@@ -184,9 +184,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 PROJECTIONS = ("gate", "up", "down")
 
-_HIDDEN = (
-    1 << 25
-)  # numbers between the projections that are in memory at a time: 2,048 tokens of Maverick's dense layers
+# Numbers between the projections that are in memory at a time: 2,048 tokens of Maverick's dense layers.
+MAX_HIDDEN_NUMBERS = 1 << 25
 
 
 def swiglu(x: Tensor, weights: Weights, at: str) -> Tensor:
@@ -196,11 +195,11 @@ def swiglu(x: Tensor, weights: Weights, at: str) -> Tensor:
     def block(rows: Tensor) -> Tensor:
         return F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
 
-    if x.numel() // x.shape[-1] * gate.shape[0] <= _HIDDEN:
+    if x.numel() // x.shape[-1] * gate.shape[0] <= MAX_HIDDEN_NUMBERS:
         return block(x)
-    return torch.cat([block(rows) for rows in torch.split(x.flatten(0, -2), max(1, _HIDDEN // gate.shape[0]))]).view(
-        x.shape
-    )
+    return torch.cat(
+        [block(rows) for rows in torch.split(x.flatten(0, -2), max(1, MAX_HIDDEN_NUMBERS // gate.shape[0]))]
+    ).view(x.shape)
 
 
 def choose(scores: Tensor, top_k: int) -> Tensor:

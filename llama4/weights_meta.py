@@ -86,7 +86,7 @@ class _Binder:
         self.ranks, self.keys, self.lenient = ranks, ranks[0].keys(), lenient
 
     def tensor(self, name: str, load: Callable[[str, Rows | None], Bits], *spellings: str) -> LogicalTensor:
-        """`load` is told the spelling. Raises BindingError unless it is lenient."""
+        """The tensor that one of `spellings` names; `load` takes the one that is there. Raises BindingError unless lenient."""
         try:
             key = first_key(self.keys, *spellings)
         except BindingError as error:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from llama4.model import Llama4ForCausalLM
 
-_KEEP = 4 << 30  # of weights in memory, unless the caller says otherwise
-_AHEAD = 256 << 20  # of weights read before they are needed: three of Scout's matrices
+_KEPT_WEIGHTS_BYTES = 4 << 30  # in memory, unless the caller asks for another bound
+_WEIGHTS_AHEAD_BYTES = 256 << 20  # that are read before they are needed: three of Scout's matrices
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load_reference(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    keep_bytes: int = _KEEP,
+    keep_bytes: int = _KEPT_WEIGHTS_BYTES,
 ) -> Llama4ForCausalLM:
     """The model of a checkpoint in either layout: Meta's of any rank count, or Transformers', experts fused or linearized.
 
@@ -119,8 +119,8 @@ def model_of(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    keep_bytes: int = _KEEP,
-    ahead_bytes: int = _AHEAD,
+    keep_bytes: int = _KEPT_WEIGHTS_BYTES,
+    ahead_bytes: int = _WEIGHTS_AHEAD_BYTES,
     config: Llama4Config | None = None,
     rounded_to: Mapping[str, str] | None = None,
 ) -> Llama4ForCausalLM:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from llama4.chat import Llama4Processor
 
-_KEEP_BYTES = 8 << 30
+_KEPT_WEIGHTS_BYTES = 8 << 30
 
 
 class Generation(Struct, frozen=True, kw_only=True):
@@ -79,7 +79,9 @@ def generate(
     assert isinstance(tokenizer, TextTokenizer)
     stream, ids = tokenizer.stream(), []
     try:
-        model = model_of(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), keep_bytes=_KEEP_BYTES)
+        model = model_of(
+            checkpoint, dtype=None if dtype is None else getattr(torch, dtype), keep_bytes=_KEPT_WEIGHTS_BYTES
+        )
         with torch.inference_mode():
             for step in steps(
                 model,

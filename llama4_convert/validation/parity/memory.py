@@ -12,7 +12,7 @@ from llama4_convert.errors import UsageError
 
 INTERPRETER_BYTES = 420 << 20  # Python with torch, and what its allocator holds back
 _STORED_BYTES = 2  # of a weight as the checkpoint has it, beside its cast
-_HIDDEN_BYTES = 3 * 4 << 25  # what `llama4.moe.swiglu` and attention have in memory between projections
+_HIDDEN_BYTES = 3 * 4 << 25  # what `llama4.text.swiglu` and attention have in memory between projections
 _HEAD_BYTES = 320 << 20  # slices of logits and their sums (`walk._LOGITS_IN_MEMORY`)
 _MAX_AHEAD_BYTES = 256 << 20  # of weights that either model reads before they are needed: three of Scout's matrices
 _KEPT_STATES = 4  # between stages: the reference's before and after, the candidate's free and forced
