@@ -1,10 +1,10 @@
 """Text to token ids and back, from either layout: a Transformers directory or Meta's.
 
 Ids are those of Meta's `Tokenizer` (llama-models, `llama4/tokenizer.py`) below the lengths at which Meta's code cuts a text
-(`llama4_convert/metadata/tokenizer.py` says which). Decoding goes by bytes: each token stands for some, and the bytes of all tokens
-together are read as UTF-8. A character may be spread over tokens, so ids that are decoded one at a time leave it incomplete
-for a while; `TextTokenizer.stream` holds it back until it is whole. The library's own `DecodeStream` judges by the text
-instead: it also holds back a U+FFFD that was really written, and bytes that will never make a character, for good.
+(`llama4_convert/metadata/tokenizer.py` says which). Decoding goes by bytes: each token stands for some, and the bytes of all
+tokens together are read as UTF-8. A character may be spread over tokens, so ids that are decoded one at a time leave it
+incomplete for a while; `TextTokenizer.stream` holds it back until it is whole. The library's own `DecodeStream` judges by the
+text instead: it also holds back a U+FFFD that was really written, and bytes that will never make a character, for good.
 """
 
 from __future__ import annotations

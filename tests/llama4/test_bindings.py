@@ -51,7 +51,7 @@ def assert_equal_bits(a: Checkpoint, b: Checkpoint) -> None:
 def test_columns_are_those_of_the_whole_tensor(
     band: int, converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_BAND", band)
+    monkeypatch.setattr(readers, "_BAND_BYTES", band)
     reader = readers.DirectoryReader(TransformersCheckpoint.open(converted("scout")))
     key = next(key for key in reader.checkpoint.tensors if key.endswith("gate_up_proj"))
     whole = reader.read(key)
