@@ -69,3 +69,10 @@ def test_a_conversion_loads_nothing_heavy(tmp_path: Path) -> None:
         assert list((folder / "out").glob("*.safetensors"))
     """
     assert heavy_after(script, str(tmp_path)) == "loaded: []"
+
+
+def test_help_loads_no_numbers_and_no_result_types() -> None:
+    script = "import sys\nsys.argv = ['llama4-convert', '--help']\nimport llama4_convert.commands.cli"
+    assert (
+        heavy_after(script, heavy={"numpy", "msgspec", "jinja2", "safetensors", "tokenizers"} | HEAVY) == "loaded: []"
+    )

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import click
-import msgspec
 from click.shell_completion import get_completion_class
 
 from llama4_convert.commands.options import as_json, show
@@ -15,15 +14,6 @@ from llama4_convert.errors import UsageError
 PROGRAM = "llama4-convert"
 VARIABLE = "_LLAMA4_CONVERT_COMPLETE"  # by which a script tells the program that it is asked for completions
 SHELLS = ("bash", "zsh", "fish")
-
-
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A completion script."""
-
-    shell: str
-    """bash, zsh or fish"""
-    script: str
-    """the script"""
 
 
 @click.command()
@@ -49,5 +39,7 @@ def completion(shell: str | None, as_json: bool) -> None:
         found = f"$SHELL is {name}" if name else "$SHELL is not set"
         raise UsageError(f"{found}: say which one of {', '.join(SHELLS)} is meant")
     made = kind(click.get_current_context().find_root().command, {}, PROGRAM, VARIABLE)
+    from llama4_convert.commands.results import Completion
+
     result = Completion(shell=name, script=made.source_template % made.source_vars())
     show(result, as_json, lambda result: result.script)

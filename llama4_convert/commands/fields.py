@@ -17,8 +17,7 @@ _JSON_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or
 
 def result_types() -> dict[str, type[msgspec.Struct]]:
     """By command: the type of its result, which `--json` prints."""
-    from llama4_convert.commands.completion import Completion
-    from llama4_convert.commands.writing import Recipes
+    from llama4_convert.commands.results import Completion, Recipes
     from llama4_convert.conversion.explanation import Explanation
     from llama4_convert.conversion.results import Conversion, Export, PlanSummary
     from llama4_convert.fitting.results import Fit

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama4_convert import formatting, publishing
+from llama4_convert import formatting
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import as_json, file_path, show
 from llama4_convert.errors import UsageError
-from llama4_convert.publishing import Push
 
 _output = click.argument("path", metavar="DST", type=click.Path(path_type=Path))
+
+if TYPE_CHECKING:
+    from llama4_convert.publishing import Push
 
 
 @click.command()
@@ -52,6 +54,8 @@ def card(
       llama4-convert card scout-int4 --validation parity.json --write
     """
 
+    from llama4_convert import publishing
+
     if (adopt or overwrite) and not write:
         raise UsageError("--adopt and --overwrite are for --write")
     if adopt and (overwrite or validation or base_model):
@@ -87,6 +91,8 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
       llama4-convert push scout-int4 me/Llama-4-Scout-int4 --dry-run
       llama4-convert push scout-int4 me/Llama-4-Scout-int4 --create --private
     """
+
+    from llama4_convert import publishing
 
     planned = publishing.outgoing(path, repository)
     for text in planned.warnings:

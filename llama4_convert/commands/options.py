@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
-from msgspec import to_builtins
 
 from llama4_convert import formatting
 from llama4_convert.errors import UsageError
@@ -138,6 +137,8 @@ def show(result: R, as_json: bool, summary: Callable[[R], str]) -> None:
 
 
 def json_text(result: Any) -> str:
+    from msgspec import to_builtins
+
     return json.dumps(to_builtins(result))
 
 

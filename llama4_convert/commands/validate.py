@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path, show
@@ -110,6 +109,8 @@ def validate(
       llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --html report.html
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --with transformers
     """
+    import msgspec
+
     from llama4_convert.validation.cache import default_folder
     from llama4_convert.validation.validate import validate as run
 
@@ -143,6 +144,8 @@ def validate(
 
 def _summary(result: Validation) -> str:
     """The result in words, on a terminal within its width and with a verdict that is seen from afar."""
+    import msgspec
+
     text = validation.validate_summary(msgspec.to_builtins(result))
     if not sys.stdout.isatty():
         return text

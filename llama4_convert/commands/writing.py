@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import (
@@ -188,24 +187,6 @@ def _with_overwrite() -> Iterator[None]:
         raise UsageError(f"{error}; to go on with that one give its options, to replace it: {command}") from error
 
 
-class BuiltInRecipe(msgspec.Struct, frozen=True, kw_only=True):
-    """A recipe that ships with this tool."""
-
-    name: str
-    """what --recipe takes"""
-    format: str
-    """what reads its output: compressed-tensors, bitsandbytes or meta"""
-    summary: str
-    """a line"""
-
-
-class Recipes(msgspec.Struct, frozen=True, kw_only=True):
-    """The built-in recipes."""
-
-    recipes: list[BuiltInRecipe]
-    """all of them"""
-
-
 @click.command()
 @as_json
 def recipes(as_json: bool) -> None:
@@ -215,6 +196,7 @@ def recipes(as_json: bool) -> None:
     Example:
       llama4-convert recipes
     """
+    from llama4_convert.commands.results import BuiltInRecipe, Recipes
     from quant.recipe import built_in
 
     found = built_in()

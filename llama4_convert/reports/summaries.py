@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from llama4_convert.checkpoints.manifest import DroppedKey
-from llama4_convert.conversion.results import (
-    Conversion,
-    Export,
-    PlannedQuantization,
-    PlanSummary,
-    Quantization,
-)
 from llama4_convert.formatting import counted, gigabytes, parameters
-from llama4_convert.inspection.verify import Verification
+
+if TYPE_CHECKING:  # `--help` loads none of the result types
+    from llama4_convert.checkpoints.manifest import DroppedKey
+    from llama4_convert.conversion.results import Conversion, Export, PlannedQuantization, PlanSummary
+    from llama4_convert.inspection.verify import Verification
 
 
 def plan_summary(plan: PlanSummary) -> str:
@@ -100,6 +97,8 @@ def quantization_summary(quantization: PlannedQuantization) -> list[str]:
     ]
     if quantization.kept_bits:
         lines.append(f"kept     {quantization.kept_bits} matrices have the source's codes and scales, bit by bit")
+    from llama4_convert.conversion.results import Quantization
+
     if isinstance(quantization, Quantization) and quantization.families:
         families = ", ".join(
             f"{family.replace('_', ' ')} {summed.relative_mse:.4g}" for family, summed in quantization.families.items()
