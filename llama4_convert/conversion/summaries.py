@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -27,10 +28,12 @@ from llama4_convert.fitting.results import FitVerdict
 from llama4_convert.metadata.config_repair import Repair
 from llama4_convert.planning.plan import Plan
 from llama4_convert.streaming.bounds import DEFAULT_MEMORY
-from llama4_convert.streaming.execution import Run
 from llama4_convert.streaming.memory import peak_memory
 from quant.error import relative_mse, sqnr_db
 from quant.recipe import Recipe
+
+if TYPE_CHECKING:  # `plan` runs nothing
+    from llama4_convert.streaming.execution import Run
 
 
 def plan_summary(bound: BoundRequest, fit: FitVerdict | UnsetType = UNSET) -> PlanSummary:
