@@ -11,3 +11,4 @@ from llama4_convert import version
 
 __version__ = version.VERSION
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]
