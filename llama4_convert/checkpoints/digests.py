@@ -181,7 +181,7 @@ def digests(path: Path, algorithms: Collection[str], progress: Progress) -> dict
     return {name: digest.hexdigest() for name, digest in running.items()}
 
 
-def check_promised(
+def check_digests(
     expected: Mapping[Path, Digest], progress: Progress, threads: int = min(4, os.cpu_count() or 1)
 ) -> None:
     """Compare files with their `expected` digests; `progress` counts bytes. Raises BadInput, naming the first damaged file."""

@@ -24,7 +24,7 @@ from quant.typed import decode
 NAME = "llama4-convert.json"
 INDEX = "model.safetensors.index.json"
 _VERSION = 1
-MOST_RANKS = 128
+MAX_RANKS = 128
 # What a conversion was made of beside its source -> the words for it.
 _BESIDE_SOURCE = {
     "adapter": "adapter",
@@ -65,7 +65,7 @@ class Manifest(Struct, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         ranks, options = self.source.get("ranks", 1), dict(self.options)
         recipe = options.pop("recipe", {"name": ""})
-        if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
+        if type(ranks) is not int or not 1 <= ranks <= MAX_RANKS:
             raise ValueError(f"a source of {ranks!r:.40} ranks")
         if not isinstance(recipe, dict) or not isinstance(recipe.get("name"), str):
             raise ValueError("the recipe has no name")

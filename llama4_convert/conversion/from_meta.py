@@ -96,7 +96,7 @@ def from_meta(request: Request) -> BoundRequest:
 def _token_ids(tokenizer: bytes | None, geometry: Geometry) -> TokenIds | None:
     """Ids of the special tokens by tokenizer.model, or by the vocabulary's size without one; None if it is too small."""
     rows = geometry.vocab_size or 0
-    ids = TokenIds.of(tokenizer, rows)
+    ids = TokenIds.from_tokenizer(tokenizer, rows)
     if ids and ids.vocab_size > rows:
         raise BadInput(
             f"tokenizer.model has {ids.vocab_size:,} tokens with the special ones,"

@@ -20,7 +20,7 @@ from llama4.config_fields import ConfigError
 from llama4.geometry import Geometry, GeometryError
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.digests import Digest
-from llama4_convert.checkpoints.manifest import MOST_RANKS, Manifest
+from llama4_convert.checkpoints.manifest import MAX_RANKS, Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.bound_request import recipe_options
@@ -61,8 +61,8 @@ class ExportRequest:
     recipe: str | None = None  # one of the format meta: a built-in one's name, or the path of a TOML file
 
     def __post_init__(self) -> None:
-        if self.ranks is not None and not 1 <= self.ranks <= MOST_RANKS:
-            raise UsageError(f"ranks must be from 1 to {MOST_RANKS}, not {self.ranks}")
+        if self.ranks is not None and not 1 <= self.ranks <= MAX_RANKS:
+            raise UsageError(f"ranks must be from 1 to {MAX_RANKS}, not {self.ranks}")
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _tokenizer(source: Path, rows: int) -> bytes | None:
     data = read_small(path)
     if path.suffix == ".json":
         data = tokenizer_model(data)
-    ids = TokenIds.of(data, rows)  # which reads it
+    ids = TokenIds.from_tokenizer(data, rows)  # which reads it
     if ids and ids.vocab_size > rows:
         raise BadInput(
             f"{path.name} has {ids.vocab_size:,} tokens, and there are {rows:,} embeddings: of another model?"

@@ -42,7 +42,7 @@ from llama4_convert.metadata.config_repair import (
     other_model,
     repair_generation,
     repair_text,
-    text_of,
+    text_fields,
     vision_keys,
 )
 from llama4_convert.planning.binding import VISION_PREFIX, BoundSource, bind_meta, bind_transformers, with_vision_of
@@ -159,7 +159,7 @@ def _repaired_text(
 ) -> tuple[TransformersCheckpoint, list[Repair]]:
     """The text model with its configuration repaired by the base's. Raises BadInput if it is no fine-tune of the base."""
     try:
-        found, expected = text_of(text.config), text_of(base.body)
+        found, expected = text_fields(text.config), text_fields(base.body)
         if difference := other_model(expected, text.tensors):
             raise BadInput(f"{request.source} is no fine-tune of {base.path}: {difference}")
         body, repaired = repair_text(found, expected, text.tensors)

@@ -9,8 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import structs
-
 from llama4.weights import Bits, TensorReader
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.families import FAMILIES, active_parameters, family_of
@@ -198,7 +196,7 @@ def _of_transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader
     if not isinstance(text, dict):
         raise BadInput("config.json: text_config is no object: convert again, or download it again")
     vision, moe_layers = config.get("vision_config"), text.get("moe_layers")
-    sizes = {field.name: text.get(field.name) for field in structs.fields(Sizes)}
+    sizes = {name: text.get(name) for name in Sizes.__struct_fields__}
     sizes["moe_layers"] = len(moe_layers) if isinstance(moe_layers, list) else moe_layers
     sizes["vision_layers"] = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
     shares = _Shares()

@@ -102,7 +102,7 @@ def vision_keys(tensors: Mapping[str, StoredTensor]) -> list[str]:
     return [key for key in tensors if key.startswith(_VISION)]
 
 
-def text_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model's fields of a config.json: those of `text_config` where there is a vision tower."""
     return _part(body, "text_config") or body
 
@@ -121,7 +121,7 @@ def repair(
 
     The result is a text model's if `tensors` are those of one. Raises ConfigError, and BadInput if it is no fine-tune of `base`.
     """
-    found_text, base_text = text_of(found), text_of(base)
+    found_text, base_text = text_fields(found), text_fields(base)
     texts = {key.removeprefix(TEXT_PREFIX): tensor for key, tensor in tensors.items()}
     if apart := other_model(base_text, texts):
         raise BadInput(f"it is no fine-tune of the base: {apart}")

@@ -171,10 +171,10 @@ class TokenIds:
         return cls(n_base=n_base, **ids)
 
     @classmethod
-    def of(cls, tokenizer_model: bytes | None, rows: int) -> TokenIds | None:
-        """Behind the plain tokens of a tokenizer.model, or without one at the end of a vocabulary of `rows`.
+    def from_tokenizer(cls, tokenizer_model: bytes | None, rows: int) -> TokenIds | None:
+        """The ids behind the plain tokens of a tokenizer.model, or without one at the end of a vocabulary of `rows` tokens.
 
-        None if that has no room for them. Raises `BadInput` as `read_bpe` does.
+        None if the vocabulary has no room for them. Raises `BadInput` as `read_bpe` does.
         """
         n_base = rows - N_SPECIAL if tokenizer_model is None else len(read_bpe(tokenizer_model))
         return cls.from_base(n_base) if n_base > 0 else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct, structs
+from msgspec import Meta, Struct
 
 from llama4_convert.errors import BadInput
 from llama4_convert.files import json_object
@@ -86,7 +86,7 @@ class AdapterConfig(Struct, frozen=True):
 def _check_plain(path: Path, body: Mapping[str, Any]) -> None:
     if body.get("peft_type") != "LORA":
         raise BadInput(f"{path.name}: peft_type is {body.get('peft_type')!r:.40}: only LORA can be merged here")
-    known = {*_IDLE, *(field.name for field in structs.fields(AdapterConfig))}
+    known = {*_IDLE, *AdapterConfig.__struct_fields__}
     for name, value in body.items():
         if name not in known and value:
             raise BadInput(

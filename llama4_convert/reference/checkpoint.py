@@ -156,7 +156,7 @@ def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:
     readers = tuple(RankReader(index) for index in checkpoint.ranks)
     config = Llama4Config.from_geometry(weights_meta.complete(readers, checkpoint.geometry))
     rows = config.text_config.vocab_size
-    ids = TokenIds.of(checkpoint.small_files.get("tokenizer.model"), rows)
+    ids = TokenIds.from_tokenizer(checkpoint.small_files.get("tokenizer.model"), rows)
     if ids is not None and ids.vocab_size > rows:
         ids = None  # another model's tokenizer: `convert` refuses it
     if ids is not None and config.vision_config:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints.digests import check_promised
+from llama4_convert.checkpoints.digests import check_digests
 from llama4_convert.checkpoints.families import active_parameters
 from llama4_convert.checkpoints.manifest import Manifest, NonFiniteTensor
 from llama4_convert.checkpoints.numbers import NonFinite
@@ -132,7 +132,7 @@ def _write_weights(job: Job, output: Path, manifest: Manifest, bounds: Bounds, c
     try:
         with Source(job.source_files, going_on.running) as source, Workers() as workers:
             check_beforehand(plan, source, callbacks.progress)
-            check_promised(job.expected_digests, callbacks.progress)
+            check_digests(job.expected_digests, callbacks.progress)
             for file in left:
                 with FileWriter(output / file.name, file.size, buffers, workers) as writer:
                     write_file(plan, file, source, writer, result, callbacks.progress, job.allow_nonfinite)

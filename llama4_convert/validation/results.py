@@ -18,11 +18,11 @@ class SchemeLoss(Struct, frozen=True, kw_only=True):
 
     matrices: int
     """how many"""
-    relative_mse_mean: float | None
+    relative_mse_mean: float | None = None
     """squared error over the squared weights, the mean of the matrices; null if not finite"""
-    relative_mse_largest: float | None
+    relative_mse_largest: float | None = None
     """that of the worst matrix; null if not finite"""
-    worst: str
+    worst: str = ""
     """the key of that matrix"""
 
 
