@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import functools
 import json
 import re
 import sys
@@ -52,6 +53,7 @@ def decode(value: Any, type: type[T], where: str) -> T:
 
     Raises InvalidField: 'recipe.toml: rule 2: unknown field "sheme": did you mean "scheme"?'.
     """
+    _look_up_fields(typing.cast(Any, type))
     try:
         return msgspec.convert(value, type, strict=True)
     except msgspec.ValidationError as error:
@@ -171,6 +173,24 @@ def _item_types(kinds: Iterable[Any], index: int) -> tuple[Any, ...]:
     return tuple(found)
 
 
+@functools.cache
+def _fields(struct: Any) -> dict[str, tuple[Any, ...]]:
+    """Field, by its name in the file -> its type. msgspec compiles the struct's annotations for that."""
+    return {field.encode_name: (field.type,) for field in msgspec.structs.fields(struct)}
+
+
+@functools.cache
+def _look_up_fields(kind: Any) -> None:
+    """Looks up the fields of every struct within a type, once: to refuse a value compiles nothing."""
+    for alternative in _alternatives(kind):
+        if isinstance(alternative, type) and issubclass(alternative, msgspec.Struct):
+            inner = [kind for (kind,) in _fields(alternative).values()]
+        else:
+            inner = list(typing.get_args(alternative))
+        for part in inner:
+            _look_up_fields(part)
+
+
 def _field_types(place: _Place) -> dict[str, tuple[Any, ...]]:
     """The types of the fields of the expected struct, by their names in the file; of several, of the one that a tag names."""
     structs = [kind for kind in _flattened(place.kinds) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
@@ -180,7 +200,7 @@ def _field_types(place: _Place) -> dict[str, tuple[Any, ...]]:
     for struct in tagged or structs:
         if struct.__struct_config__.tag_field:
             found[struct.__struct_config__.tag_field] = tuple(Literal[s.__struct_config__.tag] for s in structs)
-        found |= {field.encode_name: (field.type,) for field in msgspec.structs.fields(struct)}
+        found |= _fields(struct)
     return found
 
 
