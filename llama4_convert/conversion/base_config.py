@@ -33,7 +33,7 @@ class BaseConfig:
     def open(path: Path) -> BaseConfig:
         """Raises UsageError, BadInput or EnvironmentFailed."""
         if is_meta(path):
-            made = from_meta(Request(path)).job.small_files
+            made = from_meta(Request(path)).job.contents()
             return BaseConfig(path, json.loads(made[_CONFIG]), made[GENERATION])
         if not (path / _CONFIG).is_file():
             raise UsageError(f"{path} has neither params.json (Meta's layout) nor config.json (Transformers')")

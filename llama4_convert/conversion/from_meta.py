@@ -20,7 +20,7 @@ from llama4_convert.conversion.quantization import quantization_config
 from llama4_convert.conversion.request import Request, check_recipe, load_adapter, load_recipe
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import notices
-from llama4_convert.metadata import config
+from llama4_convert.metadata.config import ModelConfigs
 from llama4_convert.metadata.tokenizer import TokenIds, TokenizerSource
 from llama4_convert.metadata.variant import infer_variant, max_position_embeddings
 from llama4_convert.planning.binding import bind_meta
@@ -54,16 +54,7 @@ def from_meta(request: Request) -> BoundRequest:
     context = request.max_position_embeddings or max_position_embeddings(variant, geometry)
     tokenizer = source.small_files.get("tokenizer.model")
     ids = _token_ids(tokenizer, geometry)
-    body = config.model_config(geometry, ids, variant=variant, dtype=plan.main_dtype, max_position_embeddings=context)
-    if recipe:
-        body["quantization_config"] = quantization_config(recipe, plan)
-    small_files = {
-        "config.json": config.to_json(body),
-        "generation_config.json": config.to_json(config.generation_config(ids, variant)),
-        "original/params.json": source.small_files["params.json"],
-    }
-    if geometry.vision:
-        small_files |= {name: config.to_json(made) for name, made in config.processor_configs(geometry.vision).items()}
+    quantization = quantization_config(recipe, plan) if recipe else None
     options: dict[str, Any] = {
         "dtype": request.dtype,
         "max_position_embeddings": context,
@@ -77,14 +68,14 @@ def from_meta(request: Request) -> BoundRequest:
         plan=plan,
         source_files=source.archives,
         manifest=Manifest(TOOL, origin, options, list(plan.meta_keys), dict(plan.dropped)),
-        small_files={**small_files, **notices(source.path)},
+        small_files={"original/params.json": source.small_files["params.json"], **notices(source.path)},
+        configs=ModelConfigs(geometry, ids, variant, plan.main_dtype, context, quantization),
         marker=MARKER,
         marker_content=plan.index(),
         weights_pattern=WEIGHTS_PATTERN,
         tokenizer=TokenizerSource(tokenizer, variant, geometry.vision is not None, context)
         if tokenizer is not None
         else None,
-        config=body,
         dtype=request.dtype,
         allow_nonfinite=request.allow_nonfinite,
         tokenizer_bytes=len(tokenizer or b""),

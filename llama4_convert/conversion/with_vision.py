@@ -83,7 +83,7 @@ def _open_meta(path: Path) -> Base:
     converted = from_meta(Request(path))
     source, job = converted.source, converted.job
     assert not isinstance(source, TransformersCheckpoint)
-    files = {**job.small_files, **(job.tokenizer.files() if job.tokenizer else {})}
+    files = {**job.contents(), **(job.tokenizer.files() if job.tokenizer else {})}
     body = json.loads(files["config.json"])
     return Base(path, bind_meta(source), body, source.fingerprint(), files, {}, [])
 

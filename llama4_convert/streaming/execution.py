@@ -56,6 +56,7 @@ def run(job: Job, output: Path, bounds: Bounds, callbacks: Callbacks) -> Run:
     """
     for text in job.warnings:
         callbacks.warn(text)
+    small_files = job.contents()
     _check_memory(job, bounds)
     check_no_obstacle(output)
     earlier = take_over(job, output, overwrite=bounds.overwrite)
@@ -64,7 +65,7 @@ def run(job: Job, output: Path, bounds: Bounds, callbacks: Callbacks) -> Run:
         _remove_marker(job, output, manifest)
         _check_space(job, output, manifest)
         manifest.write(output)
-        _write_small_files(job, output, manifest)
+        _write_small_files(job, small_files, output, manifest)
         overflows = _write_weights(job, output, manifest, bounds, callbacks)
         _warn_of_numbers(job, manifest, overflows, callbacks.warn)
         _write_card(job, output, manifest)
@@ -106,8 +107,8 @@ def _check_space(job: Job, output: Path, manifest: Manifest) -> None:
         )
 
 
-def _write_small_files(job: Job, output: Path, manifest: Manifest) -> None:
-    for name, data in job.small_files.items():
+def _write_small_files(job: Job, small_files: Mapping[str, bytes], output: Path, manifest: Manifest) -> None:
+    for name, data in small_files.items():
         if name not in manifest.files:
             _write_small(output, name, data, manifest)
     if job.tokenizer and job.tokenizer.first_file not in manifest.files:
@@ -203,8 +204,8 @@ def _warn_of_numbers(job: Job, manifest: Manifest, overflows: dict[str, int], wa
 
 def _write_card(job: Job, output: Path, manifest: Manifest) -> None:
     """The model card states the errors of the weights, so it is written behind them. Meta's layout has none."""
-    if job.config is not None:
-        _write_small(output, CARD, model_card(job, job.config, manifest).encode(), manifest)
+    if job.card_config is not None:
+        _write_small(output, CARD, model_card(job, job.card_config, manifest).encode(), manifest)
 
 
 def model_card(job: Job, config: Mapping[str, Any], manifest: Manifest) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 from llama4_convert.checkpoints.digests import Digest
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.tensors import TensorFile
+from llama4_convert.metadata.config import ModelConfigs
 from llama4_convert.metadata.tokenizer import TokenizerSource
 from llama4_convert.planning.plan import Plan
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request bound to its source. Whatever can be wrong with the source was found when the job was made."""
+    """A request bound to its source."""
 
     plan: Plan
     source_files: Sequence[TensorFile]  # the files that the plan's pieces number
@@ -26,9 +27,19 @@ class Job:
     marker_content: bytes
     weights_pattern: str  # the names that readers may take for weights of such an output
     tokenizer: TokenizerSource | None = None  # converted while small files are written: it takes memory
-    config: Mapping[str, Any] | None = None  # config.json, for the model card; None: the layout has no card
+    config: Mapping[str, Any] | None = None  # the content of config.json among `small_files`
+    configs: ModelConfigs | None = None  # or config.json and the files beside it, made when they are written
     dtype: str | None = None  # every tensor is cast to it
     allow_nonfinite: bool = False  # quantize matrices with NaN and infinities, as 0 and the largest magnitude
     expected_digests: Mapping[Path, Digest] = field(default_factory=dict)  # of source files without checksums
     tokenizer_bytes: int = 0  # size of the tokenizer file that is converted, for the memory that this takes
     warnings: Sequence[str] = ()
+
+    def contents(self) -> dict[str, bytes]:
+        """Every small file but the tokenizer's. Raises BadInput for a model that config.json cannot express."""
+        return {**(self.configs.files() if self.configs else {}), **self.small_files}
+
+    @property
+    def card_config(self) -> Mapping[str, Any] | None:
+        """config.json, which the model card describes; None where the layout has neither."""
+        return self.configs.config if self.configs else self.config

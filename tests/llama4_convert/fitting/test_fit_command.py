@@ -60,7 +60,7 @@ def directory(source: Path, target: Path, recipe: str | None) -> Path:
         with open(target / file.name, "r+b") as opened:
             opened.truncate(file.size)
     (target / commands.INDEX).write_bytes(job.plan.index())
-    (target / "config.json").write_bytes(job.small_files["config.json"])
+    (target / "config.json").write_bytes(job.contents()["config.json"])
     return target
 
 
