@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/$(INSTALL)
 # On as many cores as there are. Workers must name tests alike, and sets are printed in the order of their hashes.
-TESTS := PYTHONHASHSEED=0 $(BIN)/python -m pytest -n auto --maxprocesses 8
+PYTEST := python -m pytest -n auto --maxprocesses 8
+TESTS := PYTHONHASHSEED=0 $(BIN)/$(PYTEST)
 
-.PHONY: demo test torture fuzz audit bench bench-quick clean
+.PHONY: demo test oldest torture fuzz audit bench bench-quick clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/llama4-convert demo demo-out
@@ -18,6 +19,10 @@ test: $(VENV)/ready-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(TESTS)
+
+# The tests on the oldest versions that pyproject.toml allows, in an environment of their own.
+oldest: $(VENV)-oldest/ready
+	PYTHONHASHSEED=0 $(VENV)-oldest/bin/$(PYTEST)
 
 # All of tests/torture, of which `make test` runs a share: a kill at every change of the disk, 100,000 damaged files.
 torture: $(VENV)/ready-test
@@ -40,7 +45,7 @@ bench-quick: $(VENV)/ready-test
 	$(BIN)/python benchmarks --quick
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench demo-out build *.egg-info
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-oldest demo-out build *.egg-info
 
 $(VENV)/ready-demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +59,17 @@ $(VENV)/ready-test: pyproject.toml constraints.txt
 	$(PIP) -e '.[test]'
 	$(PIP) --no-deps llama-models fairscale
 	$(PIP) --no-deps --target $(VENV)/torchvision --upgrade torchvision
+	touch $@
+
+# What the project names in its lowest versions, what that asks for in the latest that fit.
+$(VENV)-oldest/ready: pyproject.toml .ci/oldest.py
+	rm -rf $(VENV)-oldest
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/$(INSTALL) packaging
+	$(VENV)-oldest/bin/python .ci/oldest.py > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-oldest/constraints.txt -e '.[test]'
+	$(VENV)-oldest/bin/$(INSTALL) --no-deps llama-models fairscale
+	$(VENV)-oldest/bin/$(INSTALL) --no-deps --target $(VENV)-oldest/torchvision torchvision
 	touch $@
 
 # The peers without their dependencies: they ask for older versions of each other than they need.
