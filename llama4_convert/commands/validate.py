@@ -13,7 +13,6 @@ import click
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path, show
 from llama4_convert.errors import CheckFailed, UsageError
-from llama4_convert.reports import validation
 
 if TYPE_CHECKING:
     from llama4_convert.validation.results import Validation
@@ -111,6 +110,7 @@ def validate(
     """
     import msgspec
 
+    from llama4_convert.reports.validation import validate_verdict
     from llama4_convert.validation.cache import default_folder
     from llama4_convert.validation.validate import validate as run
 
@@ -135,22 +135,21 @@ def validate(
     if html is not None:
         from llama4_convert.reports.html.report import write_report
 
-        write_report(msgspec.to_builtins(result), html)
+        write_report(result, html)
         terminal.say(f"{html} has the pictures")
     if not result.passed:
-        verdict = validation.validate_verdict(msgspec.to_builtins(result))
-        raise CheckFailed(f"{path} is not what {result.reference} is: {verdict}")
+        raise CheckFailed(f"{path} is not what {result.reference} is: {validate_verdict(result)}")
 
 
 def _summary(result: Validation) -> str:
     """The result in words, on a terminal within its width and with a verdict that is seen from afar."""
-    import msgspec
+    from llama4_convert.reports.validation import validate_summary, wrapped
 
-    text = validation.validate_summary(msgspec.to_builtins(result))
+    text = validate_summary(result)
     if not sys.stdout.isatty():
         return text
     verdict, color = ("PASSED", "green") if result.passed else ("FAILED", "red")
-    text = validation.wrapped(text, shutil.get_terminal_size().columns)
+    text = wrapped(text, shutil.get_terminal_size().columns)
     return click.style(verdict, fg=color, bold=True) + text.removeprefix(verdict)
 
 

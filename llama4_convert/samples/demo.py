@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct, to_builtins
+from msgspec import Struct
 
 from llama4_convert.conversion.convert import convert
 from llama4_convert.errors import CheckFailed, from_os_error
@@ -125,7 +125,7 @@ def _validate(meta: Path, output: Path, runner: str) -> Validation:
 
     result = validate(output, reference=meta, runner=runner)
     if not result.passed:
-        raise CheckFailed(f"{output} is not what {meta} is: {validate_verdict(to_builtins(result))}")
+        raise CheckFailed(f"{output} is not what {meta} is: {validate_verdict(result)}")
     return result
 
 

@@ -6,21 +6,31 @@ versions did not print have defaults. Nothing here imports torch or numpy, so th
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from llama4_convert.checkpoints.manifest import DroppedKey
+from llama4_convert.validation.parity.gates import GATE_NAMES
+from quant.typed import Finite
+
+# What a number is beside its type; `decode` checks it.
+Count = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Error = Annotated[float, Meta(ge=0, le=1e300)]
+Logit = Annotated[float, Meta(ge=-4e38, le=4e38)]  # of a float32
+Metric = Annotated[str, Meta(pattern=rf"^({'|'.join(GATE_NAMES)})\Z")]
 
 
 class SchemeLoss(Struct, frozen=True, kw_only=True):
     """What quantizing to one scheme cost the matrices that it holds."""
 
-    matrices: int
+    matrices: Count
     """how many"""
-    relative_mse_mean: float | None = None
+    relative_mse_mean: Error | None = None
     """squared error over the squared weights, the mean of the matrices; null if not finite"""
-    relative_mse_largest: float | None = None
+    relative_mse_largest: Error | None = None
     """that of the worst matrix; null if not finite"""
     worst: str = ""
     """the key of that matrix"""
@@ -29,7 +39,7 @@ class SchemeLoss(Struct, frozen=True, kw_only=True):
 class TensorFault(Struct, frozen=True, kw_only=True):
     """A tensor that is not the reference's, or a module that computes otherwise though no tensor differs."""
 
-    layer: int | None
+    layer: Count | None
     """of the text model or, where `module` begins so, of the vision tower; null outside layers"""
     module: str
     """the name without the layer: `feed_forward.experts.3.gate`"""
@@ -59,34 +69,34 @@ class FieldFault(Struct, frozen=True, kw_only=True):
 class ForcedRouting(Struct, frozen=True, kw_only=True):
     """Metrics of the logits with the reference's choice of experts forced on the candidate; each as in `Validation`."""
 
-    top1_agreement: float | None = None
+    top1_agreement: Share | None = None
     """share of positions, without near-ties, with the same likeliest token"""
-    near_ties: int | None = None
+    near_ties: Count | None = None
     """positions set aside there"""
-    kl_mean: float | None = None
+    kl_mean: Finite | None = None
     """divergence, nats a token"""
-    kl_median: float | None = None
+    kl_median: Finite | None = None
     """of one position"""
-    kl_p999: float | None = None
+    kl_p999: Finite | None = None
     """what one position in 1,000 exceeds"""
-    nmse: float | None = None
+    nmse: Error | None = None
     """squared difference of the logits over their squares"""
-    max_abs_diff: float | None = None
+    max_abs_diff: Error | None = None
     """of a logit"""
-    cosine: float | None = None
+    cosine: Finite | None = None
     """of the two models' logits at a position, the mean"""
 
 
 class LayerErrors(Struct, frozen=True, kw_only=True):
     """How far a layer's output lies from the reference's."""
 
-    layer: int
+    layer: Count
     """counted from 0"""
-    nmse_local: float | None = None
+    nmse_local: Error | None = None
     """normalized squared error with the reference's input; null between two of Transformers"""
-    nmse_propagated: float | None = None
+    nmse_propagated: Error | None = None
     """normalized squared error with each model's own input"""
-    router_agreement: float | None = None
+    router_agreement: Share | None = None
     """share of tokens that go to the same experts; null of a dense layer"""
 
 
@@ -95,9 +105,9 @@ class StageErrors(Struct, frozen=True, kw_only=True):
 
     stage: str
     """`vision.embed`, `vision.layers.0` ..., `vision.adapter`, `vision.projector`"""
-    nmse_local: float | None = None
+    nmse_local: Error | None = None
     """as of a layer"""
-    nmse_propagated: float | None = None
+    nmse_propagated: Error | None = None
     """as of a layer"""
 
 
@@ -106,36 +116,41 @@ class ModuleErrors(Struct, frozen=True, kw_only=True):
 
     stage: str
     """`layers.3`"""
-    errors: dict[str, float | None]
+    errors: dict[str, Error | None]
     """module -> normalized squared error, in the order in which they compute"""
 
 
 class Histogram(Struct, frozen=True, kw_only=True):
     """Positions by their divergence."""
 
-    edges: list[float]
+    edges: list[Finite]
     """nats, rising"""
-    counts: list[int]
+    counts: list[Count]
     """positions between each two edges"""
-    below: int
+    below: Count
     """positions below the first edge"""
+
+    def __post_init__(self) -> None:
+        edges = self.edges
+        if len(edges) != len(self.counts) + 1 or edges[0] <= 0 or any(a >= b for a, b in pairwise(edges)):
+            raise ValueError("edges must rise from above 0 and be one more than counts")
 
 
 class RoutingLoad(Struct, frozen=True, kw_only=True):
     """Tokens that the reference's routers send to each expert."""
 
-    layers: list[int]
+    layers: list[Count]
     """those with experts"""
-    tokens: list[list[int]]
+    tokens: list[list[Count]]
     """a row a layer, a column an expert"""
 
 
 class ExpertErrors(Struct, frozen=True, kw_only=True):
     """What quantizing cost each expert."""
 
-    layers: list[int]
+    layers: list[Count]
     """those with quantized experts"""
-    relative_mse: list[list[float | None]]
+    relative_mse: list[list[Error | None]]
     """the mean of an expert's matrices: a row a layer, a column an expert; null where none is quantized"""
 
 
@@ -144,7 +159,7 @@ class Pictures(Struct, frozen=True, kw_only=True):
 
     kl_histogram: Histogram | UnsetType = UNSET
     """divergence of the positions"""
-    logit_sample: list[tuple[float, float]] | UnsetType = UNSET
+    logit_sample: list[tuple[Logit, Logit]] | UnsetType = UNSET
     """[reference, candidate] of logits drawn with a fixed seed"""
     routing_load: RoutingLoad | UnsetType = UNSET
     """tokens by expert"""
@@ -178,7 +193,7 @@ class Validation(Struct, frozen=True, kw_only=True):
     from which on the field changes a logit (null: none does), `matters` whether one of these prompts does"""
     weights_not_compared: str | None = None
     """why not; null where they were"""
-    tensors_compared: int
+    tensors_compared: Count
     """how many"""
     tensors_quantized: dict[str, SchemeLoss]
     """`{scheme: {matrices, relative_mse_mean, relative_mse_largest, worst}}`"""
@@ -187,39 +202,39 @@ class Validation(Struct, frozen=True, kw_only=True):
     ...), null where nothing fits"""
     tensors_unexpected: list[str] = field(default_factory=list)
     """names that no Llama 4 has"""
-    tokens: int = 0
+    tokens: Count = 0
     """positions compared"""
-    top1_agreement: float | None = None
+    top1_agreement: Share | None = None
     """share of positions, without near-ties, with the same likeliest token"""
-    near_ties: int | None = None
+    near_ties: Count | None = None
     """positions set aside there, whose two likeliest tokens rounding may exchange"""
-    kl_mean: float | None = None
+    kl_mean: Finite | None = None
     """divergence, nats a token"""
-    kl_median: float | None = None
+    kl_median: Finite | None = None
     """of one position"""
-    kl_p999: float | None = None
+    kl_p999: Finite | None = None
     """what one position in 1,000 exceeds"""
-    nmse: float | None = None
+    nmse: Error | None = None
     """squared difference of the logits over their squares"""
-    max_abs_diff: float | None = None
+    max_abs_diff: Error | None = None
     """of a logit"""
-    cosine: float | None = None
+    cosine: Finite | None = None
     """of the two models' logits at a position, the mean"""
-    perplexity_reference: float | None = None
+    perplexity_reference: Finite | None = None
     """of the prompts"""
-    perplexity_reference_error: float | None = None
+    perplexity_reference_error: Finite | None = None
     """its standard error"""
-    perplexity_candidate: float | None = None
+    perplexity_candidate: Finite | None = None
     """of the prompts"""
-    perplexity_candidate_error: float | None = None
+    perplexity_candidate_error: Finite | None = None
     """its standard error"""
-    perplexity_ratio: float | None = None
+    perplexity_ratio: Finite | None = None
     """the candidate's over the reference's"""
-    perplexity_ratio_error: float | None = None
+    perplexity_ratio_error: Finite | None = None
     """its standard error"""
-    gates: dict[str, float] = field(default_factory=dict)
+    gates: dict[Metric, Finite] = field(default_factory=dict)
     """metric -> limit"""
-    gates_failed: list[str]
+    gates_failed: list[Metric]
     """metrics beyond"""
     forced_routing: ForcedRouting | None = None
     """metrics with the reference's choice of experts forced on DST; null where none can be"""
@@ -256,7 +271,7 @@ class TensorDifference(Struct, frozen=True, kw_only=True):
     """the key in Transformers' fused form"""
     module: str | None
     """the name without the layer, with the expert; null of a tensor that no Llama 4 has"""
-    max_abs_diff: float | None
+    max_abs_diff: Error | None
     """of a number; null where shapes differ or a number is NaN or infinite"""
     cause: str
     """how it differs, in words"""
@@ -286,7 +301,7 @@ class Diff(Struct, frozen=True, kw_only=True):
     """B as it was given"""
     config_differences: list[FieldDifference]
     """`[{field, a, b}]`, by the names of config.json"""
-    tensors_compared: int
+    tensors_compared: Count
     """tensors that both have; each matrix of an expert counts"""
     different: list[TensorDifference]
     """`[{name, module, max_abs_diff, cause, kind}]`: the key in Transformers' fused form, and with `module` the expert;

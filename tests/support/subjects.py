@@ -22,7 +22,9 @@ from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.inspection.verify import verify
 from llama4_convert.metadata.tokenizer import tokenizer_files
 from llama4_convert.reports.html.report import render
+from llama4_convert.validation.results import Validation
 from quant.recipe import RecipeError, load
+from quant.typed import InvalidField, decode
 from tests.support import commands
 
 # What `validate --json` prints, as far as a model card wants it.
@@ -41,11 +43,13 @@ PARITY = {
     "kl_p999": 0.2,
     "top1_agreement": 0.99,
     "nmse": 0.001,
-    "tensors_quantized": {"int4": {"matrices": 6, "relative_mse_mean": 0.01, "relative_mse_largest": 0.02}},
+    "tensors_quantized": {
+        "int4": {"matrices": 6, "relative_mse_mean": 0.01, "relative_mse_largest": 0.02, "worst": "w"}
+    },
     "layers": [{"layer": 0, "nmse_local": 0.01, "nmse_propagated": 0.01, "router_agreement": 1.0}],
 }
 
-REFUSED = (BadInput, RefusedPickle, UsageError, RecipeError)
+REFUSED = (BadInput, RefusedPickle, UsageError, RecipeError, InvalidField)
 # Of Python's audited actions, what no file may lead to. Importing our own modules late is our own doing.
 FORBIDDEN = (
     *("subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn"),
@@ -135,6 +139,9 @@ def subjects(source: Path, folder: Path) -> dict[str, Subject]:
     def text(path: Path, read: Callable[[bytes], object]) -> Subject:
         return Subject(path.read_bytes(), read, True, path)
 
+    def page(data: bytes) -> str:
+        return render(decode(json.loads(data), Validation, "parity.json"))
+
     found = {
         "pickle": Subject(pickle, read_state_dict),
         "zip directory": Subject(raw[directory:], archive_index, file=rank, before=raw[:directory]),
@@ -152,7 +159,7 @@ def subjects(source: Path, folder: Path) -> dict[str, Subject]:
         "recipe": text(recipe, lambda _: load(str(recipe))),
         "ids": text(ids, lambda _: read_ids(ids, out)),
         "adapter": text(lora / "adapter_config.json", lambda _: plan(out, adapter=lora)),
-        "parity": text(parity, lambda _: (card(out, validation=parity), render(json.loads(parity.read_bytes())))),
+        "parity": text(parity, lambda _: (card(out, validation=parity), page(parity.read_bytes()))),
     }
     # What readers import late is imported by now, and is no doing of what is handed in.
     for subject in found.values():

@@ -1,171 +1,151 @@
-"""Charts as inline SVG: pure functions from numbers to text, with no library, script or reference to anything outside.
+"""The charts of the report, each a function from numbers to inline SVG. No number is drawn for None (NaN in the JSON).
 
-Each is drawn `WIDTH` units wide and scaled by the page, which also sets colours and type by class: one drawing serves screen,
-phone, print and dark. Margins leave room for the larger type of the phone. No number is drawn for None (NaN in the JSON).
+Logarithmic axes are linear ones of exponents, so that bars have a foot and 0 has a place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from llama4_convert.formatting import number
-from llama4_convert.reports.html.chart_axes import (
-    BOTTOM,
-    CHARACTER,
+from llama4_convert.reports.html.drawing import (
+    COLOR_A,
+    COLOR_B,
+    INK,
     LEFT,
-    RIGHT,
+    PAGE,
+    QUIET,
     TOP,
     WIDTH,
-    Axis,
-    decade,
-    label,
+    drawing,
+    power,
     readable,
-    short,
-    svg,
-    tooltip,
-    x_axis,
-    x_labels,
-    x_name,
-    y_axis,
+    tip,
 )
-from llama4_convert.reports.html.color_ramp import LEVELS
 
-NAMES = 252  # room on the left for names of modules
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.colors import Normalize
+
+NAMES = 252  # units on the left for names of modules
 
 Values = Sequence[float | None]
 
 
-class Series(NamedTuple):
-    name: str
-    style: str  # class: a, or b, which is dashed and hollow so that the two differ without colour
-    values: Values
-
-
-class Limit(NamedTuple):
-    value: float
-    text: str
-
-
 def error_chart(
-    title: str,
-    labels: Sequence[str],
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    y_label: str,
-    mark: tuple[int, str] | None = None,
+    title: str, labels: Sequence[str], series: Mapping[str, Values], x_label: str, mark: tuple[int, str] | None = None
 ) -> str:
     """Errors on a log axis, a point for each label; `mark` sets a line with a text at one of them.
 
-    0 has a place of its own below the smallest decade, None is a cross at the top.
+    0 has a place of its own below the smallest decade, None is a cross at the top. The first series is a solid line with full
+    dots, the second a dashed line with hollow dots, so that the two differ without colour.
     """
-    foot = TOP + 190
-    known = [value for one in series for value in one.values if value is not None]
-    positive = [value for value in known if value > 0] or [1.0]
-    zero = foot if min(known) <= 0 else None
-    y = Axis.log(positive, foot - (22 if zero else 0), TOP + 12)
-    at = _spread(len(labels))
-    parts = [*y_axis(y, y_label), *x_labels(labels, at, foot), x_name(foot, x_label), *_legend(series)]
-    if zero:
-        parts.append(f'<path class="grid" d="M{LEFT} {foot}H{RIGHT}"/>{label(LEFT - 8, foot + 4, "0", "end")}')
-    if mark:
-        x, is_right = at[mark[0]], mark[0] > len(labels) / 2
-        parts.append(f'<path class="mark" d="M{short(x)} {TOP + 2}V{foot}"/>')
-        parts.append(label(x + (-5 if is_right else 5), TOP + 9, mark[1], "marked end" if is_right else "marked"))
-    for one in series:
-        parts += _line(one, at, lambda value: y.at(value) if value > 0 else foot)
-        for x, value in zip(at, one.values, strict=True):
-            if value is None:
-                cross = f"M{short(x - 3)} {TOP + 1}l6 6m0 -6l-6 6"
-                parts.append(f'<path class="nan {one.style}" d="{cross}"/>')
-            else:
-                parts.append(_dot(one, x, y.at(value) if value > 0 else foot))
-    for i, text in enumerate(labels):
-        values = [(one.name, one.values[i]) for one in series]
-        told = ", ".join(f"{name} {'not a number' if value is None else number(value)}" for name, value in values)
-        parts.append(_band(at, i, foot, f"{x_label} {text}: {told}"))
-    return svg(title, foot + BOTTOM, parts)
+    known = [value for values in series.values() for value in values if value is not None]
+    low, high = decades([value for value in known if value > 0])
+    zero = low - 0.12 * (high - low)
+    ticks = {**({} if all(known) else {zero: "0"}), **powers(low, high, 5)}
+    with drawing(title, 190) as chart:
+        axes = chart.axes
+        chart.axes.set(xlabel=x_label, title="relative squared error")
+        chart.label_places(labels)
+        axes.set_ylim(min(ticks), high + 0.06 * (high - low))
+        axes.set_yticks(list(ticks), list(ticks.values()))
+        if mark:
+            chart.line_with_text(mark[0], 1, mark[1], QUIET)
+        for (name, values), color in zip(series.items(), (COLOR_A, COLOR_B), strict=False):
+            heights = [math.nan if value is None else math.log10(value) if value else zero for value in values]
+            style = "-" if color == COLOR_A else (0, (3.3, 2))
+            axes.plot(heights, color=color, linestyle=style, linewidth=1.5, label=name)
+            chart.dots(range(len(labels)), heights, color, 4.8 if color == COLOR_A else 6.1)
+            if color == COLOR_B:
+                chart.dots(range(len(labels)), heights, PAGE, 3.5)
+            for i in (i for i, value in enumerate(values) if value is None):
+                axes.text(
+                    i, 1, "\N{MULTIPLICATION SIGN}", color=color, ha="center", transform=axes.get_xaxis_transform()
+                )
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.7)
+        for i, label in enumerate(labels):
+            words = ", ".join(f"{name} {_words(values[i])}" for name, values in series.items())
+            axes.axvspan(i - 0.5, i + 0.5, gid=tip(f"{x_label} {label}: {words}"))
+    return chart.svg
 
 
-def share_chart(title: str, labels: Sequence[str], shares: Values, *, x_label: str, y_label: str) -> str:
-    """Shares from 0 to 1 in per cent, down to the least and at least to 99 %. None is left out, and the line goes on."""
-    foot = TOP + 190
-    there = [i for i, share in enumerate(shares) if share is not None]
-    values = [100 * share for share in shares if share is not None]
-    one = Series("", "a", values)
-    y = Axis.linear(min(*values, 99.0), 100.0, foot, TOP + 12)
-    at = _spread(len(labels))
-    parts = [*y_axis(y, y_label), *x_labels(labels, at, foot), x_name(foot, x_label)]
-    parts += _line(one, [at[i] for i in there], y.at)
-    parts += [_dot(one, at[i], y.at(v)) for i, v in zip(there, values, strict=True)]
-    parts += [_band(at, i, foot, f"{x_label} {labels[i]}: {v:.2f} %") for i, v in zip(there, values, strict=True)]
-    return svg(title, foot + BOTTOM, parts)
+def share_chart(title: str, labels: Sequence[str], shares: Values) -> str:
+    """Shares of tokens, from 0 to 1, by layer, in per cent down to the least and at least to 99 %.
+
+    None is left out, and the line goes on.
+    """
+    percents = {i: 100 * share for i, share in enumerate(shares) if share is not None}
+    places, values = list(percents), list(percents.values())
+    low = min(*values, 99.0)
+    with drawing(title, 190) as chart:
+        chart.axes.set(xlabel="layer", title="tokens sent to the same experts, %")
+        chart.label_places(labels)
+        chart.axes.set_ylim(low, 100 + 0.06 * (100 - low))
+        _round_ticks(chart.axes.yaxis, 5)
+        chart.axes.plot(places, values, color=COLOR_A, linewidth=1.5)
+        chart.dots(places, values, COLOR_A, 4.8)
+        for i, value in percents.items():
+            chart.axes.axvspan(i - 0.5, i + 0.5, gid=tip(f"layer {labels[i]}: {value:.2f} %"))
+    return chart.svg
 
 
 def histogram(
-    title: str,
-    edges: Sequence[float],
-    counts: Sequence[int],
-    below: int,
-    *,
-    x_label: str,
-    y_label: str,
-    limits: Sequence[Limit] = (),
+    title: str, edges: Sequence[float], counts: Sequence[int], below: int, limits: Mapping[str, float]
 ) -> str:
-    """Counts between `edges` (rising, above 0, one more than counts) on a log axis; what is `below` the first stands apart.
+    """Counts of positions between `edges` of their divergence, in nats, on a log axis, with `limits`: text and value.
 
-    Empty bins at both ends are left out, as far as no limit lies there.
+    `edges` rise, are above 0, and one more than `counts`. What is `below` the first stands apart. Empty bins at both ends are
+    left out, as far as no limit lies there.
     """
-    foot, left, top = TOP + 210, LEFT + 90, TOP + 20 * len(limits)
     used = [i for i, count in enumerate(counts) if count]
-    limits = [limit for limit in limits if limit.value > 0]
     ends = [edges[used[0]], edges[used[-1] + 1]] if used else edges[:2]
-    x = Axis.log([*ends, *(limit.value for limit in limits)], left, RIGHT)
-    y = Axis.linear(0, max([below, *counts]), foot, top)
-    parts = [*y_axis(y, y_label), *x_axis(x, foot, 5, x_label)]
-
-    def bar(x0: float, x1: float, count: int, told: str) -> str:
-        h = max(foot - y.at(count), 1.5)  # one position of thousands must still show
-        box = f'x="{short(x0)}" y="{short(foot - h)}" width="{short(x1 - x0)}" height="{short(h)}"'
-        return f'<rect class="bar" {box}/>{_hit(x0, x1, top, foot, f"{told}: {count:,}")}'
-
+    marks = sorted(((math.log10(value), text) for text, value in limits.items() if value > 0), reverse=True)
+    places = [math.log10(edge) for edge in edges]
+    low, high = decades([*ends, *(10**at for at, _ in marks)])
+    unit = (high - low) / (WIDTH - 168)  # of the drawing, in decades
+    ticks = powers(low, high, 4)
+    columns = [(places[i], places[i + 1], counts[i], f"{number(edges[i])} to {number(edges[i + 1])}") for i in used]
     if below:
-        exponent = math.log10(edges[0])
-        text = decade(round(exponent)) if abs(exponent - round(exponent)) < 1e-9 else number(edges[0])
-        parts.append(bar(LEFT + 8, LEFT + 34, below, f"less than {number(edges[0])}"))
-        parts.append(label(LEFT + 21, foot + 18, f"&lt;{text}", "middle", is_svg=True))
-    for i in used:
-        a, b = x.at(edges[i]), x.at(edges[i + 1])
-        parts.append(bar(a, b - min(1, (b - a) / 5), counts[i], f"{number(edges[i])} to {number(edges[i + 1])}"))
-    # A text stands left of its line, or right of one that is far left. Lines begin beside their texts, and rows are given
-    # out so that none crosses another's text.
-    placed = sorted(((x.at(limit.value), limit.text) for limit in limits), reverse=True)
-    for i, (at, text) in enumerate(placed):
-        is_right = at > WIDTH / 2
-        row = TOP + 4 + 20 * (i if is_right else len(placed) - 1 - i)
-        parts.append(f'<path class="limit" d="M{short(at)} {row - 10}V{foot}"/>')
-        parts.append(label(at + (-5 if is_right else 5), row, text, "marked end" if is_right else "marked"))
-    return svg(title, foot + BOTTOM, parts)
+        ticks[low - 69 * unit] = "<" + (power(round(places[0])) if places[0].is_integer() else number(edges[0]))
+        columns.append((low - 82 * unit, low - 56 * unit, below, f"less than {number(edges[0])}"))
+    most = max(count for _, _, count, _ in columns)
+    height = 210 - 20 * len(marks)
+    with drawing(title, height, top=TOP + 20 * len(marks)) as chart:
+        chart.axes.set_xlabel("KL divergence, nats")
+        chart.axes.set_title("positions", y=1 + 20 * len(marks) / height)
+        chart.axes.set_xlim(low - 90 * unit, high)
+        chart.axes.set_ylim(0, most)
+        chart.axes.set_xticks(list(ticks), list(ticks.values()))
+        _round_ticks(chart.axes.yaxis, 5)
+        for left, right, count, words in columns:
+            shown = max(count, most / 130)  # one position of thousands must still show
+            chart.axes.bar(left, shown, right - left - unit, align="edge", color=COLOR_A)
+            chart.axes.axvspan(left, right, gid=tip(f"{words}: {count:,}"))
+        # Texts stand beside the heads of their lines, in rows given out so that no line crosses the text of another.
+        n = sum(chart.is_right(at) for at, _ in marks)
+        for row, (at, text) in enumerate([*marks[:n], *reversed(marks[n:])]):
+            chart.line_with_text(at, 1 + (20 * (len(marks) - row) + 6) / height, text, INK, ":")
+    return chart.svg
 
 
-def scatter(
-    title: str, points: Sequence[tuple[float, float]], *, x_label: str, y_label: str, tall: int, diagonal: bool
-) -> str:
-    """A dot a point on a plot `tall` units high, and the line of equal values if `diagonal`, else that of 0."""
-    foot = TOP + tall
+def scatter(title: str, points: Sequence[tuple[float, float]], y_label: str, height: int, is_diagonal: bool) -> str:
+    """A dot a logit on a plot `height` units high, and the line of equal values if `is_diagonal`, else that of 0."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     largest = max(map(abs, ys))
-    span = (min(xs + ys), max(xs + ys)) if diagonal else (-largest, largest)
-    x = Axis.linear(*(span if diagonal else (min(xs), max(xs))), LEFT, RIGHT)
-    y = Axis.linear(*span, foot, TOP)
-    start, end = (x.low, x.high) if diagonal else (0.0, 0.0)
-    parts = [*y_axis(y, y_label), *x_axis(x, foot, 7, x_label)]
-    parts.append(f'<path class="mark" d="M{LEFT} {short(y.at(start))}L{RIGHT} {short(y.at(end))}"/>')
-    # One path: a stroke of no length with round caps is a dot, in a fifth of a circle's bytes.
-    dots = "".join(f"M{short(x.at(p))} {short(y.at(q))}h0" for p, q in points)
-    return svg(title, foot + BOTTOM, [*parts, f'<path class="cloud" d="{dots}"/>'])
+    span = (min(xs + ys), max(xs + ys)) if is_diagonal else (min(xs), max(xs))
+    with drawing(title, height) as chart:
+        chart.axes.set(xlabel="reference", title=y_label)
+        chart.axes.set_xlim(span)
+        chart.axes.set_ylim(span if is_diagonal else (-largest, largest))
+        _round_ticks(chart.axes.xaxis, 7)
+        _round_ticks(chart.axes.yaxis, 6)
+        chart.axes.plot(span, span if is_diagonal else (0, 0), color=QUIET, linewidth=1)
+        chart.dots(xs, ys, COLOR_A, 3, 0.55)
+    return chart.svg
 
 
 def heat_map(
@@ -176,68 +156,68 @@ def heat_map(
     x_label: str,
     y_label: str,
     unit: str,
-    empty: str,
     left: int = LEFT,
-    palest: int = 0,
+    palest: float = 0.12,
 ) -> str:
-    """A row of cells a label, coloured by value (0 or more); None leaves a cell empty, which the scale explains as `empty`.
+    """A row of cells a label, coloured by value (0 or more); None leaves a cell empty.
 
-    Names need more room than numbers: `left` of the cells, and each its own line. `palest` is the colour of the smallest value:
-    not 0 where it has to stand out against empty cells.
-
-    Colours go by the logarithm where the largest value is more than 30 times the smallest. No cell has an element of its own,
-    there being thousands: those of one colour in a row are one path.
+    Names need more room than numbers: `left` units beside the cells, and a line each. Colours go by the logarithm where the
+    largest value is more than 30 times the smallest; `palest`, from 0 to 1, is the colour of the smallest, which has to stand out
+    against empty cells.
     """
+    from matplotlib.colors import LogNorm, Normalize
+
     columns = max(map(len, cells))
     known = [value for row in cells for value in row if value is not None]
     low, high = min(known), max(known)
-    measure: Callable[[float], float] = math.log if low > 0 and high / 30 > low else float
-    span = measure(high) - measure(low)
-    tall, wide = min(max(260 / len(rows), 4 if left == LEFT else 18), 22), (RIGHT - left) / columns
-    top, foot = 68, 68 + tall * len(rows)
-    has_empty = len(known) < len(rows) * columns
-    parts = [
-        *_scale(number(low), number(high), unit, empty if has_empty else "", palest),
-        label(0, 58, y_label, "name"),
-    ]
-    parts.append(f'<g class="cells" transform="translate({left} {top}) scale({wide:.5g} {tall:.5g})">')
-    for r, (name, row) in enumerate(zip(rows, cells, strict=True)):
-        numbers = [(value, column) for column, value in enumerate(row) if value is not None]
-        if not numbers:
-            continue
-        levels: dict[int, str] = {}
-        for value, column in numbers:
-            part = (measure(value) - measure(low)) / span if span else 0.5
-            level = palest + round(part * (LEVELS - 1 - palest))
-            levels[level] = levels.get(level, "") + f"M{column} {r}h1v1h-1z"
-        mean, (most, at) = sum(value for value, _ in numbers) / len(numbers), max(numbers)
-        told = f"{y_label} {name}: mean {number(mean)}, most {number(most)} ({x_label} {at})"
-        paths = (f'<path class="q{level}" d="{d}"/>' for level, d in sorted(levels.items()))
-        parts.append(f"<g>{tooltip(told)}{''.join(paths)}</g>")
-    parts.append(f'</g><path class="frame" d="M{left} {top}H{RIGHT}V{short(foot)}H{left}z"/>')
-    middle = [top + (i + 0.5) * tall for i in range(len(rows))]
-    parts += [label(left - 8, middle[i] + 4, cut(rows[i]), "end") for i in readable(rows, middle, [17] * len(rows))]
-    parts += x_labels([str(c) for c in range(columns)], [left + (c + 0.5) * wide for c in range(columns)], foot)
-    return svg(title, foot + BOTTOM, [*parts, x_name(foot, x_label)])
+    norm = (LogNorm if 0 < low < high / 30 else Normalize)(low, high) if low < high else Normalize(low - 1, low + 1)
+    row_height = min(max(260 / len(rows), 4 if left == LEFT else 18), 22)
+    height = row_height * len(rows)
+    with drawing(title, height, left=left, top=58) as chart:
+        axes = chart.axes
+        axes.set(xlabel=x_label, title=y_label, frame_on=True)
+        _draw_cells(axes, [[*row, *[None] * (columns - len(row))] for row in cells], palest, norm)
+        chart.label_places([str(i) for i in range(columns)])
+        axes.set_xlim(-0.5, columns - 0.5)
+        shown = readable(rows, row_height, [17] * len(rows)) if left == LEFT else range(len(rows))
+        axes.set_yticks(shown, [cut(rows[i]) for i in shown])
+        for i, (name, row) in enumerate(zip(rows, cells, strict=True)):
+            if values := [(value, column) for column, value in enumerate(row) if value is not None]:
+                mean, (largest, at) = sum(value for value, _ in values) / len(values), max(values)
+                words = f"{y_label} {name}: mean {number(mean)}, most {number(largest)} ({x_label} {at})"
+                axes.axhspan(i - 0.5, i + 0.5, gid=tip(words))
+        scale = axes.inset_axes((0.7, 1 + 26 / height, 0.3, 10 / height), frame_on=False)
+        _draw_cells(scale, [range(64)], palest)
+        scale.set_title(unit, loc="right", pad=5)
+        scale.set(yticks=[], xticks=(-0.5, 63.5), xticklabels=(number(low), number(high)))
+        least, most = scale.get_xticklabels()
+        least.set_horizontalalignment("left")
+        most.set_horizontalalignment("right")
+    return chart.svg
 
 
-def bars(title: str, names: Sequence[str], values: Values, *, x_label: str) -> str:
-    """Horizontal bars on a log axis, from above; 0 has none, and None is said in words."""
-    left, right, row, top = NAMES, WIDTH - 96, 23, 12
-    foot = top + row * len(names)
-    known = [value for value in values if value is not None and value > 0] or [1.0]
-    x = Axis.log([*known, min(known) / 2], left, right)  # half: else the least, at a power of 10, would have no bar
-    parts = [f'<path class="grid" d="M{short(at)} {top}V{foot}"/>' for at, _ in x.ticks(4)]
-    parts += x_axis(x, foot, 4, x_label)
-    for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        middle, end = top + row * (i + 0.5), left + 0.0
-        parts.append(label(left - 8, middle + 5, cut(name), "end"))
-        if value is not None and value > 0:
-            end = x.at(value)
-            box = f'x="{left}" y="{short(middle - 6)}" width="{short(end - left)}" height="12"'
-            parts.append(f'<rect class="bar" {box}>{tooltip(f"{name}: {number(value)}")}</rect>')
-        parts.append(label(end + 6, middle + 5, "not a number" if value is None else number(value), "value"))
-    return svg(title, foot + BOTTOM, parts)
+def bars(title: str, names: Sequence[str], values: Values) -> str:
+    """Errors as horizontal bars on a log axis, from above; 0 has none, and None is said in words."""
+    known = [value for value in values if value] or [1.0]
+    low, high = decades([*known, min(known) / 2])  # half: else the least, at a power of 10, would have no bar
+    unit = (high - low) / (WIDTH - NAMES - 96)  # of the drawing, in decades
+    ticks = powers(low, high, 3)
+    with drawing(title, 23 * len(names), left=NAMES, top=12) as chart:
+        axes = chart.axes
+        chart.axes.set(xlabel="relative squared error", title="")
+        axes.set_xlim(low, high + 82 * unit)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(visible=False)
+        axes.grid(axis="x")
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_yticks(range(len(names)), [cut(name) for name in names])
+        for i, (name, value) in enumerate(zip(names, values, strict=True)):
+            words = _words(value)
+            end = math.log10(value) if value else low
+            axes.barh(i, end - low, 0.52, low, color=COLOR_A)
+            axes.text(end + 6 * unit, i, words, va="center_baseline")
+            axes.axhspan(i - 0.5, i + 0.5, gid=tip(f"{name}: {words}"))
+    return chart.svg
 
 
 def cut(name: str) -> str:
@@ -245,64 +225,37 @@ def cut(name: str) -> str:
     return name if len(name) <= 24 else f"...{name[-21:]}"
 
 
-def _spread(n: int) -> list[float]:
-    """The places of n points from left to right."""
-    step = (RIGHT - LEFT - 16) / max(n - 1, 1)
-    return [LEFT + 8 + i * step for i in range(n)]
+def _words(value: float | None) -> str:
+    return "not a number" if value is None else number(value)
 
 
-def _line(one: Series, at: Sequence[float], place: Callable[[float], float]) -> list[str]:
-    """Through all values that are next to each other."""
-    steps, pen = "", "M"
-    for x, value in zip(at, one.values, strict=True):
-        if value is not None:
-            steps += f"{pen}{short(x)} {short(place(value))}"
-        pen = "M" if value is None else "L"
-    return [f'<path class="line {one.style}" d="{steps}"/>']
+def decades(values: Sequence[float]) -> tuple[int, int]:
+    """The exponents of the powers of 10 around `values`."""
+    exponents = [math.log10(value) for value in values] or [0.0]
+    low = math.floor(min(exponents))
+    return low, max(math.ceil(max(exponents)), low + 1)
 
 
-def _dot(one: Series, x: float, y: float) -> str:
-    return f'<circle class="dot {one.style}" cx="{short(x)}" cy="{short(y)}" r="2.4"/>'
+def powers(low: int, high: int, most: int) -> dict[float, str]:
+    """Places and labels of powers of 10, about `most` of them."""
+    return {float(n): power(n) for n in range(low, high + 1, math.ceil((high - low) / most))}
 
 
-def _band(at: Sequence[float], i: int, foot: float, told: str) -> str:
-    """Tells the values at `at[i]` halfway to its neighbours: a dot is too small to be hit."""
-    left = (at[i - 1] + at[i]) / 2 if i else at[i] - 8
-    right = (at[i] + at[i + 1]) / 2 if i + 1 < len(at) else at[i] + 8
-    return _hit(left, right, TOP, foot, told)
+def _round_ticks(axis: Axis, most: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: number(value).replace("-", "\N{MINUS SIGN}"))
 
 
-def _hit(left: float, right: float, top: float, foot: float, told: str) -> str:
-    box = f'x="{short(left)}" y="{short(top)}" width="{short(right - left)}" height="{short(foot - top)}"'
-    return f'<rect class="hit" {box}>{tooltip(told)}</rect>'
+def _draw_cells(axes: Axes, values: Sequence[Values], palest: float, norm: Normalize | None = None) -> None:
+    """A pixel a cell; None is transparent. On a light page and on a dark one the smallest value is nearest to the page."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
 
-
-def _legend(series: Sequence[Series]) -> list[str]:
-    """At the top, from the right end."""
-    parts, x = [], float(RIGHT)
-    for one in reversed(series):
-        x -= CHARACTER * len(one.name)
-        parts.append(f'<path class="line {one.style}" d="M{short(x - 30)} 12h24"/>')
-        parts.append(f'<circle class="key dot {one.style}" cx="{short(x - 18)}" cy="12" r="2.4"/>')
-        parts.append(label(x, 16, one.name, "value"))
-        x -= 44
-    return parts
-
-
-def _scale(low: str, high: str, unit: str, empty: str, palest: int) -> list[str]:
-    """The colours of a heat map with the values at their ends, and what an empty cell means."""
-    levels = range(palest, LEVELS) if low != high else [palest + round(0.5 * (LEVELS - 1 - palest))]
-    low = low if low != high else ""
-    wide, left = 7 if low else 16, CHARACTER * len(low) + 6
-    right = left + len(levels) * wide + 6
-    boxes = [
-        f'<rect class="q{level}" x="{short(left + wide * i)}" y="25" width="{wide}" height="12"/>'
-        for i, level in enumerate(levels)
-    ]
-    parts = [label(0, 16, unit, "name"), '<g class="cells">', *boxes, "</g>"]
-    parts += [label(left - 6, 36, low, "end")] if low else []
-    parts.append(label(right, 36, high, "value"))
-    if empty:
-        x = right + CHARACTER * len(high) + 16
-        parts.append(f'<path class="frame" d="M{short(x)} 25.5h16v11h-16z"/>{label(x + 22, 36, empty, "value")}')
-    return parts
+    axes.grid(visible=False)
+    for page, colors in (("light", "YlGnBu"), ("dark", "YlGnBu_r")):
+        ramp = ListedColormap(colormaps[colors](np.linspace(palest, 1, 64)))
+        cells = np.array(values, dtype=np.float64)
+        axes.imshow(cells, cmap=ramp, norm=norm, aspect="auto", interpolation="none", gid=page)

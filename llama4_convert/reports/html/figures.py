@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
-from llama4_convert.formatting import number
+from msgspec import UnsetType
+
+from llama4_convert.formatting import number, printable
 from llama4_convert.reports.html import charts
-from llama4_convert.reports.html.charts import Limit, Series
-from llama4_convert.reports.html.untrusted import (
-    as_count,
-    as_dict,
-    as_dicts,
-    as_list,
-    as_number,
-    as_numbers,
-    as_share,
-    as_size,
-    printable,
+from llama4_convert.validation.results import (
+    ExpertErrors,
+    Histogram,
+    LayerErrors,
+    ModuleErrors,
+    RoutingLoad,
+    StageErrors,
+    Validation,
 )
 
-_POINTS, _BINS, _STAGES, _BARS, _ROWS, _COLUMNS = 2000, 200, 400, 24, 128, 256  # drawn at most
+_MAX_POINTS, _MAX_STAGES, _MAX_BARS, _MAX_ROWS, _MAX_COLUMNS = 2000, 400, 24, 128, 256  # drawn
 
 
 @dataclass(frozen=True)
@@ -40,36 +37,32 @@ class Figure:
     remark: str = ""
 
 
-def sections(result: Mapping[str, Any]) -> list[tuple[str, list[Figure]]]:
-    """The figures under their headings. `result` is that of `validate`; any part of it may be missing."""
-    pictures = as_dict(result.get("pictures"))
-    layers = as_dicts(result.get("layers"))[:_STAGES]
-    found: dict[str, list[Figure | None]] = {
-        "Logits": [_divergence(result, as_dict(pictures.get("kl_histogram"))), *_logits(pictures.get("logit_sample"))],
-        "Layers": [_text_layers(result, layers), _vision_stages(result), _modules(as_dict(result.get("modules")))],
-        "Experts": [
-            _router(layers),
-            _routing_load(as_dict(pictures.get("routing_load"))),
-            _quantization_error(as_dict(pictures.get("quantization_error"))),
-        ],
+def sections(result: Validation) -> list[tuple[str, list[Figure]]]:
+    """The figures under their headings, without those that the result has no numbers for."""
+    pictures = result.pictures
+    layers = result.layers[:_MAX_STAGES]
+    load, errors = pictures.routing_load, pictures.quantization_error
+    figures: dict[str, list[Figure | None]] = {
+        "Logits": [_divergence(result, pictures.kl_histogram), *_logits(pictures.logit_sample)],
+        "Layers": [_text_layers(result, layers), _vision_stages(result), _modules(result.modules)],
+        "Experts": [_router(layers), _routing_load(load), _quantization_error(errors)],
     }
-    told = {name: [figure for figure in figures if figure is not None] for name, figures in found.items()}
-    return [(name, figures) for name, figures in told.items() if figures]
+    drawn = {name: [figure for figure in some if figure is not None] for name, some in figures.items()}
+    return [(name, some) for name, some in drawn.items() if some]
 
 
-def fault_map(result: Mapping[str, Any]) -> Figure | None:
+def fault_map(result: Validation) -> Figure | None:
     """Which modules of which layers hold tensors that differ: the pattern tells a lost rank from a lost file."""
     found: dict[str, dict[int, int]] = {}
-    for fault in as_dicts(result.get("tensors_different")):
-        layer = as_count(fault.get("layer"))
-        if layer is not None and layer < _STAGES:
-            module = re.sub(r"(feed_forward\.)?experts\.\d+\b", "experts", printable(fault.get("module"), 60))
+    for fault in result.tensors_different:
+        if fault.layer is not None and fault.layer < _MAX_STAGES:
+            module = re.sub(r"(feed_forward\.)?experts\.\d+\b", "experts", printable(fault.module, 60))
             counts = found.setdefault(module, {})
-            counts[layer] = counts.get(layer, 0) + 1
+            counts[fault.layer] = counts.get(fault.layer, 0) + 1
     if not found:
         return None
-    title, names = "Where tensors are wrong", sorted(found, key=_order)[:_BARS]
-    layers = max(len(as_dicts(result.get("layers"))[:_STAGES]), *(max(found[name]) + 1 for name in names))
+    title, names = "Where tensors are wrong", sorted(found, key=_order)[:_MAX_BARS]
+    layers = max(len(result.layers[:_MAX_STAGES]), *(max(found[name]) + 1 for name in names))
     cells = [[found[name].get(layer) for layer in range(layers)] for name in names]
     picture = charts.heat_map(
         title,
@@ -78,9 +71,8 @@ def fault_map(result: Mapping[str, Any]) -> Figure | None:
         x_label="layer",
         y_label="module",
         unit="wrong matrices",
-        empty="none",
         left=charts.NAMES,
-        palest=6,
+        palest=0.4,
     )
     return Figure(
         title,
@@ -94,41 +86,38 @@ def _order(module: str) -> tuple[bool, bool, bool]:
     return (not module.startswith("vision"), "attention" not in module, "experts" in module)
 
 
-def _divergence(result: Mapping[str, Any], data: Mapping[str, Any]) -> Figure | None:
-    edges = [edge for edge in as_numbers(data.get("edges"))[: _BINS + 1] if edge is not None]
-    counts = [as_count(count) or 0 for count in as_list(data.get("counts"))][: max(len(edges) - 1, 0)]
-    below = as_count(data.get("below")) or 0
-    is_sound = len(edges) == len(counts) + 1 > 1 and edges[0] > 0 and all(a < b for a, b in pairwise(edges))
-    if not is_sound or not (below or any(counts)):
+def _divergence(result: Validation, histogram: Histogram | UnsetType) -> Figure | None:
+    if isinstance(histogram, UnsetType) or not (histogram.below or any(histogram.counts)):
         return None
     title = "Divergence of each position"
-    if not any(counts):
-        return Figure(title, "", f"All {below:,} positions diverge by less than {number(edges[0])} nats.")
-    limits = []
-    for name, words in (("kl_mean", "mean"), ("kl_p999", "99.9 %")):
-        value, limit = as_number(result.get(name)), as_number(as_dict(result.get("gates")).get(name))
+    if not any(histogram.counts):
+        least = number(histogram.edges[0])
+        return Figure(title, "", f"All {histogram.below:,} positions diverge by less than {least} nats.")
+    limits = {}
+    gates = result.gates
+    for words, value, limit in (
+        ("mean", result.kl_mean, gates.get("kl_mean")),
+        ("99.9 %", result.kl_p999, gates.get("kl_p999")),
+    ):
         if limit is not None:
             shown = "not a number" if value is None else number(value)
-            limits.append(Limit(limit, f"{words} {shown}, limit {number(limit)}"))
+            limits[f"{words} {shown}, limit {number(limit)}"] = limit
     return Figure(
         title,
-        charts.histogram(
-            title, edges, counts, below, x_label="KL divergence, nats", y_label="positions", limits=limits
-        ),
+        charts.histogram(title, histogram.edges, histogram.counts, histogram.below, limits),
         "The mean and the tail have to end left of their lines; a second hump on the right is a group of positions that took"
         " another way, most often through another expert.",
     )
 
 
-def _logits(sample: Any) -> list[Figure]:
-    pairs = [as_numbers(pair)[:2] for pair in as_list(sample)[:_POINTS]]
-    points = [(x, y) for x, y in (pair for pair in pairs if len(pair) == 2) if x is not None and y is not None]
-    if not points:
+def _logits(sample: Sequence[tuple[float, float]] | UnsetType) -> list[Figure]:
+    if isinstance(sample, UnsetType) or not sample:
         return []
+    points = sample[:_MAX_POINTS]
     title = "Candidate against reference"
     against = Figure(
         title,
-        charts.scatter(title, points, x_label="reference", y_label="candidate", tall=400, diagonal=True),
+        charts.scatter(title, points, "candidate", 400, is_diagonal=True),
         "Equal logits lie on the diagonal: a cloud around it is noise, another slope or a bend is a wrong scale or norm.",
         f"{len(points):,} logits are drawn.",
     )
@@ -138,20 +127,18 @@ def _logits(sample: Any) -> list[Figure]:
     title = "Difference of the logits"
     difference = Figure(
         title,
-        charts.scatter(
-            title, apart, x_label="reference", y_label="candidate minus reference", tall=170, diagonal=False
-        ),
+        charts.scatter(title, apart, "candidate minus reference", 170, is_diagonal=False),
         "Rounding makes a level band around zero; what tilts, bends or stands apart is no rounding.",
     )
     return [difference, against]
 
 
-def _text_layers(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Figure | None:
-    stage = as_dict(result.get("modules")).get("stage")
-    first = as_dict(result.get("first_divergence"))
-    if not stage and not str(first.get("module")).startswith("vision"):  # a layer of the vision tower has a number, too
-        stage = f"layers.{first.get('layer')}"
-    labels = [_layer(layer) for layer in layers]
+def _text_layers(result: Validation, layers: Sequence[LayerErrors]) -> Figure | None:
+    first = result.first_divergence
+    stage = result.modules.stage if result.modules else None
+    if not stage and first and not first.module.startswith("vision"):  # a layer of the vision tower has a number, too
+        stage = f"layers.{first.layer}"
+    labels = [str(layer.layer) for layer in layers]
     strayed = next((i for i, text in enumerate(labels) if f"layers.{text}" == stage), None)
     return _errors(
         "Error after each layer",
@@ -164,10 +151,10 @@ def _text_layers(result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]])
     )
 
 
-def _vision_stages(result: Mapping[str, Any]) -> Figure | None:
-    stages = as_dicts(result.get("vision"))[:_STAGES]
-    names = [str(stage.get("stage")) for stage in stages]
-    strayed = as_dict(result.get("modules")).get("stage")
+def _vision_stages(result: Validation) -> Figure | None:
+    stages = result.vision[:_MAX_STAGES]
+    names = [stage.stage for stage in stages]
+    strayed = result.modules.stage if result.modules else None
     return _errors(
         "Error after each stage of the vision tower",
         [printable(name.removeprefix("vision.").removeprefix("layers."), 20) for name in names],
@@ -179,101 +166,91 @@ def _vision_stages(result: Mapping[str, Any]) -> Figure | None:
     )
 
 
-def _layer(stage: Mapping[str, Any]) -> str:
-    return printable(stage.get("layer"), 20)
-
-
 def _errors(
     title: str,
     labels: Sequence[str],
-    stages: Sequence[Mapping[str, Any]],
+    stages: Sequence[LayerErrors] | Sequence[StageErrors],
     strayed: int | None,
     x_label: str,
     caption: str,
 ) -> Figure | None:
-    values = {kind: [as_number(stage.get(f"nmse_{kind}")) for stage in stages] for kind in ("local", "propagated")}
-    series = [
-        Series(kind, style, errors)
-        for (kind, errors), style in zip(values.items(), "ab", strict=True)
-        if any(error is not None for error in errors)  # else not measured
-    ]
+    measured = {
+        "local": [stage.nmse_local for stage in stages],
+        "propagated": [stage.nmse_propagated for stage in stages],
+    }
+    series = {name: errors for name, errors in measured.items() if any(error is not None for error in errors)}
     if not series:
         return None
-    if all(error == 0 for one in series for error in one.values):
+    if all(error == 0 for errors in series.values() for error in errors):
         return Figure(title, "", f"Nothing differs, to the last bit, after any of the {len(stages):,} stages.")
     mark = None
     if strayed is not None:
         stage = f"{x_label} {labels[strayed]}" if labels[strayed].isdecimal() else labels[strayed]
         mark = (strayed, f"{stage} strays first")
-    picture = charts.error_chart(title, labels, series, x_label=x_label, y_label="relative squared error", mark=mark)
-    return Figure(title, picture, caption)
+    return Figure(title, charts.error_chart(title, labels, series, x_label, mark), caption)
 
 
-def _modules(modules: Mapping[str, Any]) -> Figure | None:
-    errors = {str(name): as_number(value) for name, value in as_dict(modules.get("errors")).items()}
-    if not errors:
+def _modules(modules: ModuleErrors | None) -> Figure | None:
+    if modules is None or not modules.errors:
         return None
+    errors = modules.errors
 
     def size(name: str) -> float:
         error = errors[name]
         return math.inf if error is None else error
 
     # In the model's order; of many, those that err most.
-    largest = set(sorted(errors, key=size, reverse=True)[:_BARS])
+    largest = set(sorted(errors, key=size, reverse=True)[:_MAX_BARS])
     names = [name for name in errors if name in largest]
     left_out = len(errors) - len(names)
-    title = f"Modules of {printable(modules.get('stage'), 40).replace('.', ' ').replace('layers', 'layer')}"
+    title = f"Modules of {printable(modules.stage, 40).replace('.', ' ').replace('layers', 'layer')}"
     return Figure(
         title,
-        charts.bars(title, names, [errors[name] for name in names], x_label="relative squared error"),
+        charts.bars(title, [printable(name) for name in names], [errors[name] for name in names]),
         "The topmost bar that stands out is the module to blame; those below it may only have inherited its error.",
         f"{left_out:,} more err less." if left_out else "",
     )
 
 
-def _router(layers: Sequence[Mapping[str, Any]]) -> Figure | None:
-    shares = [as_share(layer.get("router_agreement")) for layer in layers]
+def _router(layers: Sequence[LayerErrors]) -> Figure | None:
+    shares = [layer.router_agreement for layer in layers]
     known = [share for share in shares if share is not None]
     if not known:
         return None
     title = "Router agreement"
     if min(known) == 1:
-        return Figure(
-            title, "", f"The routers of all {len(known):,} MoE layers choose the same experts for every token."
-        )
+        words = f"The routers of all {len(known):,} MoE layers choose the same experts for every token."
+        return Figure(title, "", words)
     return Figure(
         title,
-        charts.share_chart(
-            title,
-            [_layer(layer) for layer in layers],
-            shares,
-            x_label="layer",
-            y_label="tokens sent to the same experts, %",
-        ),
+        charts.share_chart(title, [str(layer.layer) for layer in layers], shares),
         "A slow decline is rounding that tips near ties; a layer far below its neighbours has a wrong router or a wrong input to"
         " it.",
     )
 
 
-def _routing_load(data: Mapping[str, Any]) -> Figure | None:
+def _routing_load(load: RoutingLoad | UnsetType) -> Figure | None:
+    if isinstance(load, UnsetType):
+        return None
     return _heat_map(
         "Tokens sent to each expert",
-        data,
-        as_list(data.get("tokens")),
-        lambda count: as_count(count) or None,
+        load.layers,
+        [[count or None for count in row[:_MAX_COLUMNS]] for row in load.tokens[:_MAX_ROWS]],
+        max(map(len, load.tokens), default=0),
         "tokens",
         "no token",
         "A cell that stands out is a favourite expert; an empty one got no token, so its output was not tested by these prompts.",
-        palest=2,
     )
 
 
-def _quantization_error(data: Mapping[str, Any]) -> Figure | None:
+def _quantization_error(errors: ExpertErrors | None) -> Figure | None:
+    if errors is None:
+        return None
     return _heat_map(
         "Quantization error of each expert",
-        data,
-        as_list(data.get("relative_mse")),
-        as_size,
+        errors.layers,
+        [row[:_MAX_COLUMNS] for row in errors.relative_mse[:_MAX_ROWS]],
+        max(map(len, errors.relative_mse), default=0),
         "squared error / squared weights",
         "not quantized",
         "Neighbours should look alike: a cell that stands out is an expert that the scheme serves badly, a row is a layer that"
@@ -283,31 +260,29 @@ def _quantization_error(data: Mapping[str, Any]) -> Figure | None:
 
 def _heat_map(
     title: str,
-    data: Mapping[str, Any],
-    rows: Sequence[Any],
-    cell: Callable[[Any], float | None],
+    layers: Sequence[int],
+    cells: Sequence[Sequence[float | None]],
+    experts: int,
     unit: str,
     empty: str,
     caption: str,
-    palest: int = 0,
 ) -> Figure | None:
-    layers = [printable(layer, 20) for layer in as_list(data.get("layers"))[: len(rows)]]
-    drawn = [[cell(value) for value in as_list(row)[:_COLUMNS]] for row in rows[: len(layers)][:_ROWS]]
-    if not any(value is not None for row in drawn for value in row):
-        return None
-    picture = charts.heat_map(
-        title, layers[:_ROWS], drawn, x_label="expert", y_label="layer", unit=unit, empty=empty, palest=palest
-    )
-    most = max(len(as_list(row)) for row in rows)
-    largest, layer, expert = max(
+    values = [
         (value, layer, expert)
-        for layer, row in zip(layers, drawn, strict=False)
+        for layer, row in zip(layers, cells, strict=False)
         for expert, value in enumerate(row)
         if value is not None
-    )
+    ]
+    if not values:
+        return None
+    labels = [str(layer) for layer in layers[:_MAX_ROWS]]
+    picture = charts.heat_map(title, labels, cells, x_label="expert", y_label="layer", unit=unit)
+    largest, layer, expert = max(values)
     remarks = [f"Largest: {number(largest)}, layer {layer}, expert {expert}."]
-    if missing := sum(value is None for row in drawn for value in row):
-        remarks.append(f"{empty.capitalize()}: {missing:,} of {sum(map(len, drawn)):,}.")
-    if len(layers) > _ROWS or most > _COLUMNS:
-        remarks.append(f"Only {_ROWS} of {len(layers):,} layers and {_COLUMNS} of {most:,} experts are drawn.")
+    n = sum(map(len, cells))
+    if len(values) < n:
+        remarks.append(f"Empty cells, {empty}: {n - len(values):,} of {n:,}.")
+    if len(layers) > _MAX_ROWS or experts > _MAX_COLUMNS:
+        drawn = f"{_MAX_ROWS} of {len(layers):,} layers and {_MAX_COLUMNS} of {experts:,} experts"
+        remarks.append(f"Only {drawn} are drawn.")
     return Figure(title, picture, caption, " ".join(remarks))

@@ -1,7 +1,7 @@
 """The parity report: one HTML file made of the result of `validate`, or of its saved JSON.
 
-It needs nothing but itself: no script, font or picture from anywhere. Whatever a result lacks (a run that ended early, an older
-version) is left out. Names and paths come from files that nobody vouches for: the template escapes all, and lists are bounded.
+It needs nothing but itself: no script, font or picture from anywhere. What a result lacks (the candidate does not run, it has no
+experts) is left out. Names and paths come from files that nobody vouches for: the template escapes all, and lists are bounded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ from markupsafe import Markup, escape
 
 from llama4_convert.errors import from_os_error
 from llama4_convert.files import write_small
-from llama4_convert.formatting import counted, differ, number
-from llama4_convert.reports.html.color_ramp import ramp
+from llama4_convert.formatting import counted, differ, number, printable
 from llama4_convert.reports.html.figures import fault_map, sections
-from llama4_convert.reports.html.untrusted import as_count, as_dict, as_dicts, as_list, as_number, as_share, printable
 from llama4_convert.reports.validation import count_of_faults, grouped_faults, validate_headline
+from llama4_convert.validation.parity.gates import AT_LEAST
+from llama4_convert.validation.results import FieldFault, Validation
 
-_OPEN, _LISTED = 10, 50  # faults of a kind: shown at once, and shown at all
-_NAMED, _SCHEMES = 3, 4  # in a summary
-_LEAST = 0.01  # per cent that a summary mentions
-_NOISE = 1e4  # perplexity, of no text that a model has learned to read
+_MAX_OPEN, _MAX_LISTED = 10, 50  # faults of a kind: shown at once, and shown at all
+_MAX_NAMES, _MAX_SCHEMES = 3, 4  # in an answer
+_LEAST_PERCENT = 0.01  # that an answer mentions
+_NOISE_PERPLEXITY = 1e4  # of no text that a model has learned to read
 _METRICS = {
     "top1_agreement": "positions where both find the same token likeliest",
     "kl_mean": "mean KL divergence from the reference, nats",
@@ -41,18 +41,10 @@ _METRICS = {
     "perplexity_candidate": "the same in the candidate",
     "perplexity_ratio": "candidate's over reference's",
 }
-_AT_LEAST = {"top1_agreement", "cosine"}
 _RUNNERS = {"llama4": "our reference model", "transformers": "Transformers"}
 
 
-class _Result(dict[str, Any]):
-    """None for what a result lacks."""
-
-    def __missing__(self, key: str) -> None:
-        return None
-
-
-def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_report(result: Validation, path: str | os.PathLike[str]) -> None:
     """Write the report to `path`, whole or not at all. Raises EnvironmentFailed."""
     data = render(result).encode()
     try:
@@ -61,24 +53,22 @@ def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
         raise from_os_error(error, f"writing {path}") from error
 
 
-def render(result: Mapping[str, Any]) -> str:
+def render(result: Validation) -> str:
     """The page, the same for the same result."""
-    told = _Result(result)
+    different = grouped_faults(result.tensors_different)
     return _template().render(
-        passed=told["passed"] is True,
-        verdict=_verdict(told),
-        facts=_facts(told),
-        answers=_answers(told),
-        faults=_faults(told),
-        metrics=_metrics(told),
-        is_of_noise=_is_of_noise(told),
-        has_forced=bool(as_dict(told["forced_routing"])),
-        sections=sections(told),
-        layers=_layers(told),
-        quantized=_quantized(told),
-        command=told["command"],
-        light=ramp(dark=False),
-        dark=ramp(dark=True),
+        result=result,
+        verdict=validate_headline(result),
+        facts=_facts(result),
+        answers=_answers(result),
+        fields=_bounded(result.config_differences),
+        tensors=_bounded(different),
+        unexpected=_bounded(result.tensors_unexpected),
+        fault_map=fault_map(result) if len(different) > _MAX_OPEN else None,
+        metrics=_metrics(result),
+        is_of_noise=_is_of_noise(result),
+        sections=sections(result),
+        max_layers=8 * _MAX_LISTED,
     )
 
 
@@ -91,43 +81,37 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = printable
-    environment.filters["dotted"] = _dotted
-    environment.filters["svg"] = Markup  # charts escape their own texts
+    environment.filters |= {
+        "shown": lambda value, limit=300: printable(str(value), limit),
+        "dotted": _dotted,
+        "svg": Markup,  # of charts, whose texts are escaped
+        "as_json": _as_json,
+        "matters": _matters,
+        "number": lambda value: "" if value is None else number(value),
+    }
     return environment.get_template("report.html.jinja")
 
 
-def _dotted(text: object) -> Markup:
+def _dotted(text: str) -> Markup:
     """A long name that may go on in the next line behind each dot."""
     return Markup(str(escape(printable(text))).replace(".", ".<wbr>"))
 
 
-def _verdict(told: _Result) -> str:
-    lists = {
-        key: [_Result(item) for item in as_dicts(told[key])] for key in ("tensors_different", "config_differences")
-    }
-    failed = [str(gate) for gate in as_list(told["gates_failed"])]
-    if told["passed"] is True or any(lists.values()) or failed or told["candidate_failure"]:
-        first = _Result(as_dict(told["first_divergence"]))
-        return validate_headline(_Result({**told, **lists, "gates_failed": failed, "first_divergence": first}))
-    return f"{printable(told['path'] or 'the candidate', 60)}: the validation did not come to its end"
-
-
-def _facts(told: _Result) -> list[tuple[str, str]]:
+def _facts(result: Validation) -> list[tuple[str, str]]:
     """What was run: name and value."""
-    runner, reference_runner = (_RUNNERS.get(str(told[key]), told[key]) for key in ("runner", "reference_runner"))
-    positions, near_ties = as_count(told["tokens"]), as_count(told["near_ties"])
-    found = {
-        "candidate": told["path"],
-        "reference": told["reference"],
-        "weights": None if told["kind"] in (None, "exact") else f"quantized, {told['kind']}",
-        "run by": runner if reference_runner in (None, runner) else f"{runner}; the reference by {reference_runner}",
-        "computed in": told["dtype"],
-        "positions": f"{positions:,}" if positions else None,
-        "near ties": counted(near_ties, "position") if positions and near_ties is not None else None,
-        "llama4-convert": told["version"],
+    runner, reference_runner = (_RUNNERS.get(name, name) for name in (result.runner, result.reference_runner))
+    ties = counted(result.near_ties, "position") if result.tokens and result.near_ties is not None else ""
+    facts = {
+        "candidate": result.path,
+        "reference": result.reference,
+        "weights": "" if result.kind == "exact" else f"quantized, {result.kind}",
+        "run by": runner if reference_runner == runner else f"{runner}; the reference by {reference_runner}",
+        "computed in": result.dtype,
+        "positions": f"{result.tokens:,}" if result.tokens else "",
+        "near ties": ties,
+        "llama4-convert": result.version,
     }
-    return [(name, str(value)) for name, value in found.items() if value]
+    return [(name, value) for name, value in facts.items() if value]
 
 
 @dataclass(frozen=True)
@@ -140,61 +124,57 @@ class Answer:
     more: str
 
 
-def _answers(told: _Result) -> list[Answer]:
-    return [one for one in (_config(told), _weights(told), _computed(told)) if one is not None]
+def _answers(result: Validation) -> list[Answer]:
+    return [answer for answer in (_config(result), _weights(result), _logits(result)) if answer is not None]
 
 
-def _config(told: _Result) -> Answer | None:
-    if told["config_differences"] is None:
-        return None
-    fields = [str(field.get("field")) for field in as_dicts(told["config_differences"])]
+def _config(result: Validation) -> Answer:
+    fields = [fault.field for fault in result.config_differences]
     if not fields:
         return Answer("Config", True, "every field agrees", "config.json means what the reference's does")
-    return Answer("Config", False, differ(len(fields), "field"), _names(fields))
+    more = f" and {len(fields) - _MAX_NAMES:,} more" if len(fields) > _MAX_NAMES else ""
+    return Answer("Config", False, differ(len(fields), "field"), ", ".join(fields[:_MAX_NAMES]) + more)
 
 
-def _weights(told: _Result) -> Answer | None:
-    if told["weights_not_compared"]:
-        return Answer("Weights", None, "not compared", str(told["weights_not_compared"]))
-    if told["tensors_different"] is None:
-        return None
-    different, unexpected = as_dicts(told["tensors_different"]), as_list(told["tensors_unexpected"])
-    compared = as_count(told["tensors_compared"]) or 0
-    if different or unexpected:
-        told_apart = f"of {compared:,} compared" if different else "and every tensor it should have is right"
-        words = count_of_faults(different) if different else f"{counted(len(unexpected), 'tensor')} too many"
-        return Answer("Weights", False if different else None, words, told_apart)
-    lossy = {kind: as_dict(entry) for kind, entry in as_dict(told["tensors_quantized"]).items()}
-    matrices = {kind: as_count(entry.get("matrices")) or 0 for kind, entry in lossy.items()}
-    equal = max(compared - sum(matrices.values()), 0)
+def _weights(result: Validation) -> Answer:
+    if result.weights_not_compared:
+        return Answer("Weights", None, "not compared", result.weights_not_compared)
+    compared = result.tensors_compared
+    if different := result.tensors_different:
+        return Answer("Weights", False, count_of_faults(different), f"of {compared:,} compared")
+    if names := result.tensors_unexpected:
+        more = "and every tensor it should have is right"
+        return Answer("Weights", None, f"{counted(len(names), 'tensor')} too many", more)
+    lossy = result.tensors_quantized
+    equal = max(compared - sum(loss.matrices for loss in lossy.values()), 0)
     if not lossy:
         return Answer("Weights", True, f"{counted(equal, 'tensor')} equal", "bit by bit")
-    words = ", ".join(f"{n:,} matrices in {kind}" for kind, n in list(matrices.items())[:_SCHEMES])
-    errors = ", ".join(_number(entry.get("relative_mse_mean")) for entry in list(lossy.values())[:_SCHEMES])
+    schemes = list(lossy.items())[:_MAX_SCHEMES]
+    words = ", ".join(f"{loss.matrices:,} matrices in {scheme}" for scheme, loss in schemes)
+    errors = ", ".join(number(loss.relative_mse_mean) for _, loss in schemes if loss.relative_mse_mean is not None)
     more = f"relative squared error {errors}; {counted(equal, 'other tensor')} equal bit by bit"
     return Answer("Weights", True, words, more)
 
 
-def _computed(told: _Result) -> Answer | None:
-    if told["candidate_failure"]:
-        return Answer("Logits", False, "it does not run", str(told["candidate_failure"]))
-    gates = as_dict(told["gates"])
-    if not gates:
+def _logits(result: Validation) -> Answer | None:
+    if result.candidate_failure:
+        return Answer("Logits", False, "it does not run", result.candidate_failure)
+    if not result.gates:
         return None
-    share, failed = as_share(told["top1_agreement"]), [str(gate) for gate in as_list(told["gates_failed"])]
+    share = result.top1_agreement
     words = "not a number" if share is None else f"{_per_cent(share)} agree"
-    kl = f"KL {_value('kl_mean', told['kl_mean'])} nats a token"
-    if failed:
+    kl = f"KL {_value('kl_mean', result.kl_mean)} nats a token"
+    if failed := result.gates_failed:
         return Answer("Logits", False, words, f"on the likeliest token; {kl}; beyond the limit: {', '.join(failed)}")
-    ratio = as_number(told["perplexity_ratio"])
-    percent = 0.0 if ratio is None or _is_of_noise(told) else 100 * (ratio - 1)
-    change = f"; perplexity {percent:+.2g} %" if abs(percent) >= _LEAST else ""
+    ratio = result.perplexity_ratio
+    percent = 0.0 if ratio is None or _is_of_noise(result) else 100 * (ratio - 1)
+    change = f"; perplexity {percent:+.2g} %" if abs(percent) >= _LEAST_PERCENT else ""
     return Answer("Logits", True, words, f"on the likeliest token; {kl}{change}".replace("-", "\N{MINUS SIGN}"))
 
 
-def _is_of_noise(told: _Result) -> bool:
+def _is_of_noise(result: Validation) -> bool:
     """Whether the perplexity is that of tokens that mean nothing, so that its change does not either."""
-    return (as_number(told["perplexity_reference"]) or 0) > _NOISE
+    return (result.perplexity_reference or 0) > _NOISE_PERPLEXITY
 
 
 def _per_cent(share: float) -> str:
@@ -203,39 +183,17 @@ def _per_cent(share: float) -> str:
     return f"{shown} %" if share == 1 or shown != "100" else "above 99.9 %"
 
 
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")
+@dataclass(frozen=True)
+class _Bounded:
+    """A list of faults: what to show at once, what more when asked for, and how many are left out."""
+
+    at_once: Sequence[Any]
+    asked: Sequence[Any]
+    left_out: int
 
 
-def _faults(told: _Result) -> dict[str, Any]:
-    """Everything wrong that has a name: each list as what to show at once, what more, and how many are left out."""
-    tensors = grouped_faults(as_dicts(told["tensors_different"]))
-    first = as_dict(told["first_divergence"]) if not tensors else {}  # else it is the first of them
-    return {
-        "first": _fault(first) if first else None,
-        "fields": _bounded(as_dicts(told["config_differences"]), _field),
-        "tensors": _bounded(tensors, _fault),
-        "map": fault_map(told) if len(tensors) > _OPEN else None,
-        "unexpected": _bounded(as_list(told["tensors_unexpected"]), str),
-    }
-
-
-def _bounded(items: list[Any], row: Callable[[Any], Any]) -> tuple[list[Any], list[Any], int]:
-    rows = [row(item) for item in items[:_LISTED]]
-    return rows[:_OPEN], rows[_OPEN:], max(len(items) - _LISTED, 0)
-
-
-def _fault(fault: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: fault.get(key) for key in ("layer", "module", "tensor", "cause")}
-
-
-def _field(field: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "field": str(field.get("field")),
-        "expected": _as_json(field.get("expected")),
-        "found": _as_json(field.get("found")),
-        "matters": _matters(field),
-    }
+def _bounded(items: Sequence[Any]) -> _Bounded:
+    return _Bounded(items[:_MAX_OPEN], items[_MAX_OPEN:_MAX_LISTED], max(len(items) - _MAX_LISTED, 0))
 
 
 def _as_json(value: Any) -> str:
@@ -243,84 +201,41 @@ def _as_json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _matters(field: Mapping[str, Any]) -> str:
-    """From which length of prompt on it changes a logit."""
-    length = as_count(field.get("matters_from"))
-    if length is not None:
-        return f"from {length:,} tokens on" if length > 1 else "always"
-    return "never" if field.get("matters_from", "") is None else "unknown"
+def _matters(fault: FieldFault) -> str:
+    """From which length of prompt on a field changes a logit."""
+    if fault.matters_from is None:
+        return "never"
+    return f"from {fault.matters_from:,} tokens on" if fault.matters_from > 1 else "always"
 
 
-def _metrics(told: _Result) -> list[dict[str, Any]]:
+def _metrics(result: Validation) -> list[dict[str, Any]]:
     """The rows of the table; none if nothing ran."""
-    if not as_count(told["tokens"]):
+    if not result.tokens:
         return []
-    gates, forced = as_dict(told["gates"]), as_dict(told["forced_routing"])
-    failed = {str(gate) for gate in as_list(told["gates_failed"])}
-    names = [*_METRICS, *(name for name in list(gates)[:_LISTED] if name not in _METRICS)]
+    gates = result.gates
     return [
         {
             "name": name,
-            "words": _METRICS.get(name, ""),
-            "value": _value(name, told[name], told[f"{name}_error"]),
-            "forced": _value(name, forced[name]) if name in forced else "",
-            "limit": _limit(name, gates[name]) if name in gates else "",
-            "passed": name not in failed if name in gates else None,
+            "words": words,
+            "value": _value(name, getattr(result, name), getattr(result, f"{name}_error", None)),
+            "forced": _value(name, getattr(result.forced_routing, name))
+            if hasattr(result.forced_routing, name)
+            else "",
+            "limit": f"{'at least' if name in AT_LEAST else 'at most'} {number(gates[name])}" if name in gates else "",
+            "passed": name not in result.gates_failed if name in gates else None,
         }
-        for name in names
-        if told[name] is not None or name in gates
+        for name, words in _METRICS.items()
+        if getattr(result, name) is not None or name in gates
     ]
 
 
-def _value(name: str, value: Any, error: Any = None) -> str:
-    known, spread = as_number(value), as_number(error)
-    if known is None:
+def _value(name: str, value: float | None, error: float | None = None) -> str:
+    if value is None:
         return "not a number"
     if name.startswith("perplexity"):
-        shown = f"{known:.5g}" if abs(known) < 1e5 else number(float(f"{known:.3g}"))
-        return shown + (f" \N{PLUS-MINUS SIGN} {number(float(f'{spread:.2g}'))}" if spread is not None else "")
-    if name not in _AT_LEAST:
-        return number(known)
-    shown = f"{known:.6f}".rstrip("0").rstrip(".")
-    return f"1 \N{MINUS SIGN} {number(1 - known)}" if shown == "1" and known < 1 else shown
-
-
-def _limit(name: str, limit: Any) -> str:
-    return f"{'at least' if name in _AT_LEAST else 'at most'} {_number(limit)}"
-
-
-def _number(value: Any) -> str:
-    known = as_number(value)
-    return "" if known is None else number(known)
-
-
-def _layers(told: _Result) -> list[dict[str, str]]:
-    """The rows of the table of layers."""
-    rows = []
-    for layer in as_dicts(told["layers"])[: 8 * _LISTED]:
-        share = as_share(layer.get("router_agreement"))
-        rows.append(
-            {
-                "layer": str(layer.get("layer")),
-                "local": _number(layer.get("nmse_local")),
-                "propagated": _number(layer.get("nmse_propagated")),
-                "router": "" if share is None else f"{100 * share:.2f} %",
-            }
-        )
-    return rows
-
-
-def _quantized(told: _Result) -> list[dict[str, Any]]:
-    """What became of the matrices of each scheme."""
-    return [
-        {
-            "kind": kind,
-            "matrices": f"{as_count(entry.get('matrices')) or 0:,}",
-            "mean": _number(entry.get("relative_mse_mean")),
-            "largest": _number(entry.get("relative_mse_largest")),
-            "worst": entry.get("worst"),
-        }
-        for kind, entry in (
-            (kind, as_dict(entry)) for kind, entry in list(as_dict(told["tensors_quantized"]).items())[:_LISTED]
-        )
-    ]
+        shown = f"{value:.5g}" if abs(value) < 1e5 else number(float(f"{value:.3g}"))
+        return shown + (f" \N{PLUS-MINUS SIGN} {number(float(f'{error:.2g}'))}" if error is not None else "")
+    if name not in AT_LEAST:
+        return number(value)
+    shown = f"{value:.6f}".rstrip("0").rstrip(".")
+    return f"1 \N{MINUS SIGN} {number(1 - value)}" if shown == "1" and value < 1 else shown
