@@ -199,7 +199,9 @@ def heat_map(
 def bars(title: str, names: Sequence[str], values: Values) -> str:
     """Errors as horizontal bars on a log axis, from above; 0 has none, and None is said in words."""
     known = [value for value in values if value] or [1.0]
-    low, high = decades([*known, min(known) / 2])  # half: else the least, at a power of 10, would have no bar
+    low, high = decades(
+        [*known, min(known) / 2 or min(known)]
+    )  # half: else the least, at a power of 10, would have no bar
     unit = (high - low) / (WIDTH - NAMES - 96)  # of the drawing, in decades
     ticks = powers(low, high, 3)
     with drawing(title, 23 * len(names), left=NAMES, top=12) as chart:
