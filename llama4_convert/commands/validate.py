@@ -108,7 +108,6 @@ def validate(
       llama4-convert validate scout-int4 --reference Llama-4-Scout-17B-16E-Instruct/original --html report.html
       llama4-convert validate scout-hf --reference Llama-4-Scout-17B-16E-Instruct/original --with transformers
     """
-    import msgspec
 
     from llama4_convert.reports.validation import validate_verdict
     from llama4_convert.validation.cache import default_folder
