@@ -149,11 +149,15 @@ def _equal(result: Validation) -> str:
     if not n:
         return f"{result.tensors_compared} tensors are equal bit by bit"
     kinds = "; ".join(
-        f"{loss.matrices} in {scheme}, relative squared error {loss.relative_mse_mean:.4g} on average,"
-        f" {loss.relative_mse_largest:.4g} at most"
+        f"{loss.matrices} in {scheme}, relative squared error {_error(loss.relative_mse_mean)} on average,"
+        f" {_error(loss.relative_mse_largest)} at most"
         for scheme, loss in result.tensors_quantized.items()
     )
     return f"{result.tensors_compared - n} tensors are equal bit by bit; {kinds}"
+
+
+def _error(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4g}"
 
 
 def validate_headline(result: Validation) -> str:
