@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llama4.weights import BindingError, Bits, LogicalTensor, Rows, ShapeError
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
-from llama4_convert.validation.diagnosis.quantized_faults import suspicion
+from llama4_convert.validation.diagnosis.quantized_faults import QuantizedPair, suspicion
 from llama4_convert.validation.diagnosis.sketches import Shape, sketch, sketch_of_rows
 from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, SLICED, TensorPairs, cast, slices
 from llama4_convert.validation.diagnosis.tolerance import Floats, as_matrix, floats, listed
@@ -142,7 +142,7 @@ def _compare_quantized(
     elif len(rows):
         cause = f"a relative squared error of {float((error[rows] / power[rows]).max()):.3g} in row {listed(rows)}"
     elif pairs.reader is not None and key in pairs.reader.quantized:  # Meta's own codes are not looked into
-        few = suspicion(x, y, pairs.reader.quantized[key], pairs.reader.read_parts(key))
+        few = suspicion(QuantizedPair(x, y, pairs.reader.quantized[key], pairs.reader.read_parts(key)))
         cause = f"{few.cause}; a relative squared error of {relative:.3g} on the whole" if few else None
     if cause is None:
         return TensorComparison(relative_mse=relative)

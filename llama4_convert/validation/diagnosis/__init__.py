@@ -1,4 +1,5 @@
-"""How a tensor is wrong: hypotheses on its numbers, from a permuted axis to a scale of the wrong group.
+"""How a wrong tensor is wrong: hypotheses on its numbers, from a permuted axis to a scale of the wrong group.
 
-Pure functions on arrays, and one module that knows names and siblings. Begin with `diagnoser.py`.
+Begin with `diagnose.py`, whose list of hypotheses is tried in order; `moved_values.py` has the table of permutations. Only
+`validation` imports this folder.
 """

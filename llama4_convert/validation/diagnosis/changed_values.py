@@ -1,17 +1,21 @@
 """Numbers that lie where they should and are others: flipped bits, zeros, factors, offsets, rounding. Pure, on arrays.
 
 Tried where anything differs (`Region`), so that a fault of one head or one column is reported for it alone. Mistakes that are
-functions of a number are rows of two tables: of its bits, and of its value.
+functions of a number are rows of two tables: `_of_bits`, and `_expected_values` with `_OF_VALUE`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama4_convert.validation.diagnosis.tolerance import ROUNDING, Array, Diagnosis, floats, relative_error
 from llama4_convert.validation.diagnosis.wrong_tensor import Region, WrongTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FEW_NUMBERS = 16
 _SAMPLE_LINES = 512  # rows and columns that factors are looked for in
@@ -22,29 +26,30 @@ _GROUP_SIZES = (32, 64, 128, 256)
 def flipped_bits(wrong: WrongTensor) -> Diagnosis | None:
     """One bit of one element, a few bits of a few, or the same bit of many. Of raw bits."""
     region = wrong.region
-    places = np.argwhere(region.x != region.y)
-    if not len(places):
+    count = int(np.count_nonzero(region.x != region.y))
+    if not count:
         return None
-    flips = region.x ^ region.y
-    if len(places) > _FEW_NUMBERS:
+    if count > _FEW_NUMBERS:
+        flips = region.x ^ region.y
         highest = int(flips.max())
         bit = highest.bit_length() - 1
         part = _part_of_number(bit, region)
-        if highest.bit_count() > 1 or part == "sign" or int(np.count_nonzero(flips == highest)) < len(places):
+        if highest.bit_count() > 1 or part == "sign" or int(np.count_nonzero(flips == highest)) < count:
             return None
         return Diagnosis("flipped_bit", f"the same flipped bit, {bit} ({part}), in many elements{region.words}")
-    flips = flips[tuple(places.T)]
+    places = np.argwhere(region.x != region.y)
+    flips = (region.x ^ region.y)[tuple(places.T)]
     counts, bit = np.bitwise_count(flips), int(flips[0]).bit_length() - 1
     before, after = (float(floats(one[tuple(places[:1].T)], region.dtype)[0]) for one in (region.x, region.y))
     first = f"bit {bit} ({_part_of_number(bit, region)}) of element {region.index(*places[0])}, {before:.6g} became {after:.6g}"
-    if len(places) == 1 and counts[0] == 1:
+    if count == 1 and counts[0] == 1:
         return Diagnosis("flipped_bit", f"one flipped bit: {first}")
-    if len(places) * 4 > region.size:
+    if count * 4 > region.size:
         return None
     if (counts == 1).all():
-        words = f"{len(places)} flipped bits, one in each of as many elements"
-    elif len(places) <= 4 and (counts <= 2).all() and after:
-        words = f"{int(counts.sum())} flipped bits in {len(places)} element(s)"
+        words = f"{count} flipped bits, one in each of as many elements"
+    elif count <= 4 and (counts <= 2).all() and after:
+        words = f"{int(counts.sum())} flipped bits in {count} element(s)"
     else:
         return None
     return Diagnosis("flipped_bit", f"{words}; the first: {first}")
@@ -93,71 +98,47 @@ def _constant(region: Region) -> Diagnosis | None:
 # -------------------- functions of a number's bits
 
 
-def _read_as(other: str) -> Callable[[Array, str], Array | None]:
-    """Bits of either dtype of 16 bits taken for the other's."""
+def _of_bits(bits: Array, dtype: str) -> Iterator[tuple[str, str, Tensor]]:
+    """The kind, the cause, and what the tensor would be."""
+    import torch
 
-    def change(bits: Array, dtype: str) -> Array | None:
-        from llama4.loading import DTYPES, to_bits, to_tensor
+    from llama4.loading import to_tensor
 
-        mine = {"F16": "BF16", "BF16": "F16"}[other]
-        return to_bits(to_tensor(bits, other).to(DTYPES[mine])) if dtype == mine else None
-
-    return change
-
-
-def _through(name: str) -> Callable[[Array, str], Array | None]:
-    """Rounded to a dtype and back."""
-
-    def change(bits: Array, dtype: str) -> Array | None:
-        import torch
-
-        from llama4.loading import to_bits, to_tensor
-
-        numbers, narrow = to_tensor(bits, dtype), getattr(torch, name)
-        if narrow.itemsize > numbers.dtype.itemsize or narrow == numbers.dtype:
-            return None
-        if name == "float8_e4m3fn":
-            numbers = numbers.clamp(-448, 448)
-        return to_bits(numbers.to(narrow).to(to_tensor(bits[:0], dtype).dtype))
-
-    return change
-
-
-def _cut_off(n: int) -> Callable[[Array, str], Array | None]:
-    """The lowest n bits of a float32 set to zero."""
-    return lambda bits, dtype: bits & np.uint32((0xFFFFFFFF << n) & 0xFFFFFFFF) if dtype == "F32" else None
-
-
-# What is not made of a dtype is None.
-_OF_BITS: tuple[tuple[str, str, Callable[[Array, str], Array | None]], ...] = (
-    (
+    w = to_tensor(bits, dtype)
+    yield (
         "byte_swapped",
         "byte-swapped: its bytes are in the other order (big-endian)",
-        lambda bits, dtype: bits.byteswap(),
-    ),
-    ("reinterpreted", "reinterpreted: BF16 bits read as F16", _read_as("F16")),
-    ("reinterpreted", "reinterpreted: F16 bits read as BF16", _read_as("BF16")),
-    *(
-        ("rounded", f"rounded: it went through a narrower dtype, {name}", _through(name))
-        for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-    ),
-    ("rounded", "rounded: its lower bits are cut off, to bfloat16", _cut_off(16)),
-    ("rounded", "rounded: its lower bits are cut off, to float16's mantissa", _cut_off(13)),
-)
+        to_tensor(bits.byteswap(), dtype),
+    )
+    if w.dtype == torch.bfloat16:
+        yield "reinterpreted", "reinterpreted: BF16 bits read as F16", w.view(torch.float16).to(w.dtype)
+    if w.dtype == torch.float16:
+        yield "reinterpreted", "reinterpreted: F16 bits read as BF16", w.view(torch.bfloat16).to(w.dtype)
+    for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        narrow = getattr(torch, name)
+        if narrow.itemsize <= w.dtype.itemsize and narrow != w.dtype:
+            numbers = w.clamp(-448, 448) if name == "float8_e4m3fn" else w
+            yield "rounded", f"rounded: it went through a narrower dtype, {name}", numbers.to(narrow).to(w.dtype)
+    if w.dtype == torch.float32:
+        for n_bits, name in ((16, "bfloat16"), (13, "float16's mantissa")):
+            cut = (w.view(torch.int32) & -(1 << n_bits)).view(w.dtype)
+            yield "rounded", f"rounded: its lower bits are cut off, to {name}", cut
 
 
 def changed_bits(wrong: WrongTensor) -> Diagnosis | None:
-    """Bytes swapped, bits taken for another dtype's, or rounded through a narrower one."""
-    for kind, cause, change in _OF_BITS:
-        region, glimpse = wrong.region, wrong.region.glimpse
-        if _is_made(glimpse, change) and (glimpse is region or _is_made(region, change)):
+    """Bytes swapped, bits taken for another dtype's, or rounded through a narrower one. Of raw bits."""
+    region = wrong.region
+    found = _bits_that_make(region.glimpse)
+    return found if region.glimpse is region or found is None else _bits_that_make(region)
+
+
+def _bits_that_make(region: Region) -> Diagnosis | None:
+    from llama4.loading import to_bits
+
+    for kind, cause, expected in _of_bits(np.ascontiguousarray(region.x), region.dtype):
+        if np.array_equal(to_bits(expected), region.y):
             return Diagnosis(kind, cause)
     return None
-
-
-def _is_made(region: Region, change: Callable[[Array, str], Array | None]) -> bool:
-    made = change(np.ascontiguousarray(region.x), region.dtype)
-    return made is not None and np.array_equal(made, region.y)
 
 
 # -------------------- functions of a number's value

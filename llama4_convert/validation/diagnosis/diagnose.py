@@ -13,9 +13,8 @@ import numpy as np
 
 from llama4.weights import expert_of
 from llama4_convert.checkpoints.quantized import QuantizedReader
-from llama4_convert.checkpoints.readers import DirectoryReader
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
-from llama4_convert.validation.diagnosis import block_order, changed_values, moved_values, quantized_faults
+from llama4_convert.validation.diagnosis import block_order, changed_values, moved_values
 from llama4_convert.validation.diagnosis.expert_axis import Pieces
 from llama4_convert.validation.diagnosis.moved_values import (
     ALTERNATING_RANKS,
@@ -25,15 +24,21 @@ from llama4_convert.validation.diagnosis.moved_values import (
     find_move,
 )
 from llama4_convert.validation.diagnosis.other_tensors import OtherTensors, sibling
+from llama4_convert.validation.diagnosis.quantized_faults import (
+    QuantizedPair,
+    suspicion,
+    transposed_scales,
+    wrong_packing,
+    wrong_scales,
+)
 from llama4_convert.validation.diagnosis.remainders import near_or_unrelated
 from llama4_convert.validation.diagnosis.sketches import Sketches
 from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, TensorPairs
 from llama4_convert.validation.diagnosis.tolerance import Array, Diagnosis, Tolerance, as_matrix, floats, relative_error
 from llama4_convert.validation.diagnosis.wrong_tensor import MAX_RANKS, Axis, WrongTensor
 
-# Bytes that diagnosing takes, measured: for each byte of a matrix that is raw bits, for each number of one that is float32;
-# and where a hypothesis wants gate and up together.
-_BITS, _FLOATS, _BITS_OF_A_PAIR, _FLOATS_OF_A_PAIR = 12, 36, 16, 60
+# Bytes that diagnosing takes, measured: alone, and where a hypothesis wants gate and up together.
+_PER_BYTE_OF_BITS, _PER_LOSSY_NUMBER = (12, 16), (36, 60)
 _THOROUGH_FAULTS = 1000  # that every hypothesis is tried on; behind them only what has explained one before
 _EXPERTS_LIMIT_BYTES = 16 << 30  # of a layer's experts that are read to find pieces of others in one
 _QKV = re.compile(r"(.+\.)(q|k|v)")
@@ -131,11 +136,9 @@ class Diagnoser:
 
     def _affords(self, name: str, *, of_a_pair: bool = False, beside: int = 0) -> bool:
         """Whether there is the memory for it, `beside` so many bytes."""
-        if self.pairs.tolerance(name).limit:
-            per_number = _FLOATS_OF_A_PAIR if of_a_pair else _FLOATS
-        else:
-            item = max(ITEM_SIZES[tensor.dtype] for tensor in (self.pairs.ours[name], self.pairs.theirs[name]))
-            per_number = item * (_BITS_OF_A_PAIR if of_a_pair else _BITS)
+        item = max(ITEM_SIZES[tensor.dtype] for tensor in (self.pairs.ours[name], self.pairs.theirs[name]))
+        is_lossy = self.pairs.tolerance(name).limit
+        per_number = _PER_LOSSY_NUMBER[of_a_pair] if is_lossy else item * _PER_BYTE_OF_BITS[of_a_pair]
         needed = self._kept_bytes + beside + self.pairs.numbers(name) * per_number
         if needed > self.memory:
             self.lacking = max(self.lacking, needed)
@@ -230,27 +233,21 @@ class Diagnoser:
         key, reader = self.pairs.theirs[wrong.name].keys[0], self.pairs.reader
         if reader is None or (matrix := reader.quantized.get(key)) is None:
             return None
-        parts = reader.read_parts(key)
-        if count := int(np.count_nonzero(~np.isfinite(wrong.y) & np.isfinite(wrong.x))):
-            found = quantized_faults.wrong_packing(wrong.x, wrong.y, matrix, parts, wrong.tolerance)
-            return found or Diagnosis("nonfinite", f"{count:,} of its numbers are NaN or infinite")
+        pair = QuantizedPair(wrong.x, wrong.y, matrix, reader.read_parts(key))
+        if n_lost := int(np.count_nonzero(~np.isfinite(wrong.y) & np.isfinite(wrong.x))):
+            found = wrong_packing(pair, wrong.tolerance)
+            return found or Diagnosis("nonfinite", f"{n_lost:,} of its numbers are NaN or infinite")
         if relative_error(wrong.x, wrong.y) <= wrong.tolerance.limit:
-            few = quantized_faults.suspicion(wrong.x, wrong.y, matrix, parts)
+            few = suspicion(pair)
             if few and few.kind != "scale":
                 return few
-        args = (wrong.x, wrong.y, matrix, parts, wrong.tolerance)
-        return quantized_faults.wrong_scales(*args) or quantized_faults.wrong_packing(*args)
+        return wrong_scales(pair, wrong.tolerance) or wrong_packing(pair, wrong.tolerance)
 
     def _damaged(self, name: str, reader: QuantizedReader) -> Diagnosis | None:
         module, ours = self.pairs.theirs[name].keys[0].removesuffix(".weight"), self.pairs.ours[name]
-        tensors = reader.checkpoint.tensors
-        shapes = {key.removeprefix(f"{module}."): tensors[key].shape for key in tensors if key.startswith(f"{module}.")}
-        return quantized_faults.damaged(
-            floats(np.ascontiguousarray(ours.load(None)), ours.dtype),
-            shapes,
-            lambda suffix: DirectoryReader.read(reader, f"{module}.{suffix}"),
-            {kind: Tolerance(limit) for kind, limit in self.pairs.limits.items()},
-        )
+        weights = floats(np.ascontiguousarray(ours.load(None)), ours.dtype)
+        tolerances = {kind: Tolerance(limit) for kind, limit in self.pairs.limits.items()}
+        return transposed_scales(weights, reader, module, tolerances)
 
 
 def _mistaken_together(halves: Sequence[tuple[Array, Array]], wrong: WrongTensor) -> Diagnosis | None:

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from llama4_convert.validation.diagnosis.tolerance import Array, Diagnosis, listed, some_of
 
-_PARTS = (1, 2, 3, 4, 5, 6, 8, 16)
-_BEGINNING = 8  # numbers that a piece is known by
-_ROWS = 64  # of the matrix that are looked up
-_MULTIPLIERS = np.random.default_rng(0).integers(1 << 62, size=_BEGINNING, dtype=np.uint64) | np.uint64(1)
+_PARTS_OF_A_ROW = (1, 2, 3, 4, 5, 6, 8, 16)
+_KEY_NUMBERS = 8  # numbers that a piece is known by
+_SAMPLE_ROWS = 64  # of the matrix that are looked up
+_MULTIPLIERS = np.random.default_rng(0).integers(1 << 62, size=_KEY_NUMBERS, dtype=np.uint64) | np.uint64(1)
 _Keys = NDArray[np.uint64]
-_BYTES = 4 * 8  # that a piece takes: its key twice, its place, and the keys in order
+_BYTES_PER_PIECE = 4 * 8  # its key twice, its place, and the keys in order
 
 
 def _parts(width: int) -> list[int]:
-    return [n for n in _PARTS if width % n == 0 and width // n >= _BEGINNING]
+    return [n for n in _PARTS_OF_A_ROW if width % n == 0 and width // n >= _KEY_NUMBERS]
 
 
 class Pieces:
@@ -45,11 +45,11 @@ class Pieces:
     @staticmethod
     def nbytes(n_experts: int, numbers: int, width: int) -> int:
         """What they take while they are made, of matrices of so many numbers."""
-        return n_experts * numbers // width * sum(_parts(width)) * _BYTES
+        return n_experts * numbers // width * sum(_parts(width)) * _BYTES_PER_PIECE
 
     def mixed(self, y: Array, expert: int) -> Diagnosis | None:
         """Whether the rows of y, [in, out], are made of pieces of several experts' rows."""
-        rows = y[some_of(len(y), _ROWS)]
+        rows = y[some_of(len(y), _SAMPLE_ROWS)]
         for n, (keys, order, size) in self._sorted.items():
             asked = _keys(rows, y.shape[1] // n).ravel()
             place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
@@ -69,6 +69,6 @@ class Pieces:
 
 def _keys(matrix: Array, width: int) -> _Keys:
     """[rows, pieces]"""
-    pieces = matrix.reshape(len(matrix), -1, width)[:, :, :_BEGINNING].astype(np.uint64)
+    pieces = matrix.reshape(len(matrix), -1, width)[:, :, :_KEY_NUMBERS].astype(np.uint64)
     keys: _Keys = (pieces * _MULTIPLIERS).sum(-1, dtype=np.uint64)
     return keys

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from llama4.weights import LogicalTensor
 from llama4_convert.validation.diagnosis.tolerance import Array, Floats, Tolerance, floats
 
-_ROWS, _COLUMNS = 16, 32
+_SAMPLE_ROWS, _SAMPLE_COLUMNS = 16, 32
 _ROUNDED = Tolerance(1e-4)  # what is equal bit by bit may have been rounded to another dtype on its way
 Shape = tuple[int, int]
 
@@ -25,10 +25,10 @@ class Sketches:
     def of_shape(self, shape: Shape) -> dict[str, Floats]:
         return self._made.get(shape, {})
 
-    def like(self, made: Floats, shape: Shape, same: Tolerance) -> list[str]:
+    def like(self, made: Floats, shape: Shape, tolerance: Tolerance) -> list[str]:
         """Names of the tensors of this shape that have this sketch."""
-        same = same if same.limit else _ROUNDED
-        return [name for name, other in self.of_shape(shape).items() if same.near(other, made)]
+        tolerance = tolerance if tolerance.limit else _ROUNDED
+        return [name for name, other in self.of_shape(shape).items() if tolerance.near(other, made)]
 
 
 def sketch(x: Array, dtype: str) -> Floats:
@@ -44,7 +44,9 @@ def sketch_of_rows(tensor: LogicalTensor, shape: Shape) -> Floats:
 
 
 def _places(shape: Shape) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    return _spread(shape[0], _ROWS if shape[1] > 1 else _ROWS * _COLUMNS), _spread(shape[1], _COLUMNS)
+    return _spread(shape[0], _SAMPLE_ROWS if shape[1] > 1 else _SAMPLE_ROWS * _SAMPLE_COLUMNS), _spread(
+        shape[1], _SAMPLE_COLUMNS
+    )
 
 
 def _spread(n: int, most: int) -> NDArray[np.intp]:

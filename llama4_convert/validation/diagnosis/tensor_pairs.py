@@ -24,9 +24,9 @@ from llama4_convert.validation.diagnosis.wrong_tensor import Axis, Region, Wrong
 
 # The two vocabulary matrices have 2 GB each in Scout: they are read in slices of rows, all others whole.
 SLICED = {"tok_embeddings", "output"}
-SLICE = 4096
+SLICE_ROWS = 4096
 FLOATS = {"BF16", "F16", "F32", "F64"}
-_COLUMNS = 64  # of a sliced matrix that stand for all
+_SAMPLE_COLUMNS = 64  # of a sliced matrix that stand for all
 
 
 def slices(name: str, height: int) -> Iterator[tuple[int, int] | None]:
@@ -34,7 +34,7 @@ def slices(name: str, height: int) -> Iterator[tuple[int, int] | None]:
     if name not in SLICED:
         yield None
     else:
-        yield from ((start, start + SLICE) for start in range(0, height + 1, SLICE))
+        yield from ((start, start + SLICE_ROWS) for start in range(0, height + 1, SLICE_ROWS))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TensorPairs:
     def numbers(self, name: str) -> int:
         """How many numbers of a tensor are in memory at a time."""
         shapes = self.shapes[name], self.their_shapes.get(name, ())
-        return max(prod((min(s[0], 2 * SLICE), *s[1:]) if name in SLICED else s) for s in shapes if s)
+        return max(prod((min(s[0], 2 * SLICE_ROWS), *s[1:]) if name in SLICED else s) for s in shapes if s)
 
     def tolerance(self, name: str) -> Tolerance:
         matrix = self.reader.quantized.get(self.theirs[name].keys[0]) if self.reader else None
@@ -121,21 +121,21 @@ class TensorPairs:
         first: tuple[Array, Array] | None = None
         differing: list[Array] = []
         pieces: list[tuple[Array, Array]] = []
-        for start in count(0, SLICE):
-            span = (start, start + SLICE)
+        for start in count(0, SLICE_ROWS):
+            span = (start, start + SLICE_ROWS)
             x, y = cast(ours.load(span), ours.dtype, dtype), theirs.load(span)
             if y.ndim != 2 or x.shape[1] != y.shape[1]:
                 return WrongTensor(name, EXACT, dtype, x, y, axes)
             first = first or (x, y)
-            columns = some_of(x.shape[1], _COLUMNS)
+            columns = some_of(x.shape[1], _SAMPLE_COLUMNS)
             for part, bits in zip(thin, (x, y), strict=True):
                 part.append(bits[:, columns])
             n = min(len(x), len(y))
             rows = np.flatnonzero((x[:n] != y[:n]).any(1))
-            if sum(map(len, differing)) < SLICE:
+            if sum(map(len, differing)) < SLICE_ROWS:
                 pieces.append((x[rows], y[rows]))
             differing.append(rows + start)
-            if max(len(x), len(y)) < SLICE:
+            if max(len(x), len(y)) < SLICE_ROWS:
                 break
         assert first is not None
         whole = np.concatenate(thin[0]), np.concatenate(thin[1])

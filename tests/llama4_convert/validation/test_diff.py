@@ -240,7 +240,7 @@ def test_a_transposed_vocabulary_is_told_by_its_first_column_whatever_columns_st
     made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of 256 columns as few as 64 are of a real width: the first is not among them.
-    monkeypatch.setattr(tensor_pairs, "_COLUMNS", 2)
+    monkeypatch.setattr(tensor_pairs, "_SAMPLE_COLUMNS", 2)
     key = f"{TEXT}embed_tokens.weight"
     path = change(
         commands.copy(made(), tmp_path / "copy"),

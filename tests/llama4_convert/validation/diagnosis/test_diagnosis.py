@@ -140,7 +140,7 @@ def test_a_vocabulary_is_read_in_slices(
     rows: int, opened: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2,312 rows; whatever part of them is in memory at a time."""
-    monkeypatch.setattr(tensor_pairs, "SLICE", rows)
+    monkeypatch.setattr(tensor_pairs, "SLICE_ROWS", rows)
     monkeypatch.setattr(planted, "CATALOGUE", (planted.of_vocabulary,))
     reference, candidate, tensors = opened("odd")
     for faults in planted.batches(tensors, shapes_of(reference)):
