@@ -1,6 +1,8 @@
-"""What the model is: a Llama 4 in a few small modules, running from either layout. Knows no other room, and no Transformers.
+"""What the model is: a Llama 4 in a few small modules, running from either layout.
 
-Read `config` for what a Llama 4 can be, `text` and `moe` and `vision` for what it computes, `model` for how they join,
+It imports neither the other packages nor Transformers.
+
+Read `config` for what a Llama 4 can be, `text` and `vision` for what it computes, `model` for how they join,
 `generate` for the KV cache and sampling, `weights` for where the numbers come from. Names are importable from here; torch is
 imported with the first of them.
 """

@@ -1,8 +1,7 @@
 """Checkpoints on disk: which tensor lies where in which file, without loading one and without executing a pickle.
 
-Each format stands beside its inverse. Every folder above may import this one; it imports only the modules at the top of the
-package, the model and the quantizers. Begin with `tensors.py` (what every
-format lists), `meta.py` (Meta's directory) and `transformers.py` (Transformers').
+Each format stands beside its inverse. Every folder may import this one; it may import the modules at the top of the package, the
+tables and the quantizers. Begin with `tensors.py` (what every format lists), `meta.py` (Meta's directory) and `transformers.py`.
 """
 
 from __future__ import annotations

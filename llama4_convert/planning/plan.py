@@ -1,6 +1,6 @@
 """The plan as data: output files, the tensors in them with their byte ranges, and the source slices that each is copied from.
 
-`planner.plan` makes it. The dry run, the size estimate, the progress bar, the resumption and the run itself read it.
+`planner.make_plan` makes it. The dry run, the size estimate, the progress bar, the resumption and the run itself read it.
 """
 
 from __future__ import annotations

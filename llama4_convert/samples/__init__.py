@@ -1,4 +1,4 @@
 """Checkpoints to try things on: random ones of any size, and a small Llama 4 that was really trained.
 
-It may import every folder but the commands. Begin with `demo.py` and `synthetic/synth.py`.
+It may import every folder but the commands, which alone may import it. Begin with `demo.py` and `synthetic/synth.py`.
 """
