@@ -1,4 +1,4 @@
-"""`--config-from`: a fine-tune keeps its tensors; what its config.json has lost comes from the model it was made from."""
+"""`--config-from`: a fine-tune keeps its tensors; fields that its config.json has lost come from its base model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The configuration of a base model, in either layout. A Transformers directory needs no weights for that."""
+    """The configuration of a base model, in either layout. A base in Transformers' layout needs no weight files."""
 
     path: Path
-    body: Mapping[str, Any]  # its config.json, or the one that its conversion would have
+    body: Mapping[str, Any]  # config.json; for Meta's layout that of its conversion
     generation: bytes | None  # generation_config.json
 
     @staticmethod
@@ -41,7 +41,7 @@ class BaseConfig:
         return BaseConfig(path, json_object(path / _CONFIG), read_small(generation) if generation.is_file() else None)
 
     def repaired(self, source: TransformersCheckpoint) -> tuple[TransformersCheckpoint, list[Repair]]:
-        """`source` with a repaired configuration: a text model's if its tensors are one's. Raises BadInput."""
+        """`source` with a repaired configuration: that of a text model where no tensor is of a vision tower. Raises BadInput."""
         tensors = source.tensors
         try:
             body, repairs = repair(source.config, self.body, tensors)

@@ -1,4 +1,4 @@
-"""A request bound to its source: the job that a run carries out, and what results state of it."""
+"""A request bound to its source: the job that a run carries out, and what results say beside it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ MARKER, WEIGHTS_PATTERN = INDEX, "model*.safetensors*"
 
 @dataclass(frozen=True)
 class BoundRequest:
+    """What a conversion is, before a byte of tensor data is read: `job` runs, the other fields go into results."""
+
     request: Request
     source: MetaCheckpoint | TransformersCheckpoint
     job: Job
@@ -30,7 +32,7 @@ class BoundRequest:
     max_position_embeddings: int
     recipe: Recipe | None
     adapter: Adapter | None
-    repaired: Sequence[Repair] | None = None  # None: there is no model to repair the source by
+    repaired: Sequence[Repair] | None = None  # fields of small files; None without --config-from and --vision-from
 
 
 def recipe_options(recipe: Recipe | None, allow_nonfinite: bool = False) -> dict[str, Any]:

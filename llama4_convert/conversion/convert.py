@@ -40,7 +40,7 @@ def convert(
     request = Request(Path(source), **options)
     bounds = Bounds(max_memory, max_error, overwrite)
     with output_directory(Path(target), request.sources) as output:
-        # numpy and the readers are imported once the directory is owned: who comes second is told at once.
+        # numpy and the readers are imported once the directory is locked, so that a second process fails at once.
         from llama4_convert.conversion.summaries import conversion_result
         from llama4_convert.streaming.execution import run
 
@@ -77,7 +77,7 @@ def plan(
     context: int | None = None,
     **options: Any,
 ) -> PlanSummary:
-    """Summarize what `convert` would write. `options` are the fields of `Request`. Reads no tensor data.
+    """Summarize what `convert` would write. `options` are the fields of `Request`. Reads no tensor data. Raises a ConvertError.
 
     With `gpu` ("h100-80gb"), `fit` says in which runtimes the result fits onto `gpus` of them with `context` tokens.
     """

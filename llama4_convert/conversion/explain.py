@@ -1,7 +1,7 @@
 """`explain`: which bytes of which files make an output tensor, and where an input tensor goes or why it is dropped.
 
 Everything comes from the plan that `convert` or `export` would carry out; no tensor data is read. Ranges and strides count
-bytes, and ranges are absolute: who reads `bytes` of `file` and takes the `shape` at the `strides` has what the plan copies.
+bytes, and ranges are absolute: the `shape` at the `strides` in the `bytes` of `file` is exactly what the plan copies.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subj
     request = Request(path, **options)
     if not is_meta(path) and ranks is None and request.recipe is None:
         source = TransformersCheckpoint.open_llama4(path)
-        if "quantization_config" in source.config:  # nothing is made of it; but it can be told what it was made of
+        if "quantization_config" in source.config:  # no command converts it: only its origin is explained
             return _Subject(source, None, None)
     if ranks is None and (request.recipe or is_meta(path)):
         bound, command = bind(request), "convert"

@@ -6,9 +6,11 @@ Fine-tunes come in this layout. Everything but the weights is the source's.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llama4.config_fields import DEFAULT_CONTEXT
 from llama4_convert.checkpoints.digests import Digest, expected_digests
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
@@ -33,7 +35,6 @@ from llama4_convert.planning.planner import make_plan
 from llama4_convert.streaming.job import Job
 from llama4_convert.version import TOOL
 
-DEFAULT_CONTEXT = 131_072  # tokens, where config.json states none
 # Small files that decide what is written, beside the weights.
 _DECIDING = ("config.json", "tokenizer.json", "tokenizer.model", "original/params.json")
 _META_ONLY = {
@@ -127,6 +128,6 @@ def source_digests(source: TransformersCheckpoint) -> tuple[dict[Path, Digest], 
     return found, [f"the source has no checksums: nothing says what {some} should be, and they are taken as they are"]
 
 
-def repair_warnings(repaired: list[Repair] | tuple[()], base: str) -> list[str]:
-    """`base`: the name of the model that the source was repaired by."""
+def repair_warnings(repaired: Sequence[Repair], base: str) -> list[str]:
+    """A sentence for each repaired field; `base` is the name of the model that the values come from."""
     return [one.sentence(base) for one in repaired]

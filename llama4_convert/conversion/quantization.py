@@ -10,6 +10,7 @@ from quant.recipe import Recipe
 
 
 def quantization_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """The entry for the recipe's format, compressed-tensors or bitsandbytes."""
     # Linear layers that the recipe leaves alone are not encoded, but the configuration must name them as left alone.
     modules = [Module(m.module, m.family, m.layer, m.expert, scheme) for m, scheme in plan.linear_layers]
     if recipe.format == "compressed-tensors":

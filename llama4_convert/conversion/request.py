@@ -38,7 +38,7 @@ class Request:
 
     @property
     def sources(self) -> list[Path]:
-        """The directories that are only read."""
+        """Every directory that the request names. A conversion reads them and never writes to them."""
         named = (self.source, self.adapter, self.vision_from, self.config_from)
         return [Path(path) for path in named if path is not None]
 

@@ -230,7 +230,7 @@ def _tokenizer(source: Path, rows: int) -> bytes | None:
     data = read_small(path)
     if path.suffix == ".json":
         data = tokenizer_model(data)
-    ids = TokenIds.from_tokenizer(data, rows)  # which reads it
+    ids = TokenIds.from_tokenizer(data, rows)  # raises BadInput for a damaged tokenizer.model
     if ids and ids.vocab_size > rows:
         raise BadInput(
             f"{path.name} has {ids.vocab_size:,} tokens, and there are {rows:,} embeddings: of another model?"

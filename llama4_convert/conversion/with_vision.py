@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4.config import Llama4Config
-from llama4.config_fields import ConfigError
+from llama4.config_fields import DEFAULT_CONTEXT, ConfigError
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.digests import Digest
 from llama4_convert.checkpoints.manifest import Manifest
@@ -24,7 +24,6 @@ from llama4_convert.conversion.bound_request import (
 )
 from llama4_convert.conversion.from_meta import from_meta
 from llama4_convert.conversion.from_transformers import (
-    DEFAULT_CONTEXT,
     open_directory,
     repair_warnings,
     source_digests,
@@ -62,9 +61,9 @@ class Base:
 
     path: Path
     bound: BoundSource
-    body: Mapping[str, Any]  # its config.json, or the one that its conversion would have
+    body: Mapping[str, Any]  # config.json; for Meta's layout that of its conversion
     fingerprint: Mapping[str, str]
-    files: Mapping[str, bytes]  # its other small files, or those of its conversion
+    files: Mapping[str, bytes]  # the other small files; for Meta's layout those of its conversion
     expected_digests: Mapping[Path, Digest]
     warnings: list[str]
 

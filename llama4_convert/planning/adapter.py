@@ -1,7 +1,7 @@
 """A PEFT LoRA adapter: what its directory holds, and which tensor of the model each of its keys changes.
 
 Keys are PEFT's: a module's path, then `lora_A.weight` and the like. A module that is wrapped more than once (the fused experts,
-one wrapper for each of their two parameters) has `base_layer` in its path. All else is a tensor that was trained whole.
+one wrapper for each of their two parameters) has `base_layer` in its path. Any other key is a tensor that was trained whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -26,11 +25,9 @@ from llama4_convert.checkpoints.transformers import SafetensorsIndex, Transforme
 from llama4_convert.errors import BadInput, UsageError, from_os_error
 from llama4_convert.planning.adapter_config import AdapterConfig
 from llama4_convert.planning.changes import Change, Changed, Changes, LowRankUpdate, TensorReplacement, row_blocks
+from llama4_convert.planning.plan import Plan
 from mappings import Binding, Box, Placement
 from mappings.matrices import Matrix, linearized
-
-if TYPE_CHECKING:
-    from llama4_convert.planning.plan import Plan
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,9 +36,8 @@ _TEXT_PREFIX = "language_model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.(weight|bias)|embedding_(A|B))")
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.|$)")
 _FUSED = ("gate_up_proj", "down_proj")
-_LISTS = re.compile(
-    r"\.experts\.(gate|up|down)_projs\.(\d+)(?=\.)"
-)  # axolotl's linearized experts: a list a projection
+# axolotl's linearized experts: a list for each projection.
+_LISTS = re.compile(r"\.experts\.(gate|up|down)_projs\.(\d+)(?=\.)")
 _CHECK_BYTES = 16 << 20  # searched for NaN at once
 
 
@@ -62,7 +58,7 @@ class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened adapter. Every tensor is float and finite; which of the model's tensors they change, `changes` finds out."""
+    """An opened adapter. Every tensor is float and finite; `changes` finds the model's tensor for each."""
 
     path: Path
     config: AdapterConfig
@@ -96,7 +92,7 @@ class Adapter:
         return found
 
     def summary(self, plan: Plan) -> AdapterSummary:
-        """What a plan takes of the adapter."""
+        """What `plan`, which was made with this adapter, merges."""
         changes = {piece.change for tensor in plan.changed for piece in tensor.changes}
         products = [change for change in changes if isinstance(change, LowRankUpdate)]
         replacements = [change for change in changes if isinstance(change, TensorReplacement)]

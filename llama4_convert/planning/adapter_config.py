@@ -14,7 +14,7 @@ from llama4_convert.errors import BadInput
 from llama4_convert.files import json_object
 from quant.typed import InvalidField, decode
 
-# Fields that say what was trained, or how, and nothing of what a merge makes of it: the keys of the weights say which modules.
+# Fields that say what was trained, or how, and decide nothing in a merge: the keys of the weights say which modules.
 _IDLE = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "runtime_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
@@ -63,7 +63,7 @@ class AdapterConfig(Struct, frozen=True):
 
     @property
     def version(self) -> tuple[int, ...] | None:
-        """Of the PEFT that wrote the file; None where it does not say."""
+        """The version of PEFT that wrote the file; None where the file states none."""
         numbers = re.match(r"\d+(\.\d+)*", self.peft_version) if isinstance(self.peft_version, str) else None
         return tuple(map(int, numbers[0].split("."))) if numbers else None
 
@@ -72,7 +72,7 @@ class AdapterConfig(Struct, frozen=True):
         return int(_first_match(self.rank_pattern, self._matched_path(module), self.r))
 
     def scaling(self, module: str) -> float:
-        """What B @ A is multiplied with."""
+        """The factor of B @ A for a module, which is named by its path in the model."""
         alpha: float = _first_match(self.alpha_pattern, self._matched_path(module), self.lora_alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank

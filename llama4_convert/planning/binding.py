@@ -25,7 +25,7 @@ VISION_PREFIX = "vision."  # of the vision tower's logical tensors
 class BoundSource:
     """A checkpoint, in either layout, as the planner sees it."""
 
-    name: str  # how messages call it
+    name: str  # the checkpoint in error messages
     binding: Binding
     geometry: Geometry
     files: Sequence[TensorFile]  # the files that a run opens; `StoredPart.file` numbers them

@@ -70,7 +70,7 @@ class ChangePiece:
 
     @cached_property
     def stop(self) -> int:
-        """Behind the last."""
+        """One past the last element of the tensor that is changed."""
         return self.start + sum((n - 1) * s for n, s in zip(self.copy.shape, self.copy.target_strides, strict=True)) + 1
 
 
@@ -160,9 +160,9 @@ def _columns(reader: TensorReader, key: str, first: int, step: int) -> Floats:
 def row_blocks(
     shape: Sequence[int], placements: Sequence[Placement], whole: int = _WHOLE_BYTES, block: int = _BLOCK_BYTES
 ) -> Iterator[tuple[tuple[int, int], list[Placement]]]:
-    """Ranges of rows (of the first dimension) of a tensor with at most `block` bytes in fp32, and what each of them holds.
+    """Ranges of rows (of the first dimension) of a tensor with at most `block` bytes in fp32, and the placements in each range.
 
-    One range, if all of it has at most `whole` bytes.
+    A tensor of at most `whole` bytes in fp32 is one range.
     """
     height, row = shape[0], prod(shape[1:])
     if 4 * height * row <= whole:
@@ -187,7 +187,7 @@ def _rows_of(placement: Placement, row: int, start: int, stop: int) -> Placement
 
 
 class ChangeApplier:
-    """Changes ranges of tensors, and keeps the values that it is at: those of one matrix, or of two side by side."""
+    """Changes ranges of tensors, in order. Keeps the values that the last range needed: of one matrix, or of two neighbours."""
 
     def __init__(self) -> None:
         self._values: dict[Change, Floats] = {}
@@ -239,7 +239,7 @@ def _with(numbers: Floats, first: int, piece: ChangePiece, values: Floats) -> Fl
 
 
 def most_bytes(pieces: Sequence[ChangePiece]) -> int:
-    """Of values that are in memory at once while a tensor is changed from its first element to its last."""
+    """The most bytes of values that are in memory at once while a tensor is changed from its first element to its last."""
     most = 0
     open_pieces: list[ChangePiece] = []
     for piece in sorted(pieces, key=lambda piece: piece.start):

@@ -78,7 +78,7 @@ def planned_tensor(
             if piece is not None:
                 pieces.append(piece)
         for change, placement in changes.get(target.tensor, ()):
-            # Of many experts one is wanted, which the first axis tells at once.
+            # Most changes belong to other experts, which their first axis shows without computing the copy.
             apart = placement.box.start[0] >= target.box.start[0] + target.box.size[0]
             if not apart and (change_copy := copies(target, placement)):
                 changed.append(ChangePiece(change, change_copy))
@@ -102,7 +102,7 @@ def output_tensors(
     for name in binding.transformers:
         to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
         for matrix, scheme in to_encode:
-            # Schemes quantize bf16, which is what checkpoints are published in.
+            # Schemes quantize bf16: checkpoints are published in it.
             to = "BF16" if scheme else dtype
             gathered = planned_tensor(matrix.key, matrix.shape, [matrix.target], locations, to, changes)
             if scheme and not gathered.changes and _keeps_bits(matrix, scheme, gathered):

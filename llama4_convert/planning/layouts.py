@@ -19,11 +19,13 @@ from quant.recipe import Recipe
 
 
 class OutputLayout(Protocol):
+    """How a source becomes the files of an output."""
+
     @property
     def recipe(self) -> Recipe | None: ...
 
     def files(self, source: BoundSource) -> tuple[PlannedFile, ...]:
-        """Every output file. Raises MappingError where the source does not make it up."""
+        """Every output file. Raises MappingError where the source cannot fill them."""
         ...
 
     def meta_keys(self, source: BoundSource) -> Sequence[str]:

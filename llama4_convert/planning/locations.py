@@ -31,7 +31,10 @@ Locations = Mapping[str, Sequence[StoredPart]]  # by logical tensor
 
 
 def locate_in_meta(binding: Binding, source: MetaCheckpoint, spelling: Mapping[str, str]) -> Locations:
-    """`spelling`: logical tensor -> the Meta key that stores it. Replicated tensors are located in the first rank."""
+    """Where rank files store each logical tensor. `spelling`: logical tensor -> the Meta key that stores it.
+
+    Replicated tensors are located in the first rank.
+    """
     ranks = len(source.ranks)
     found: dict[str, list[StoredPart]] = defaultdict(list)
     for key in dict.fromkeys(spelling.values()):
@@ -43,7 +46,7 @@ def locate_in_meta(binding: Binding, source: MetaCheckpoint, spelling: Mapping[s
 
 
 def locate_in_transformers(binding: Binding, source: TransformersCheckpoint) -> Locations:
-    """Experts may be fused, or linear layers of their own.
+    """Where safetensors files store each logical tensor. Experts may be fused, or linear layers of their own.
 
     Raises MappingError for a key that is unknown, missing or of another shape than config.json makes it.
     """

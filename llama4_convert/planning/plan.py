@@ -141,7 +141,7 @@ class Envelope(Protocol):
         ...
 
     def finish(self, crc: int) -> bytes:
-        """The bytes behind it."""
+        """The bytes after the tensor, whose bytes have the CRC-32 `crc`."""
         ...
 
     def tail(self) -> bytes: ...
@@ -211,9 +211,7 @@ class Plan:
     checked_while_reading: frozenset[RecordKey] = frozenset()  # read once, whole, front to back: the CRC follows
     checked_beforehand: tuple[tuple[int, Record], ...] = ()  # the other records with a CRC: (file number, record)
     compare: tuple[tuple[str, int], ...] = ()  # (key, file number): replicas to compare with file 0's by value
-    meta_keys: tuple[
-        str, ...
-    ] = ()  # keys of Meta's layout that are read or written, in the spelling that they have there
+    meta_keys: tuple[str, ...] = ()  # keys of Meta's layout that are read or written, as they are spelled there
     dropped: Mapping[str, str] = field(default_factory=dict)  # source key -> why
     base_evidence: tuple[str, ...] = ()  # source keys that only base models carry
     warnings: tuple[str, ...] = ()

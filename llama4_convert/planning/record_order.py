@@ -20,7 +20,7 @@ def checked_while_reading(source: BoundSource, reads: Iterable[tuple[Piece, ...]
     for number, index in enumerate(source.files):
         for tensor in index.tensors.values():
             users[number, tensor.record.name] += 1
-            if isinstance(tensor.record, DequantizedView):  # which reads its scales, too
+            if isinstance(tensor.record, DequantizedView):  # a read of the view reads the scales, too
                 users[tensor.record.scales_archive, tensor.record.scales.record.name] += 1
     pieces_of: dict[RecordKey, list[Piece]] = defaultdict(list)
     for pieces in reads:

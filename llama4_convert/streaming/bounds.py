@@ -1,4 +1,4 @@
-"""What a caller bounds of a run. It imports nothing heavy: an output directory is locked before numpy is loaded."""
+"""The limits that a caller sets for a run. Imports nothing heavy: an output directory is locked before numpy is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ LEAST_MEMORY = 64 << 20
 
 @dataclass(frozen=True)
 class Bounds:
-    """`max_memory` in bytes of own memory above an idle interpreter; `max_error`: of a matrix, relative and squared."""
+    """`max_memory`: bytes of own memory above an idle interpreter. `max_error`: largest relative squared error of a matrix.
+
+    `overwrite` replaces another model in the output directory.
+    """
 
     max_memory: int = DEFAULT_MEMORY
     max_error: float | None = None

@@ -16,7 +16,7 @@ from llama4_convert.streaming.output_directory import MARKERS, WEIGHTS, NeedsOve
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """The state from which a run goes on. `manifest` lists the finished files, and is kept up to date from here on."""
+    """What a run finds finished. `manifest` lists the finished files; the run adds each file that it finishes."""
 
     manifest: Manifest
     kept_weights: int  # weight files that are finished

@@ -38,7 +38,7 @@ class MatrixEncoder:
         self._following = _following(file)
         self._parts: dict[str, list[memoryview | None]] = {}
         self._ahead: bytearray | None = None  # the following matrix, gathered
-        self._spare = bytearray()  # reused: matrices of a layer are of a size
+        self._spare = bytearray()  # reused: matrices of a layer have one size
 
     def take(self, part: EncodedPart) -> bytes | memoryview:
         """The bytes of one part, once. Raises BadInput for a matrix with numbers that are not finite."""
@@ -73,9 +73,8 @@ class MatrixEncoder:
         tensor, matrix = planned.gathered, planned.matrix
         bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
         if planned.scheme is None or planned.keeps_bits:
-            if (
-                planned.scheme is None or planned.scheme.kind != "int4"
-            ):  # whose codes are all finite, whatever they are called
+            # Int4 codes are stored as F8_E4M3, two a byte: a byte that is NaN as FP8 is two finite codes.
+            if planned.scheme is None or planned.scheme.kind != "int4":
                 self.result.count(tensor.name, count_nonfinite(gathered, tensor.dtype))
             return planned.encoder.encode(bits, matrix.in_out, self.threads)
         try:
@@ -94,7 +93,7 @@ class MatrixEncoder:
         tensor = planned.gathered
         into, self._spare = self._spare, bytearray()
         if len(into) != tensor.nbytes:
-            into = bytearray()  # never both
+            into = bytearray()  # frees the old buffer before a new one is made
             into = bytearray(tensor.nbytes)
         fill = self.fillers.filler_for(tensor)
         for start in range(0, tensor.nbytes, _GATHER_BYTES):
@@ -105,7 +104,7 @@ class MatrixEncoder:
 
 
 def _following(file: PlannedFile) -> dict[str, EncodedMatrix]:
-    """By module: the matrix to be read next, where a matrix is what is read next, and two of them may be in memory."""
+    """Module of a matrix -> the matrix that is read right after it, where neither exceeds `GATHER_AHEAD` bytes."""
     return {
         one.matrix.module: other
         for one, other in pairwise(file.reads_in_order())

@@ -1,33 +1,29 @@
-"""A rank's experts as FP8 codes in Meta's layout: planned, and made expert by expert while they are written.
+"""A rank's experts as FP8 codes in Meta's layout, made expert by expert while they are written.
 
-The scales are made with them, and set aside for the file that is written next.
+The scales are made with the codes, and set aside for the file that is written next.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama4_convert.checkpoints.numbers import count_nonfinite
 from llama4_convert.errors import BadInput
 from llama4_convert.planning.plan import ExpertScales, PlannedTensor
+from llama4_convert.streaming.gather import Fill
+from llama4_convert.streaming.run_result import RunResult
 from quant.formats.meta import quantize_fp8
 from quant.schemes import NotFinite
-
-if TYPE_CHECKING:
-    from llama4_convert.streaming.gather import Fill
-    from llama4_convert.streaming.run_result import RunResult
 
 
 class ExpertCodes:
     """Fills byte ranges of a tensor of codes [E * K, N], in order; each expert's matrix is gathered and quantized whole."""
 
     def __init__(self, tensor: PlannedTensor, scales: ExpertScales, gather: Fill, result: RunResult) -> None:
-        """`gather` makes the tensor in bf16. Scales go to `result.scales`, errors to `result.errors`, when the last is made."""
+        """`gather` makes the tensor in bf16. After the last expert `result` has the scales and the error."""
         self.tensor, self.scales, self.gather, self.result = tensor, scales, gather, result
         self.n = tensor.shape[-1]
-        self.size = tensor.numel // scales.experts  # of an expert: codes, which are its bytes
+        self.size = tensor.numel // scales.experts  # bytes of an expert's codes, one a code
         self._codes = memoryview(b"")
         self._found = np.empty((scales.experts, self.n), np.float32)
         self._error = self._power = 0.0

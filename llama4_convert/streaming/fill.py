@@ -25,6 +25,7 @@ class Fillers:
         self._applier = ChangeApplier()
 
     def filler_for(self, tensor: PlannedTensor) -> Fill:
+        """What makes the bytes of `tensor`. A tensor without pieces is one of scales, which `result` has from the file before."""
         if not tensor.pieces:
             return filler_from_bytes(self.result.scales.pop(tensor.name).reshape(-1).view(np.uint8).data)
         if tensor.scales:

@@ -17,7 +17,7 @@ from llama4_convert.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """A request bound to its source."""
+    """Everything that decides an output, known before a byte of tensor data is read."""
 
     plan: Plan
     source_files: Sequence[TensorFile]  # the files that the plan's pieces number

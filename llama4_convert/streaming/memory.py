@@ -12,7 +12,7 @@ GATHER_AHEAD = 96 << 20  # the largest matrix that is gathered while another is 
 # Own memory of a run beside its buffers: numpy, the plan of a 48-layer model, scratch.
 BASE_MEMORY = 64 << 20
 COMPILER_MEMORY = 96 << 20  # numba, and what it compiles
-MERGER_MEMORY = 256 << 20  # torch, which multiplies an adapter's factors
+PRODUCT_MEMORY = 256 << 20  # torch, which multiplies an adapter's factors
 TOKENIZER_MEMORY, TOKENIZER_FACTOR = 80 << 20, 10  # of converting a tokenizer.model: at least, and times its bytes
 
 
@@ -44,5 +44,5 @@ def peak_memory(max_memory: int, tokenizer_bytes: int, plan: Plan) -> int:
         )
         run += largest
     if plan.changed:
-        run += MERGER_MEMORY + plan.change_bytes
+        run += PRODUCT_MEMORY + plan.change_bytes
     return max(run, TOKENIZER_MEMORY + TOKENIZER_FACTOR * tokenizer_bytes)

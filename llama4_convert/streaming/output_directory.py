@@ -1,4 +1,4 @@
-"""The directory that a run writes to: made, and locked before numpy is imported, so that a second process is told at once."""
+"""The directory that a run writes to: made, and locked before numpy is imported, so that a second process fails at once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llama4_convert.checkpoints.manifest import NAME
+from llama4_convert.checkpoints.manifest import INDEX, NAME
 from llama4_convert.errors import UsageError, from_os_error
 from llama4_convert.files import PARTIAL_SUFFIX, locked
 
 # The files, of either layout, that make a directory a model, and the names that readers may take for its weights.
-MARKERS = ("model.safetensors.index.json", "params.json")
+MARKERS = (INDEX, "params.json")
 WEIGHTS = ("model*.safetensors*", "consolidated.*.pth")
 
 
@@ -40,7 +40,7 @@ def output_directory(target: Path, sources: Sequence[Path]) -> Iterator[Path]:
         raise from_os_error(error, f"writing {target}") from error
     finally:
         if is_new:
-            with contextlib.suppress(OSError):  # not empty, or gone: somebody else is at work there
+            with contextlib.suppress(OSError):  # not empty, or gone: another process uses it
                 target.rmdir()
 
 

@@ -31,6 +31,8 @@ def _pieces(file: PlannedFile) -> Iterator[Piece]:
 
 @dataclass(frozen=True)
 class Resumed:
+    """How a run goes on."""
+
     plan: Plan
     left: list[PlannedFile]  # to be made
     running: Running  # to be continued
@@ -41,8 +43,8 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[RecordKey, tuple
 
     A record goes on being checked as it is read if `running` ends where the first file that is left begins, and all files
     behind it are left too. If it does not (a finished file was lost), all files of that record are made again: what they were
-    made of was never checked to the end. A record that is not in `running` was; should a file of it have been lost, it is
-    checked beforehand, as what is not read in order is.
+    made of was never checked to the end. A record that is not in `running` was checked to its end; if a file made of it was
+    lost, the record is checked beforehand, since the run does not read all of it.
     """
     reads = {file.name: first_reads(file) for file in plan.files}
     users: dict[RecordKey, list[str]] = {}

@@ -12,7 +12,7 @@ from llama4_convert.checkpoints.numbers import NonFinite
 
 @dataclass
 class RunResult:
-    """What a run has to say besides its files."""
+    """Collected while files are written; `count` and `taken_nonfinite` are called file by file."""
 
     overflows: dict[str, int] = field(default_factory=dict)  # finite numbers that a cast made infinite, by tensor
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # by module: sums of squares, error and weight
@@ -20,12 +20,12 @@ class RunResult:
     scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # by key, for the file that is written next
 
     def count(self, name: str, found: NonFinite) -> None:
-        """Add to what a tensor has of NaN and infinities."""
+        """Add to the NaN and infinities of the tensor `name`."""
         if any(found):
             before = self.nonfinite.get(name, NonFinite())
             self.nonfinite[name] = NonFinite(before.nan + found.nan, before.inf + found.inf)
 
     def taken_nonfinite(self) -> dict[str, NonFinite]:
-        """Those since the last call."""
+        """The counts since the last call, by tensor; the next call begins anew."""
         taken, self.nonfinite = self.nonfinite, {}
         return taken

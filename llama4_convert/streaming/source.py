@@ -21,7 +21,7 @@ from llama4_convert.streaming.resume import Running
 
 # Read granularity: small enough to stay in the processor's cache between reading, checking and scattering.
 SCRATCH = 1 << 20
-# How much of each record the kernel fetches before it is read: the parts of a tensor are read from the ranks in turn.
+# How far the kernel reads ahead in each record: the parts of a tensor are read from the ranks in turn.
 _READ_AHEAD_BYTES = 16 << 20
 
 
@@ -34,8 +34,8 @@ class Source:
         self._fds: list[int] = []
         self.running: Running = {} if running is None else running
         self._dequantizer = Dequantizer()
-        self._codes: NDArray[np.uint8] = np.empty(0, np.uint8)  # that the last read of a quantized record was made of
-        self._advised: dict[RecordKey, int] = {}  # record -> up to where the disk has been asked for it
+        self._codes: NDArray[np.uint8] = np.empty(0, np.uint8)  # codes that the last read of a quantized record took
+        self._advised: dict[RecordKey, int] = {}  # record -> where the last read ahead ends
         self._scratch = memoryview(bytearray(SCRATCH))
 
     def __enter__(self) -> Source:
@@ -86,7 +86,7 @@ class Source:
 
     def map(self, file: int, record: Record, start: int, size: int) -> tuple[mmap.mmap, int]:
         """A read-only mapping that covers a byte range, and where the range begins in it."""
-        assert not isinstance(record, DequantizedView)  # its numbers lie in their order, and nowhere
+        assert not isinstance(record, DequantizedView)  # computed when it is read: no bytes to map
         begin = record.offset + start
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._fds[file], begin + size - page, access=mmap.ACCESS_READ, offset=page)

@@ -78,7 +78,7 @@ class _Checksum:
         return checked
 
     def taken(self) -> int:
-        """The sum so far; the next one begins anew."""
+        """The CRC-32 since the last call; the next one begins anew."""
         crc, self._crc = self._crc, 0
         return crc
 

@@ -77,7 +77,7 @@ class FileWriter:
         self._buffers, self._workers = buffers, workers
         self._digest = hashlib.sha256()
         self._fd, self._direct = _open(self.temporary)
-        self._dropped = 0  # up to where the page cache was last told to let go
+        self._dropped = 0  # position up to which the kernel was last asked to drop cached pages
         self._position = 0  # file offset of the current buffer
         self._buffer = buffers.take()
         self._filled = 0
@@ -95,7 +95,7 @@ class FileWriter:
         if self._committed:
             return
         self._buffers.give_back(self._buffer, [])
-        with contextlib.suppress(OSError):  # an error is on its way already, or else the next run meets this one
+        with contextlib.suppress(OSError):  # an earlier error is being raised; without one the next run meets this
             self._buffers.drain()
         os.close(self._fd)
         self.temporary.unlink(missing_ok=True)
