@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from msgspec import UNSET, Struct, UnsetType, structs, to_builtins
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from llama4_convert.checkpoints.digests import digests
 from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
 from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error, one_line
-from llama4_convert.files import is_file_name, json_object, locked, read_small, write_small
-from llama4_convert.metadata.model_card import CARD, REPOSITORY_ID, Facts, render
+from llama4_convert.files import json_object, locked, read_small, write_small
+from llama4_convert.metadata.model_card import CARD, METRICS, REPOSITORY_ID, Facts, Parity, render
 from llama4_convert.progress import Progress, Start
 from llama4_convert.validation.results import Validation
 from llama4_convert.version import TOOL
@@ -335,9 +335,23 @@ def _card(path: Path, manifest: Manifest, validation: str | os.PathLike[str] | N
             json_object(path / "config.json"),
             counts.parameters,
             counts.active_parameters,
-            to_builtins(found) if found else None,
+            _parity(found) if found else None,
             base_model,
         )
+    )
+
+
+def _parity(result: Validation) -> Parity:
+    return Parity(
+        passed=result.passed,
+        gates_failed=result.gates_failed,
+        fields_different=len(result.config_differences),
+        tensors_different=len(result.tensors_different),
+        tensors_compared=result.tensors_compared,
+        matrices_quantized=sum(loss.matrices for loss in result.tensors_quantized.values()),
+        runner=result.runner,
+        dtype=result.dtype,
+        metrics={name: getattr(result, name) for name in METRICS},
     )
 
 
@@ -348,8 +362,6 @@ def _read_validation(file: Path, path: Path) -> Validation:
         validated = Path(found.path).resolve().name
     except ValueError as error:
         raise BadInput(f"{error}: give what `validate --json` printed") from error
-    if not all(map(is_file_name, found.gates_failed)):
-        raise BadInput(f"{file.name} is not what `validate --json` prints: gates_failed has no names")
     if validated != path.resolve().name:
         raise UsageError(f"{file.name} is of another directory ({found.path!r:.80}): validate {path} itself")
     return found

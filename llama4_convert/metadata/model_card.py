@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from msgspec import to_builtins
-
 from llama4_convert.checkpoints.families import in_words
-from llama4_convert.checkpoints.manifest import NAME, Manifest, describe_errors
+from llama4_convert.checkpoints.manifest import NAME, Manifest, QuantizationError, describe_errors
 from llama4_convert.files import is_notice
 from llama4_convert.formatting import parameters
 from quant.recipe import FORMATS
@@ -30,7 +29,7 @@ _PUBLISHED = {
     (48, 5120, 0, 0, 8192): "Llama-Guard-4-12B",
 }
 _SCHEMES = {"pack-quantized": "int4", "float-quantized": "fp8"}
-_METRICS = {
+METRICS = {
     "tokens": "tokens compared",
     "kl_mean": "KL divergence, nats a token",
     "kl_p999": "KL divergence, 99.9 % of the tokens below",
@@ -42,15 +41,60 @@ _METRICS = {
 }
 
 
+_SERVE = """
+```
+vllm serve MODEL --max-model-len 32768
+```
+
+`llama4-convert plan SOURCE --gpu NAME` counts which context fits onto which GPUs."""
+_QUANTIZATION = """
+## Quantization
+
+Recipe {recipe}, format {format}. The error is that of the weights as a runtime reads them,
+squared, over the squared weights; measured over every matrix in the pass that quantized it. The manifest has each.
+
+{families}
+
+The largest:
+
+{worst}
+"""
+_PARITY = """
+## Parity
+
+`llama4-convert validate` against the source: {verdict}.
+{parity.fields_different} field(s) of config.json and {parity.tensors_different} of {parity.tensors_compared:,} tensors differ; \
+{parity.matrices_quantized:,} are quantized and held
+against the error that their scheme can make. Logits of {runner} in {dtype}:
+
+{metrics}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """What a card says of a validation; `metrics` has the values of `METRICS`, None for NaN and infinities."""
+
+    passed: bool
+    gates_failed: Sequence[str]
+    fields_different: int
+    tensors_different: int
+    tensors_compared: int
+    matrices_quantized: int
+    runner: str
+    dtype: str
+    metrics: Mapping[str, float | None]
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells. `validation` is what `validate --json` printed, `base_model` the Hub's id of what this was made of."""
+    """What a card is made of. `base_model` is the Hub's id of the model that this one was made of."""
 
     manifest: Manifest
     config: Mapping[str, Any]  # config.json
     parameters: int
     active_parameters: int | None
-    validation: Mapping[str, Any] | None = None
+    parity: Parity | None = None
     base_model: str | None = None
 
     @property
@@ -63,13 +107,17 @@ class Facts:
         return isinstance(self.config.get("vision_config"), dict)
 
     @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        layers = self.text.get("moe_layers")
+        return len(layers) if isinstance(layers, list) else 0
+
+    @property
     def published_as(self) -> str | None:
         """The published model of this size, with its variant if that is known; None if there is none."""
-        moe = self.text.get("moe_layers")
-        moe_layers = len(moe) if isinstance(moe, list) else 0
-        experts = self.text.get("num_local_experts") if moe_layers else 0
+        experts = self.text.get("num_local_experts") if self.moe_layers else 0
         layers, width, dense = (self.text.get(f) for f in ("num_hidden_layers", "hidden_size", "intermediate_size_mlp"))
-        sizes = (layers, width, experts, moe_layers, dense)
+        sizes = (layers, width, experts, self.moe_layers, dense)
         name = next((name for known, name in _PUBLISHED.items() if sizes == known), None)
         is_instruct = self.manifest.options.get("variant") == "instruct"
         return f"{name}-Instruct" if name and is_instruct else name
@@ -104,237 +152,160 @@ class Facts:
 
 def render(facts: Facts) -> str:
     """The text of README.md."""
-    sections = (
-        _front_matter(facts),
-        _what(facts),
-        _model(facts),
-        _use(facts),
-        _quantization(facts),
-        _validation(facts),
-        _source(facts),
-        _check(),
-        _licence(facts),
-    )
-    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
-
-
-def _front_matter(facts: Facts) -> list[str]:
+    manifest = facts.manifest
+    template = (Path(__file__).parent / "templates" / "model_card.md").read_text(encoding="utf-8")
     tags = ["llama", "llama-4", *([facts.method] if facts.method else []), *facts.schemes, "llama4-convert"]
-    base = [f"base_model: {facts.base}"] if facts.base else []
-    # Unsaid, the Hub takes what has a base model for a fine-tune of it.
-    relation = ["base_model_relation: quantized"] if facts.base and facts.schemes else []
-    return [
-        "---",
-        "license: other",
-        "license_name: llama4",
-        f"license_link: {'LICENSE' if 'LICENSE' in facts.manifest.files else _LICENCE}",
-        *base,
-        *relation,
-        "library_name: transformers",
-        f"pipeline_tag: {'image-text-to-text' if facts.has_vision else 'text-generation'}",
-        "tags:",
-        *(f"- {json.dumps(tag)}" for tag in tags),
-        "---",
-    ]
-
-
-def _what(facts: Facts) -> list[str]:
-    options, source = facts.manifest.options, facts.manifest.source
-    name = facts.published_as or "Llama 4"
-    kinds = f", {' and '.join(facts.schemes)}" if facts.schemes else ""
-    if source.get("layout") == "meta":
-        of = f"the checkpoint in Meta's original format ({source.get('ranks')} rank files)"
-    else:
-        of = "a Transformers directory"
-    if facts.schemes:
-        done = f"Feed-forward weights are quantized by the recipe {_code(facts.recipe)}; "
-    else:
-        done = ""
-    rest = (
-        f"tensors are cast to {_code(options['dtype'])}"
-        if options.get("dtype")
-        else "tensors are the source's, bit by bit"
+    schemes = f", {' and '.join(facts.schemes)}" if facts.schemes else ""
+    text = template.format(
+        license_link="LICENSE" if "LICENSE" in manifest.files else _LICENCE,
+        base_model=_base_model(facts),
+        pipeline_tag="image-text-to-text" if facts.has_vision else "text-generation",
+        tags="\n".join(f"- {json.dumps(tag)}" for tag in tags),
+        title=(facts.published_as or "Llama 4") + schemes,
+        source=_source(manifest),
+        tool=_code(manifest.tool),
+        precision=_precision(facts),
+        notes="".join(f"\n{note}" for note in _notes(manifest)),
+        model=_model(facts),
+        model_class="Llama4ForConditionalGeneration" if facts.has_vision else "Llama4ForCausalLM",
+        runtimes=_runtimes(facts),
+        quantization=_quantization(facts),
+        parity=_parity(facts.parity) if facts.parity else "",
+        fingerprints=_fingerprints(manifest),
+        manifest=NAME,
+        licence=_LICENCE,
+        licence_files="\n".join(_licence_files(manifest)),
     )
-    lines = [
-        f"# {name}{kinds}",
-        "",
-        "Built with Llama.",
-        "",
-        f"Weights in the layout of Hugging Face Transformers, made of {of} by {_code(facts.manifest.tool)}.",
-        f"{done}{'all other' if done else 'All'} {rest}.",
-    ]
-    if options.get("text_only"):
-        lines.append("The vision tower was left out: this is the language model alone.")
-    if facts.manifest.dropped:
-        lines.append(
-            "What the source carries beside the weights (RoPE angles, training state) was dropped; the manifest lists it."
-        )
-    if SOURCE_CARD in facts.manifest.files:
-        lines.append(f"The source's own card is [{SOURCE_CARD}]({SOURCE_CARD}).")
-    return lines
+    return text.rstrip("\n") + "\n"
 
 
-def _model(facts: Facts) -> list[str]:
-    text, vision = facts.text, facts.config.get("vision_config")
-    moe = text.get("moe_layers")
-    layers = len(moe) if isinstance(moe, list) else 0
-    active = facts.active_parameters
-    rows = [
-        ("parameters", parameters(facts.parameters).removesuffix(" parameters")),
-        *([("active for a token of text", parameters(active).removesuffix(" parameters"))] if active else []),
-        ("layers", _number(text.get("num_hidden_layers"))),
-        ("width", _number(text.get("hidden_size"))),
-        (
-            "attention heads, KV heads",
-            f"{_number(text.get('num_attention_heads'))}, {_number(text.get('num_key_value_heads'))}",
-        ),
-    ]
-    if layers:
-        chosen, experts = _number(text.get("num_experts_per_tok")), _number(text.get("num_local_experts"))
+def _base_model(facts: Facts) -> str:
+    if not facts.base:
+        return ""
+    # Without it the Hub takes what has a base model for a fine-tune of that model.
+    relation = "base_model_relation: quantized\n" if facts.schemes else ""
+    return f"base_model: {facts.base}\n{relation}"
+
+
+def _source(manifest: Manifest) -> str:
+    if manifest.source.get("layout") == "meta":
+        return f"the checkpoint in Meta's original format ({manifest.source.get('ranks')} rank files)"
+    return "a Transformers directory"
+
+
+def _precision(facts: Facts) -> str:
+    dtype = facts.manifest.options.get("dtype")
+    rest = f"tensors are cast to {_code(dtype)}." if dtype else "tensors are the source's, bit by bit."
+    if facts.schemes:
+        return f"Feed-forward weights are quantized by the recipe {_code(facts.recipe)}; all other {rest}"
+    return f"All {rest}"
+
+
+def _notes(manifest: Manifest) -> Iterator[str]:
+    if manifest.options.get("text_only"):
+        yield "The vision tower was left out: this is the language model alone."
+    if manifest.dropped:
+        yield "What the source carries beside the weights (RoPE angles, training state) was dropped; the manifest lists it."
+    if SOURCE_CARD in manifest.files:
+        yield f"The source's own card is [{SOURCE_CARD}]({SOURCE_CARD})."
+
+
+def _model(facts: Facts) -> str:
+    """The table of sizes."""
+
+    def size(name: str, config: Mapping[str, Any] = facts.text) -> str:
+        value = config.get(name)
+        return f"{value:,}" if type(value) is int else "-"
+
+    rows = [("parameters", parameters(facts.parameters).removesuffix(" parameters"))]
+    if active := facts.active_parameters:
+        rows.append(("active for a token of text", parameters(active).removesuffix(" parameters")))
+    rows.append(("layers", size("num_hidden_layers")))
+    rows.append(("width", size("hidden_size")))
+    rows.append(("attention heads, KV heads", f"{size('num_attention_heads')}, {size('num_key_value_heads')}"))
+    if layers := facts.moe_layers:
+        chosen, experts = size("num_experts_per_tok"), size("num_local_experts")
         rows.append(("experts", f"{experts} in each of {layers} layers, {chosen} chosen a token, and a shared one"))
-    rows.append(("vocabulary", _number(text.get("vocab_size"))))
-    rows.append(("context, tokens", _number(text.get("max_position_embeddings"))))
+    rows.append(("vocabulary", size("vocab_size")))
+    rows.append(("context, tokens", size("max_position_embeddings")))
+    vision = facts.config.get("vision_config")
     if isinstance(vision, dict):
-        rows.append(("vision tower", f"{_number(vision.get('num_hidden_layers'))} layers"))
+        rows.append(("vision tower", f"{size('num_hidden_layers', vision)} layers"))
     if variant := facts.manifest.options.get("variant"):
         rows.append(("variant", _code(variant)))
-    return ["## Model", "", *_table(("", ""), rows)]
+    return _table(("", ""), rows)
 
 
-def _use(facts: Facts) -> list[str]:
-    model = "Llama4ForConditionalGeneration" if facts.has_vision else "Llama4ForCausalLM"
-    lines = [
-        "## Use",
-        "",
-        "`MODEL` stands for the name of this repository, or the directory.",
-        "",
-        "```python",
-        f"from transformers import AutoTokenizer, {model}",
-        "",
-        f'model = {model}.from_pretrained("MODEL", dtype="auto", device_map="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("MODEL")',
-        "```",
-        "",
-    ]
+def _runtimes(facts: Facts) -> str:
+    """What loads it."""
     if facts.method == "bitsandbytes":
-        return [
-            *lines,
-            "This format (bitsandbytes NF4) is Transformers': `pip install bitsandbytes`. vLLM does not load such experts.",
-        ]
+        return "This format (bitsandbytes NF4) is Transformers': `pip install bitsandbytes`. vLLM does not load such experts."
     if facts.method:
-        lines.append(
-            f"Transformers needs `pip install {facts.method}` for this format"
-            + (" and widens int4 weights to bf16 as it loads them." if "int4" in facts.schemes else ".")
-        )
+        widens = " and widens int4 weights to bf16 as it loads them" if "int4" in facts.schemes else ""
+        needs = f"Transformers needs `pip install {facts.method}` for this format{widens}."
     else:
-        lines.append("Any runtime that loads Llama 4 from a Transformers directory loads this one.")
-    lines += ["", "```", "vllm serve MODEL --max-model-len 32768", "```", ""]
-    return [*lines, "`llama4-convert plan SOURCE --gpu NAME` counts which context fits onto which GPUs."]
+        needs = "Any runtime that loads Llama 4 from a Transformers directory loads this one."
+    return f"{needs}\n{_SERVE}"
 
 
-def _quantization(facts: Facts) -> list[str]:
+def _quantization(facts: Facts) -> str:
+    """The section on what quantizing cost, or nothing."""
     if not facts.manifest.errors:
-        return []
-    told = to_builtins(describe_errors(facts.manifest.errors))
+        return ""
+    measured = describe_errors(facts.manifest.errors)
 
-    def row(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
-        sqnr = "-" if one["sqnr_db"] is None else f"{one['sqnr_db']:.2f}"
-        return in_words(name), f"{one['matrices']:,}", f"{one['relative_mse']:.4g}", sqnr
+    def row(name: str, error: QuantizationError) -> tuple[str, ...]:
+        sqnr = "-" if error.sqnr_db is None else f"{error.sqnr_db:.2f}"
+        return in_words(name), f"{error.matrices:,}", f"{error.relative_mse:.4g}", sqnr
 
-    families = [row(family, one) for family, one in told["families"].items()]
-    worst = [(_code(one["module"]), f"{one['relative_mse']:.4g}") for one in told["worst"]]
-    return [
-        "## Quantization",
-        "",
-        f"Recipe {_code(facts.recipe)}, format {_code(facts.method)}. The error is that of the weights as a runtime reads them,",
-        "squared, over the squared weights; measured over every matrix in the pass that quantized it. The manifest has each.",
-        "",
-        *_table(("weights", "matrices", "relative squared error", "SQNR, dB"), [*families, row("all", told)]),
-        "",
-        "The largest:",
-        "",
-        *_table(("module", "relative squared error"), worst),
-    ]
-
-
-def _validation(facts: Facts) -> list[str]:
-    told = facts.validation
-    if told is None:
-        return []
-    verdict = (
-        "passed" if told["passed"] else f"FAILED ({', '.join(told['gates_failed']) or 'fields or tensors differ'})"
+    families = [row(family, error) for family, error in measured.families.items()]
+    worst = [(_code(error.module), f"{error.relative_mse:.4g}") for error in measured.worst]
+    return _QUANTIZATION.format(
+        recipe=_code(facts.recipe),
+        format=_code(facts.method),
+        families=_table(
+            ("weights", "matrices", "relative squared error", "SQNR, dB"), [*families, row("all", measured)]
+        ),
+        worst=_table(("module", "relative squared error"), worst),
     )
-    quantized = sum(one["matrices"] for one in told["tensors_quantized"].values())
-    rows = [(text, _figure(told.get(name))) for name, text in _METRICS.items()]
-    fields, tensors, of = len(told["config_differences"]), len(told["tensors_different"]), told["tensors_compared"]
-    return [
-        "## Parity",
-        "",
-        f"`llama4-convert validate` against the source: {verdict}.",
-        f"{fields} field(s) of config.json and {tensors} of {of:,} tensors differ; {quantized:,} are quantized and held",
-        f"against the error that their scheme can make. Logits of {_code(told['runner'])} in {_code(told['dtype'])}:",
-        "",
-        *_table(("", ""), rows),
-    ]
 
 
-def _source(facts: Facts) -> list[str]:
-    digests = facts.manifest.source.get("sha256")
+def _parity(parity: Parity) -> str:
+    failed = ", ".join(parity.gates_failed) or "fields or tensors differ"
+    return _PARITY.format(
+        verdict="passed" if parity.passed else f"FAILED ({failed})",
+        parity=parity,
+        runner=_code(parity.runner),
+        dtype=_code(parity.dtype),
+        metrics=_table(("", ""), [(text, _figure(parity.metrics.get(name))) for name, text in METRICS.items()]),
+    )
+
+
+def _fingerprints(manifest: Manifest) -> str:
+    """The section with the digests of the source's files, or nothing."""
+    digests = manifest.source.get("sha256")
     if not isinstance(digests, dict):
-        return []
-    if facts.manifest.source.get("layout") == "meta":
-        of = "of a `.pth` file over the names, sizes and CRCs of its records, of all others over their bytes"
+        return ""
+    if manifest.source.get("layout") == "meta":
+        what = "of a `.pth` file over the names, sizes and CRCs of its records, of all others over their bytes"
     else:
-        of = "of a weights file over its header and samples of each tensor, of all others over their bytes"
+        what = "of a weights file over its header and samples of each tensor, of all others over their bytes"
     rows = [(_code(name), _code(digest)) for name, digest in sorted(digests.items())]
-    return ["## Source", "", f"SHA-256 {of}:", "", *_table(("file", "fingerprint"), rows)]
+    return f"\n## Source\n\nSHA-256 {what}:\n\n{_table(('file', 'fingerprint'), rows)}\n"
 
 
-def _check() -> list[str]:
-    return [
-        "## Check it",
-        "",
-        "```",
-        "llama4-convert verify MODEL                           # every byte against the manifest's SHA-256",
-        "llama4-convert validate MODEL --reference SOURCE      # fields, tensors and logits against the original",
-        "```",
-        "",
-        f"The manifest is `{NAME}`: what this was made of, with which options, and a digest of every file.",
-    ]
+def _licence_files(manifest: Manifest) -> Iterator[str]:
+    if notices := [_code(name) for name in sorted(manifest.files) if is_notice(name)]:
+        yield f"Texts that came with the source: {', '.join(notices)}."
+    if "LICENSE" not in manifest.files:
+        yield "The source came without a LICENSE file: add it before you pass this on."
 
 
-def _licence(facts: Facts) -> list[str]:
-    files = sorted(facts.manifest.files)
-    there = [_code(name) for name in files if is_notice(name)]
-    lines = [
-        "## Licence",
-        "",
-        f"Llama 4 and what derives from it are under the [Llama 4 Community License Agreement]({_LICENCE});",
-        "its text decides, not this note. Among other things it asks that whoever passes the weights on",
-        "",
-        "- gives a copy of the agreement along, and keeps Meta's notice in a text file called Notice;",
-        '- shows "Built with Llama" where the model is presented;',
-        '- begins the name of a model that was made or improved with it with "Llama";',
-        "",
-        "and that all use follows the Acceptable Use Policy. Some grants exclude some users: see the LICENSE.",
-    ]
-    if there:
-        lines.append(f"Texts that came with the source: {', '.join(there)}.")
-    if "LICENSE" not in files:
-        lines.append("The source came without a LICENSE file: add it before you pass this on.")
-    return lines
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def _number(value: object) -> str:
-    return f"{value:,}" if type(value) is int else "-"
-
-
-def _figure(value: object) -> str:
+def _figure(value: float | None) -> str:
     return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else "not a number"
 
 
