@@ -732,12 +732,9 @@ def test_sound_quantized_matrices_raise_no_suspicion(wide: Path, quantized: Call
                 for output in outputs
             }
             b = encoder.decode(parts, 256, 512)
-            told = quantized_faults.suspicion(
-                a.float().numpy(),
-                floats(b, "BF16"),
-                QuantizedMatrix(scheme.kind, 256, 512, encoder, {}, False, {"granularity": scheme.granularity}),
-                parts,
-            )
+            matrix = QuantizedMatrix(scheme.kind, 256, 512, encoder, {}, False, {"granularity": scheme.granularity})
+            pair = quantized_faults.QuantizedPair(a.float().numpy(), floats(b, "BF16"), matrix, parts)
+            told = quantized_faults.suspicion(pair)
             assert told is None, (scheme, told)
 
 
