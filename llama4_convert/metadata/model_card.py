@@ -153,7 +153,7 @@ class Facts:
 def render(facts: Facts) -> str:
     """The text of README.md."""
     manifest = facts.manifest
-    template = (Path(__file__).parent / "templates" / "model_card.md").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "templates" / "model_card.md.format").read_text(encoding="utf-8")
     tags = ["llama", "llama-4", *([facts.method] if facts.method else []), *facts.schemes, "llama4-convert"]
     schemes = f", {' and '.join(facts.schemes)}" if facts.schemes else ""
     text = template.format(
