@@ -142,7 +142,7 @@ class TensorPairs:
         if whole[0].shape != whole[1].shape:
             return WrongTensor(name, EXACT, dtype, *whole, axes)
         a, b = (np.concatenate(part) for part in zip(*pieces, strict=True))
-        inner, shape = Region.of(a, b, dtype), (len(whole[0]), first[0].shape[1])
+        inner, shape = Region.between(a, b, dtype), (len(whole[0]), first[0].shape[1])
         region = replace(inner, rows=np.concatenate(differing), shape=shape)
         return WrongTensor(name, EXACT, dtype, *first, axes, thin=whole, sparse=region)
 

@@ -47,7 +47,7 @@ class Region:
     y: Array
 
     @staticmethod
-    def of(x: Array, y: Array, dtype: str, tolerance: Tolerance = EXACT) -> Region:
+    def between(x: Array, y: Array, dtype: str, tolerance: Tolerance = EXACT) -> Region:
         if tolerance.limit:
             error, power = np.square(y - x), np.square(x)
             rows, columns = (np.flatnonzero(~(error.sum(i) <= 2 * tolerance.limit * power.sum(i))) for i in (1, 0))
@@ -119,7 +119,7 @@ class WrongTensor:
 
     @cached_property
     def region(self) -> Region:
-        return self.sparse or Region.of(self.x, self.y, self.dtype, self.tolerance)
+        return self.sparse or Region.between(self.x, self.y, self.dtype, self.tolerance)
 
     @property
     def lines(self) -> tuple[Array, Array]:
