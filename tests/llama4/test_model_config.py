@@ -68,7 +68,7 @@ def test_what_transformers_makes_of_it_and_saves_says_it_still(
 
 @pytest.mark.parametrize("geometry", ["scout", "maverick", "guard"])
 def test_the_values_are_those_of_params(geometry: str, meta_checkpoint: Callable[..., Any]) -> None:
-    """By hand, from tests/meta_model.py."""
+    """By hand, from tests/support/meta_model.py."""
     params = meta_model.GEOMETRIES[geometry]
     c = meaning(meta_checkpoint(geometry, 2).src)
     text, n = c.text_config, params["n_layers"]
