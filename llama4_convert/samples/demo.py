@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from llama4_convert.validation.results import Validation
 
-# What the model, trained on Python's documentation (`train.py`), has something to say about.
+# What the model, trained on Python's documentation (`train_demo.py`), has something to say about.
 PROMPT = "If the object is"
 _NEW_TOKENS = 24
 _FILES = ("params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth", "README.md")

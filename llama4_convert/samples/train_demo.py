@@ -1,4 +1,4 @@
-"""Trains the small Llama 4 of `llama4_convert/demo/model` from what ships with Python, and writes it as Meta would.
+"""Trains the small Llama 4 of `llama4_convert/samples/demo_model` from what ships with Python, and writes it as Meta would.
 
     python -m llama4_convert.samples.train_demo OUT
 
