@@ -145,7 +145,8 @@ def put(shelf: Callable[[str], Path], name: str, is_changed: bool = False) -> No
 def parsed(words: list[str]) -> dict[str, Any]:
     """The parameters of a command, by click; it raises for options that do not exist and arguments that are missing."""
     command = cli.cli.commands[words[0]]
-    with command.make_context(words[0], list(words[1:])) as context:
+    program = click.Context(cli.cli, **cli.cli.context_settings)  # click keeps a command's first help option
+    with command.make_context(words[0], list(words[1:]), parent=program) as context:
         return context.params
 
 
