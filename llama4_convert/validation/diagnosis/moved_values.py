@@ -268,6 +268,8 @@ def cut_from_qkv(parts: Sequence[Array], y: Array, index: int, most: int) -> Dia
     """Whether y, in the place of the `index`-th of matrices [q, k, v], was cut from ranks' (or KV heads') fused blocks q|k|v that
     were joined whole, or was cut in another order. `most`: blocks that are tried. Of raw bits.
     """
+    if len({part.shape[1:] for part in parts}) > 1:  # of a damaged reference, as `diff` may have one
+        return None
     sizes = [len(part) for part in parts]
     plain = np.arange(sum(sizes))
     orders = [(plain, "")]

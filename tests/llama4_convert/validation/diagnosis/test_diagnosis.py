@@ -283,6 +283,15 @@ def test_q_k_and_v_cut_in_another_order(opened: Callable[..., Pair]) -> None:
     assert "cut in the order k, q, v; " in found[1].cause
 
 
+def test_a_reference_whose_q_has_another_width_than_its_k_and_v(opened: Callable[..., Pair]) -> None:
+    """As the damaged side of `diff` may be."""
+    _, candidate, tensors = opened("odd")
+    q, k = (f"{LAYER}1.self_attn.{part}_proj.weight" for part in "qk")
+    damaged = {**tensors, q: torch.cat(tensors[q].chunk(2), 1), k: -tensors[k]}
+    found = faults_of(dataclasses.replace(candidate, readers=(Memory(damaged),)), candidate)
+    assert {fault.tensor for fault in found} == {q, k}
+
+
 def test_an_expert_says_whose_numbers_it_holds(opened: Callable[..., Pair]) -> None:
     reference, candidate, tensors = opened("maverick")
     key = "language_model.model.layers.1.feed_forward.experts.down_proj"
