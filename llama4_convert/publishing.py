@@ -85,11 +85,7 @@ def outgoing(path: str | os.PathLike[str], repository: str) -> Push:
     path = Path(path)
     if not REPOSITORY_ID.fullmatch(repository) or "/" not in repository:
         raise UsageError(f"{repository!r:.80} is no repository: write OWNER/NAME")
-    manifest = Manifest.read(path) if path.is_dir() else None
-    if manifest is None:
-        raise UsageError(f"{path} has no {NAME}: only what this tool has written is pushed")
-    if manifest.marker not in manifest.files:
-        raise UsageError(f"{path} is unfinished: run its conversion again, it goes on where it stopped")
+    manifest = _finished_manifest(path, for_card=False)
     if lost := sorted(manifest.files.keys() - manifest.intact(path, manifest.files)):
         hint = "card --write, with --adopt if you have edited it" if lost[0] == "README.md" else "verify says more"
         raise CheckFailed(f"{path}: {lost[0]} is missing or of another size than the manifest says: {hint}")
@@ -267,7 +263,7 @@ def card(
     of the model that this one was made of, where its sizes do not tell. Raises UsageError, BadInput or EnvironmentFailed.
     """
     path = Path(path)
-    return Card(output=str(path), card=_card(path, _manifest(path), validation, base_model))
+    return Card(output=str(path), card=_card(path, _finished_manifest(path, for_card=True), validation, base_model))
 
 
 def write_card(
@@ -283,14 +279,12 @@ def write_card(
     `status` is "written" or "unchanged". A README.md that somebody has edited is refused: `overwrite` replaces it, `adopt` keeps
     it as it is and takes it into the manifest. Raises UsageError, BadInput or EnvironmentFailed.
     """
-    from llama4_convert.checkpoints.digests import digests
-
     path = Path(path)
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory")
     try:
         with locked(path):
-            manifest, file = _manifest(path), path / CARD
+            manifest, file = _finished_manifest(path, for_card=True), path / CARD
             found = digests(file, {"sha256"}, lambda n: None)["sha256"] if file.is_file() else None
             listed = manifest.files[CARD].sha256 if CARD in manifest.files else None
             data = read_small(file) if adopt else _card(path, manifest, validation, base_model).encode()
@@ -311,11 +305,14 @@ def write_card(
     return Card(output=str(path), file=CARD, sha256=new, status=status)
 
 
-def _manifest(path: Path) -> Manifest:
+def _finished_manifest(path: Path, for_card: bool) -> Manifest:
     manifest = Manifest.read(path) if path.is_dir() else None
     if manifest is None:
-        raise UsageError(f"{path} has no {NAME}: a card is made for what `convert` has written")
-    if manifest.marker != INDEX:
+        rule = (
+            "a card is made for what `convert` has written" if for_card else "only what this tool has written is pushed"
+        )
+        raise UsageError(f"{path} has no {NAME}: {rule}")
+    if for_card and manifest.marker != INDEX:
         raise UsageError(f"{path} is in Meta's layout: a card is for Transformers directories")
     if manifest.marker not in manifest.files:
         raise UsageError(f"{path} is unfinished: run its conversion again, it goes on where it stopped")

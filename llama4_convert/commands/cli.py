@@ -71,10 +71,9 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
-        _interrupted()
-    except KeyboardInterrupt:
-        _interrupted()
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted: the same command goes on where it stopped", err=True)
+        sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
@@ -90,8 +89,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package in OURS or not package:
             raise
-        told = f"the Python package {package} is missing: install llama4-convert with its dependencies (pip install .)"
-        _fail(EnvironmentFailed(told))
+        advice = "install llama4-convert with its dependencies (pip install .)"
+        _fail(EnvironmentFailed(f"the Python package {package} is missing: {advice}"))
     except MemoryError:
         _fail(EnvironmentFailed("out of memory: give less to --max-memory, or close other programs"))
 
@@ -102,11 +101,6 @@ def _fail(error: ConvertError) -> None:
     with contextlib.suppress(OSError):  # stderr may be gone, or on the disk that is full
         click.echo(click.style("error: ", fg="red") + (text if len(text) < 2000 else text[:2000] + " ..."), err=True)
     sys.exit(error.exit_code)
-
-
-def _interrupted() -> None:
-    click.echo("interrupted: the same command goes on where it stopped", err=True)
-    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from llama4_convert import formatting
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import Size, as_json, show
+from llama4_convert.commands.options import as_json, max_memory_option, show
 from llama4_convert.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -24,9 +23,7 @@ _MAX_LISTED = 20
 @click.command()
 @click.argument("a", metavar="A", type=click.Path(path_type=Path))
 @click.argument("b", metavar="B", type=click.Path(path_type=Path))
-@click.option(
-    "--max-memory", type=Size(), default="4GiB", show_default=True, help="Bound on the memory of the process."
-)
+@max_memory_option("4GiB")
 @as_json
 def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
     """Tell in which tensors and fields two checkpoints differ. Each may be in either layout, of any rank count, quantized or not.
@@ -45,7 +42,7 @@ def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
     """
     from llama4_convert.validation.diff import diff as run
 
-    with terminal.ProgressBar("diff", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("diff", as_json) as bar:
         result = run(a, b, max_memory=max_memory, start=bar.start, progress=bar.advance)
     show(result, as_json, lambda r: "\n".join(_lines(r)))
     if not result.equal:

@@ -77,8 +77,7 @@ def explain(path: Path, tensor: str, everything: bool, as_json: bool, **options:
     from llama4_convert.conversion.explain import explain as run
 
     result = run(path, tensor, **options)
-    for text in result.warnings:
-        terminal.warn(text)
+    terminal.warn(*result.warnings)
     show(result, as_json, lambda r: "\n".join(_lines(r, 1 << 62 if everything else _SHOWN)))
 
 

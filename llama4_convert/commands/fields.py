@@ -62,7 +62,9 @@ def fields_of(struct: type[msgspec.Struct]) -> list[Field]:
     """The fields of a struct in the order of its JSON, each with its docstring."""
     docs = field_docs(struct)
     return [
-        Field(field.encode_name, type_in_words(field.type), docs.get(field.name, ""), _inner_struct(field.type))
+        Field(
+            field.encode_name, type_in_words(field.type), docs.get(field.name, ""), next(_structs([field.type]), None)
+        )
         for field in msgspec.structs.fields(struct)
     ]
 
@@ -76,13 +78,9 @@ def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(definition, ast.ClassDef)
         for field, below in zip(definition.body, definition.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                assert isinstance(field.target, ast.Name)
-                found[field.target.id] = " ".join(str(below.value.value).split())
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 
@@ -124,13 +122,6 @@ def _plural(words: str) -> str:
     return irregular.get(words) or f"{first}s{f' or {rest}' if rest else ''}"
 
 
-def _inner_struct(kind: Any) -> type[msgspec.Struct] | None:
-    """The first struct inside a type: also of the objects in a list, or in an object of objects."""
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        return kind
-    return next((found for one in typing.get_args(kind) if (found := _inner_struct(one))), None)
-
-
 def schema() -> dict[str, Any]:
     """A JSON schema of every result: `properties` has one command each, `$defs` their types with the docstrings."""
     results = result_types()
@@ -149,6 +140,7 @@ def schema() -> dict[str, Any]:
 
 
 def _structs(kinds: Iterable[Any]) -> Iterator[type[msgspec.Struct]]:
+    """The structs in types, each before those of its fields: also of the objects in a list, or in an object of objects."""
     for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             yield kind

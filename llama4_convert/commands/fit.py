@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llama4_convert.commands.options import as_json, gpu_names, show
+from llama4_convert.commands.options import as_json, gpu_names, gpus_option, show
 from llama4_convert.errors import CheckFailed
 
 
@@ -21,7 +21,7 @@ from llama4_convert.errors import CheckFailed
     shell_complete=gpu_names,
     help="The GPU; `all`: every one known.",
 )
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@gpus_option
 @click.option(
     "--context", type=click.IntRange(min=1), help="Tokens that must fit. Default: 8,192, and the largest is told."
 )

@@ -95,8 +95,7 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
     from llama4_convert import publishing
 
     planned = publishing.outgoing(path, repository)
-    for text in planned.warnings:
-        terminal.warn(text)
+    terminal.warn(*planned.warnings)
     if dry_run:
         show(planned, as_json, _would_push)
         return
@@ -108,13 +107,12 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
         terminal.say(_would_push(planned))
         if not click.confirm("Upload?", err=True):
             raise UsageError("nothing was pushed: you said no")
-    with terminal.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("verify", as_json) as bar:
         quiet = not sys.stderr.isatty()
         result = publishing.push(
             path, repository, verify=not no_verify, quiet=quiet, start=bar.start, progress=bar.advance, **options
         )
-    for text in result.warnings[len(planned.warnings) :]:
-        terminal.warn(text)
+    terminal.warn(*result.warnings[len(planned.warnings) :])
     show(result, as_json, lambda r: f"{r.url}: {_size(r)}, on the Hub as the manifest says")
 
 

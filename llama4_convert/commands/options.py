@@ -31,9 +31,6 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(str(error), param, ctx)
 
 
-T = TypeVar("T")
-
-
 def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """For the shell: the built-in recipes that the command takes, or files where none begins so."""
     from quant.recipe import built_in
@@ -120,6 +117,14 @@ request_options = options(
 )
 
 
+def max_memory_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--max-memory", type=Size(), default=default, show_default=True, help="Bound on the memory of the process."
+    )
+
+
+gpus_option = click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
 SEED = click.IntRange(min=-(1 << 63), max=(1 << 63) - 1)
 dtype_option = click.option(
     "--dtype",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -36,7 +35,7 @@ def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
     from llama4_convert.inspection.inspect import inspect as run
     from llama4_convert.reports.inspection import inspect_summary
 
-    with terminal.ProgressBar("inspect", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("inspect", as_json) as bar:
         result = run(path, stats=stats, start=bar.start, progress=bar.advance)
     show(result, as_json, lambda r: inspect_summary(r, tensors))
 
@@ -65,7 +64,7 @@ def verify(path: Path, as_json: bool, ids: Path | None) -> None:
     """
     from llama4_convert.inspection.verify import verify as run
 
-    with terminal.ProgressBar("verify", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("verify", as_json) as bar:
         result = run(path, ids=ids, start=bar.start, progress=bar.advance)
     show(result, as_json, summaries.verify_summary)
     if not result.ok:

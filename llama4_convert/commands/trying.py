@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
     """
     from llama4_convert.samples.synthetic.synth import synth as run
 
-    with terminal.ProgressBar("synth", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("synth", as_json) as bar:
         result = run(target, start=bar.start, progress=bar.advance, **options)
     show(result, as_json, lambda result: _synth_summary(target, result))
 

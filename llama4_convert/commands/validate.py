@@ -119,7 +119,7 @@ def validate(
         _check_place(html)
     if cache is not None and not cache.name:
         raise UsageError("--cache has no folder: name one, or leave it out")
-    with terminal.ProgressBar("validate", quiet=as_json and not sys.stderr.isatty()) as bar:
+    with terminal.ProgressBar("validate", as_json) as bar:
         result = run(
             path,
             gates=dict(gates),

@@ -13,9 +13,11 @@ import click
 
 from llama4_convert.commands import terminal
 from llama4_convert.commands.options import (
-    Size,
     as_json,
     gpu_names,
+    gpus_option,
+    max_memory_option,
+    overwrite_option,
     recipe_names,
     request_options,
     show,
@@ -34,7 +36,7 @@ from llama4_convert.reports import summaries
     shell_complete=gpu_names,
     help="Say whether the result fits onto this GPU, in which runtimes: h100-80gb (`--gpu list` lists the names).",
 )
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@gpus_option
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of context that must fit as well.")
 @as_json
 def plan(source: Path, as_json: bool, **request: Any) -> None:
@@ -48,8 +50,7 @@ def plan(source: Path, as_json: bool, **request: Any) -> None:
     from llama4_convert.conversion.convert import plan as run
 
     result = run(source, **request)
-    for text in result.warnings:
-        terminal.warn(text)
+    terminal.warn(*result.warnings)
     show(result, as_json, summaries.plan_summary)
 
 
@@ -57,9 +58,7 @@ def plan(source: Path, as_json: bool, **request: Any) -> None:
 @source_argument
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @request_options
-@click.option(
-    "--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process."
-)
+@max_memory_option("1GiB")
 @click.option(
     "--max-error",
     type=click.FloatRange(min=0),
@@ -71,7 +70,7 @@ def plan(source: Path, as_json: bool, **request: Any) -> None:
     show_default=True,
     help="Where a recipe computes: cpu, cuda, cuda:1. The bytes are the same.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Plan only; write nothing.")
 @as_json
 def convert(
@@ -110,7 +109,7 @@ def convert(
         Bounds(max_memory)  # refused as the run would
         click.get_current_context().invoke(plan, source=source, as_json=as_json, device=device, **request)
         return
-    with terminal.ProgressBar("convert", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+    with terminal.ProgressBar("convert", as_json) as bar, _with_overwrite():
         result = run(
             source,
             target,
@@ -146,10 +145,8 @@ def convert(
     is_flag=True,
     help="Where ranks of SRC disagree on a replicated tensor, take the first rank's.",
 )
-@click.option(
-    "--max-memory", type=Size(), default="1GiB", show_default=True, help="Bound on the memory of the process."
-)
-@click.option("--overwrite", is_flag=True, help="Replace what DST holds.")
+@max_memory_option("1GiB")
+@overwrite_option
 @as_json
 def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Write SRC, in either layout, to DST in Meta's: consolidated.NN.pth, params.json, tokenizer.model.
@@ -170,7 +167,7 @@ def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """
     from llama4_convert.conversion.to_meta import export as run
 
-    with terminal.ProgressBar("export", quiet=as_json and not sys.stderr.isatty()) as bar, _with_overwrite():
+    with terminal.ProgressBar("export", as_json) as bar, _with_overwrite():
         result = run(source, target, warn=terminal.warn, start=bar.start, progress=bar.advance, **options)
     show(result, as_json, summaries.export_summary)
 
