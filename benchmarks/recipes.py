@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llama4_convert import convert, validate
 from llama4_convert.reference.tokenization import TextTokenizer
-from llama4_convert.samples.train_demo import HELD_OUT
+from llama4_convert.samples.corpus import HELD_OUT
 from quant.recipe import built_in
 
 LENGTH = 384  # tokens a prompt: several chunks of the model's 128

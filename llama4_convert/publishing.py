@@ -127,6 +127,8 @@ def push(
     path = Path(path)
     planned = outgoing(path, repository)
     api = _client(quiet)
+    from huggingface_hub import CommitOperationAdd
+
     is_there = _is_there(api, repository)
     if not is_there and not create:
         raise UsageError(f"{repository} is not there, or your token may not see it: --create makes it")
@@ -137,13 +139,19 @@ def push(
             api.create_repo(repository, private=private, exist_ok=True)
         if create and revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        oid, url = _commit(api, path, planned, revision, message or f"Upload with {TOOL}")
-        theirs, strays = _tree(api, repository, oid, {file.file for file in planned.files})
+        # All files in one commit; the client leaves out those that the Hub has already.
+        operations = [CommitOperationAdd(file.file, path / file.file) for file in planned.files]
+        commit = api.create_commit(
+            repository, operations, commit_message=message or f"Upload with {TOOL}", revision=revision
+        )
+        theirs, strays = _tree(api, repository, commit.oid, {file.file for file in planned.files})
     _compare(path, theirs, repository)
     found = list(planned.warnings)
     if strays:
         found.append(f"{repository} holds other weights, which readers may take: {', '.join(sorted(strays)[:3])}")
-    return structs.replace(planned, warnings=found, revision=revision or "main", commit=oid, url=url)
+    return structs.replace(
+        planned, warnings=found, revision=revision or "main", commit=str(commit.oid), url=str(commit.commit_url)
+    )
 
 
 def _client(quiet: bool) -> HfApi:
@@ -206,15 +214,6 @@ def _verify(path: Path, start: Start, progress: Progress) -> None:
     result = verify(path, start=start, progress=progress)
     if bad := [file for file in result.files if not file.ok]:
         raise CheckFailed(f"{path}: {bad[0].file} is not what the manifest says ({bad[0].note}): nothing was pushed")
-
-
-def _commit(api: HfApi, path: Path, planned: Push, revision: str | None, message: str) -> tuple[str, str]:
-    """Sends all files in one commit; the client leaves out those that the Hub has already. Returns the commit's id and page."""
-    from huggingface_hub import CommitOperationAdd
-
-    operations = [CommitOperationAdd(file.file, path / file.file) for file in planned.files]
-    commit = api.create_commit(planned.repository, operations, commit_message=message, revision=revision)
-    return str(commit.oid), str(commit.commit_url)
 
 
 def _tree(api: HfApi, repository: str, revision: str, names: set[str]) -> tuple[dict[str, tuple[str, str]], set[str]]:
@@ -326,16 +325,8 @@ def _card(path: Path, manifest: Manifest, validation: str | os.PathLike[str] | N
         raise UsageError(f"{base_model!r:.80} is no id of a model on the Hub: write OWNER/NAME")
     found = _read_validation(Path(validation), path) if validation is not None else None
     counts = inspect(path)
-    return render(
-        Facts(
-            manifest,
-            json_object(path / "config.json"),
-            counts.parameters,
-            counts.active_parameters,
-            _parity(found) if found else None,
-            base_model,
-        )
-    )
+    config, parity = json_object(path / "config.json"), _parity(found) if found else None
+    return render(Facts(manifest, config, counts.parameters, counts.active_parameters, parity, base_model))
 
 
 def _parity(result: Validation) -> Parity:

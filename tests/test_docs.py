@@ -290,9 +290,9 @@ def test_the_design_lists_every_folder_and_no_other() -> None:
         listed.add("/".join(above[: depth + 1]))
     folders = {
         path.parent.relative_to(ROOT).as_posix()
-        for room in ("mappings", "llama4", "quant", "llama4_convert")
+        for package in ("mappings", "llama4", "quant", "llama4_convert")
         for pattern in ("__init__.py", "*.toml")
-        for path in (ROOT / room).rglob(pattern)
+        for path in (ROOT / package).rglob(pattern)
     }
     assert listed == folders
 

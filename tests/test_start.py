@@ -22,8 +22,8 @@ def modules() -> list[str]:
     """Paths of all modules but those that may import something heavy."""
     paths = [
         p.relative_to(REPOSITORY)
-        for room in ("mappings", "llama4", "quant", "llama4_convert")
-        for p in (REPOSITORY / room).rglob("*.py")
+        for package in ("mappings", "llama4", "quant", "llama4_convert")
+        for p in (REPOSITORY / package).rglob("*.py")
     ]
     return [str(path) for path in sorted(paths) if not str(path).startswith(tuple(TORCH | NUMBA))]
 

@@ -33,7 +33,7 @@ class TextTokenizer:
         """Takes over `tokenizer`, which must be byte-level. Raises BadInput if it is not."""
         from tokenizers import decoders
 
-        self._byte_of = _byte_of_character()
+        self._byte_of = byte_of_character()
         characters = set().union(*tokenizer.get_vocab(with_added_tokens=False))
         if not isinstance(tokenizer.decoder, decoders.ByteLevel) or not characters <= self._byte_of.keys():
             raise BadInput("its tokens do not stand for bytes, as Llama 4's do; use the model's own tokenizer")
@@ -152,7 +152,7 @@ def _read(path: Path) -> bytes | None:
         raise from_os_error(error, f"reading {path}") from error
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The byte that each character of the byte-level alphabet stands for.
 
     A printable Latin-1 character is its own byte. The others, from U+0100 on, are given out in order to the bytes left.

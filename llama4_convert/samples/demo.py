@@ -21,8 +21,6 @@ from llama4_convert.validation.results import Validation
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from llama4_convert.validation.results import Validation
-
 # What the model, trained on Python's documentation (`train_demo.py`), has something to say about.
 PROMPT = "If the object is"
 _NEW_TOKENS = 24
@@ -164,7 +162,6 @@ def _caption(path: Path, picture: Path) -> str:
 
 def _nats(kl: float | None) -> str:
     """What is only rounding differs from machine to machine, and from one number of threads to another."""
-    # Whether a product rounds to exactly the other's bits depends on the number of threads.
     if kl is None:
         return "not a number"
     return "below 1e-9 nats a token" if kl < 1e-9 else f"{kl:.1g} nats a token"

@@ -9,32 +9,44 @@ one coloured shape with a caption. Some 20 minutes on two cores of their own; OU
 from __future__ import annotations
 
 import argparse
-import ast
-import base64
-import html
-import json
 import math
 import os
 import platform
-import re
-import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama4.config import Llama4Config, Llama4TextConfig
 from llama4.geometry import Geometry
 from llama4.weights import parameter_shapes
-from llama4_convert.metadata.tokenizer import N_SPECIAL, WORD_PATTERN
+from llama4_convert.files import json_object
 from llama4_convert.reference.checkpoint import load_reference
 from llama4_convert.reference.tokenization import TextTokenizer
+from llama4_convert.samples.corpus import (
+    HELD_OUT,
+    LENGTH,
+    SEQUENCES,
+    Words,
+    text_batches,
+    texts,
+    tokenizer_model,
+)
+from llama4_convert.samples.pictures import (
+    COLOURS,
+    GROUNDS,
+    SHAPES,
+    caption,
+    captioned,
+    draw,
+    pixel_values,
+    random_picture,
+)
+from llama4_convert.samples.rank_files import RANKS, rank_tensors
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -42,9 +54,6 @@ if TYPE_CHECKING:
     from llama4.model import Llama4ForCausalLM
 
 SEED = 0
-RANKS = 2
-N_PLAIN = 2048  # 256 bytes and 1,792 merges
-LENGTH, SEQUENCES = 512, 4  # of text, a step
 WEIGHT_DECAY = 0.1
 CAPTION_WEIGHT, BALANCE_WEIGHT = 0.5, 0.02
 TOWER_FILE = "tower.pt"
@@ -71,42 +80,7 @@ JOIN = Stage(steps=150, warm_up=20, rate=5e-4, pictures=32)
 POLISH = Stage(steps=120, warm_up=20, rate=5e-4, pictures=64)
 
 # A Maverick in small: dense and MoE layers by turns, every fourth layer NoPE. The widths follow: 512 dense, 128 experts.
-PARAMS: dict[str, Any] = {
-    "dim": 256,
-    "n_layers": 4,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": N_PLAIN + N_SPECIAL,
-    "multiple_of": 128,
-    "ffn_dim_multiplier": 0.75,
-    "ffn_exp": 2.0,
-    "norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "use_scaled_rope": True,
-    "use_qk_norm": True,
-    "nope_layer_interval": 4,
-    "attention_chunk_size": 128,
-    "attn_temperature_tuning": True,
-    "floor_scale": 128.0,
-    "attn_scale": 0.1,
-    "moe_args": {
-        "num_experts": 4,
-        "capacity_factor": 1.0,
-        "auto_scale_F": True,
-        "top_k": 1,
-        "interleave_moe_layer_step": 2,
-    },
-    "vision_args": {
-        "image_size": {"height": 56, "width": 56},
-        "patch_size": {"height": 14, "width": 14},
-        "dim": 64,
-        "n_layers": 2,
-        "n_heads": 4,
-        "mlp_ratio": 4.0,
-        "output_dim": 128,
-        "pixel_shuffle_ratio": 0.5,
-    },
-}
+PARAMS_FILE = Path(__file__).parent / "demo_model" / "params.json"
 
 
 def train_language(out: Path) -> None:
@@ -115,7 +89,7 @@ def train_language(out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     topics, _, library = texts()
-    (out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
+    (out / "params.json").write_bytes(PARAMS_FILE.read_bytes())
     (out / "tokenizer.model").write_bytes(tokenizer_model([*topics, *library]))
     words = Words(TextTokenizer.open(out))
     torch.manual_seed(SEED)
@@ -271,181 +245,13 @@ def measure(out: Path, seconds: Mapping[str, float]) -> str:
     return table
 
 
-# -------------------- the text
-
-# A twentieth of the 79 topics of Python 3.11: names[18::20] of the sorted names.
-HELD_OUT = ("calls", "global", "sequence-types", "yield")
-# A file with anyone else's copyright or a licence of its own is left out.
-_NOTICE = re.compile(r"copyright|permission (?:is|to) |licen[cs]ed?\b", re.IGNORECASE)
-_PSF = re.compile(r"Python Software Foundation|\bPSF\b")
-_COMMENTS = re.compile(r"(?:^[ \t]*#.*\n){2,}", re.MULTILINE)
-_MARK = re.compile(r"^[ \t]*# ?", re.MULTILINE)
-
-
-@cache
-def texts() -> tuple[list[str], list[str], list[str]]:
-    """Topics to learn from, topics held out, and documents of the standard library.
-
-    Topics quote each other: what a held-out topic says is cut from the other texts, paragraph by paragraph.
-    """
-    from pydoc_data.topics import topics
-
-    held_out = [topics[name] for name in HELD_OUT]
-    secret = {_squeezed(paragraph) for text in held_out for paragraph in _paragraphs(text)}
-
-    def without(text: str) -> str:
-        return "\n\n".join(p for p in _paragraphs(text) if len(_squeezed(p)) < 30 or _squeezed(p) not in secret)
-
-    open_topics = [without(topics[name]) for name in sorted(topics) if name not in HELD_OUT]
-    return open_topics, held_out, [without(text) for text in library_texts()]
-
-
-def _paragraphs(text: str) -> list[str]:
-    return re.split(r"\n[ \t]*\n", text)
-
-
-def _squeezed(paragraph: str) -> str:
-    return " ".join(paragraph.split())
-
-
-def library_texts() -> Iterator[str]:
-    """What reads like prose in the standard library, a document a module: docstrings, longer comments, IDLE's help."""
-    library = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(library.rglob("*.py")):
-        if "site-packages" in file.parts:
-            continue
-        source = file.read_text("utf-8", "replace")
-        if any(_NOTICE.search(line) and not _PSF.search(line) for line in source.splitlines()):
-            continue
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # tests of the compiler
-            continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        strings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-        comments = [_MARK.sub("", block).strip() for block in _COMMENTS.findall(source)]
-        parts = [s for s in strings if len(s) >= 80] + [c for c in comments if len(c) >= 160]
-        if parts:
-            yield "\n\n".join(parts) + "\n"
-    page = library / "idlelib" / "help.html"
-    if page.exists():
-        yield html.unescape(re.sub(r"<[^>]*>", "", page.read_text("utf-8")))
-
-
-def tokenizer_model(corpus: Sequence[str]) -> bytes:
-    """A byte-pair vocabulary for `corpus` in the format of Meta's tokenizer.model: the bytes, then a token a merge."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=N_PLAIN, initial_alphabet=alphabet, max_token_length=16, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    # The byte-level alphabet: printable Latin-1 characters are their own bytes, those from U+0100 on the other bytes in order.
-    byte_of = {c: ord(c) for c in alphabet if ord(c) < 256}
-    left = sorted(set(range(256)) - set(byte_of.values()))
-    byte_of |= dict(zip(alphabet[len(byte_of) :], left, strict=True))
-    by_rank = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    merged = [bytes(byte_of[c] for c in token) for token, _ in by_rank if len(token) > 1]
-    tokens = [bytes([value]) for value in range(256)] + merged
-    assert len(set(tokens)) == len(tokens) == N_PLAIN
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
-
-
-class Words:
-    """The tokenizer with the tokens that training puts around texts and pictures."""
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.bos, self.eos = tokenizer.special("<|begin_of_text|>"), tokenizer.special("<|end_of_text|>")
-        self.patch = tokenizer.special("<|patch|>")
-        # As Meta's ChatFormat spells an image of one tile.
-        spelling = "<|begin_of_text|><|image_start|><|image|>" + "<|patch|>" * 4 + "<|image_end|>"
-        self.picture = tokenizer.encode(spelling)
-
-    def document(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, allow_special=False)
-        if self.tokenizer.decode(ids) != text:
-            raise AssertionError("a text does not survive the tokenizer")
-        return [self.bos, *ids, self.eos]
-
-
-def text_batches(documents: Sequence[Sequence[int]], bos: int, random: Random) -> Iterator[list[list[int]]]:
-    """Sequences of bos and LENGTH tokens, without end; documents and sequences are shuffled anew each round."""
-    while True:
-        stream = [token for document in random.sample(documents, len(documents)) for token in document]
-        starts = list(range(0, len(stream) - LENGTH, LENGTH))
-        random.shuffle(starts)
-        for i in range(0, len(starts) - SEQUENCES + 1, SEQUENCES):
-            yield [[bos, *stream[start : start + LENGTH]] for start in starts[i : i + SEQUENCES]]
-
-
-# -------------------- the pictures
-
-SHAPES = ("circle", "square", "triangle")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
-GROUNDS = ("white", "black", "grey")
-
-
-def draw(shape: str, colour: str, ground: str, random: Random) -> Image:
-    """The shape at a random place, of a random size, its colours slightly off."""
-    from PIL import Image, ImageColor, ImageDraw
-
-    def about(name: str) -> tuple[int, ...]:
-        return tuple(min(255, max(0, value + random.randint(-20, 20))) for value in ImageColor.getrgb(name)[:3])
-
-    side = PARAMS["vision_args"]["image_size"]["height"]
-    picture = Image.new("RGB", (side, side), about(ground))
-    pen, size = ImageDraw.Draw(picture), random.randint(18, 40)
-    left, top = random.randint(1, side - size - 2), random.randint(1, side - size - 2)
-    box = (left, top, left + size, top + size)
-    if shape == "circle":
-        pen.ellipse(box, fill=about(colour))
-    elif shape == "square":
-        pen.rectangle(box, fill=about(colour))
-    else:
-        pen.polygon([(left + size / 2, top), (left, top + size), (left + size, top + size)], fill=about(colour))
-    return picture
-
-
-def caption(shape: str, colour: str, ground: str) -> str:
-    return f" {'An' if colour[0] in 'aeiou' else 'A'} {colour} {shape} on a {ground} ground."
-
-
-def random_picture(random: Random) -> tuple[str, str, str]:
-    return random.choice(SHAPES), random.choice(COLOURS), random.choice(GROUNDS)
-
-
-def pixel_values(pictures: Sequence[Image]) -> Tensor:
-    """Pictures of one tile as the vision tower takes them: [pictures, 3, side, side], -1 to 1."""
-    import numpy as np
-    import torch
-
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
-
-
-def captioned(random: Random, words: Words, n: int) -> tuple[Tensor, Tensor]:
-    """`n` new pictures and their token sequences, filled up with -100."""
-    import torch
-
-    kinds = [random_picture(random) for _ in range(n)]
-    rows = [[*words.picture, *words.tokenizer.encode(caption(*kind)), words.eos] for kind in kinds]
-    longest = max(map(len, rows))
-    tokens = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
-    return pixel_values([draw(*kind, random) for kind in kinds]), tokens
-
-
 # -------------------- the model
 
 
 def meta_config(words: Words) -> Llama4Config:
-    return replace(Llama4Config.from_geometry(Geometry.from_params(PARAMS)), image_token_index=words.patch)
+    return replace(
+        Llama4Config.from_geometry(Geometry.from_params(json_object(PARAMS_FILE))), image_token_index=words.patch
+    )
 
 
 def initial(config: Llama4Config) -> DictWeights:
@@ -532,78 +338,6 @@ def caption_accuracy(model: Llama4ForCausalLM, words: Words, random: Random, n: 
     right = [{*kind[:2]} <= {*text.split()} for kind, text in zip(kinds, found, strict=True)]
     whole = [caption(*kind) == text for kind, text in zip(kinds, found, strict=True)]
     return sum(right) / n, sum(whole) / n
-
-
-# -------------------- Meta's format
-
-
-def rank_tensors(config: Llama4Config, weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """What one rank's file of a published base model holds, from logical tensors."""
-    import torch
-
-    out: dict[str, Tensor] = {}
-    c = config.text_config
-
-    def part(name: str, axis: int) -> Tensor:
-        return weights[name].chunk(RANKS, axis)[rank]
-
-    out["tok_embeddings.weight"] = part("tok_embeddings", 0)
-    for layer in range(c.num_hidden_layers):
-        at = f"layers.{layer}."
-        ffn = f"{at}feed_forward."
-        out[f"{at}attention.wqkv.layer_norm_weight"] = weights[f"{at}attention_norm"]
-        out[f"{at}attention.wqkv.weight"] = torch.cat([part(f"{at}attention.{x}", 0) for x in "qkv"])
-        out[f"{at}attention.wo.weight"] = part(f"{at}attention.o", 1)
-        if not c.is_moe(layer):
-            out[f"{ffn}mlp.layer_norm_weight"] = weights[f"{at}ffn_norm"]
-            out[f"{ffn}mlp.fc1_weight"] = torch.cat([part(f"{ffn}gate", 0), part(f"{ffn}up", 0)])
-            out[f"{ffn}mlp.fc2_weight"] = part(f"{ffn}down", 1)
-            continue
-        out[f"{ffn}norm.weight"] = weights[f"{at}ffn_norm"]
-        out[f"{ffn}router_DE"] = weights[f"{ffn}router"].T
-        experts = [f"{ffn}experts.{e}." for e in range(c.num_local_experts)]
-        for key, name, axis in (("w_in_eD_F", "gate", 0), ("w_swiglu_eD_F", "up", 0), ("w_out_eF_D", "down", 1)):
-            out[f"{ffn}experts.moe_{key}"] = torch.cat([part(f"{expert}{name}", axis).T for expert in experts])
-        for key, name, axis in (
-            ("w_in_shared_FD", "gate", 0),
-            ("w_swiglu_FD", "up", 0),
-            ("w_out_shared_DF", "down", 1),
-        ):
-            out[f"{ffn}{key}.weight"] = part(f"{ffn}shared.{name}", axis)
-        # Base models carry the router's statistics, and nothing reads them.
-        for key, height in (
-            ("expert_activation_DE", c.hidden_size),
-            ("global_gate_stats_3E", 3),
-            ("running_gate_stats_3E", 3),
-        ):
-            out[f"{ffn}{key}"] = torch.zeros(height, c.num_local_experts, dtype=torch.bfloat16)
-    out["norm.weight"] = weights["norm"]
-    out["output.weight"] = part("output", 0)
-
-    assert config.vision_config
-    encoder = "vision_embeddings.vision_encoder."
-    out[f"{encoder}class_embedding"] = weights["vision.class_embedding"]
-    out[f"{encoder}positional_embedding_vlm"] = weights["vision.position_embedding"]
-    out[f"{encoder}conv1._linear.weight"] = part("vision.patch_embedding", 0)
-    for layer in range(config.vision_config.num_hidden_layers):
-        at, block = f"vision.layers.{layer}.", f"{encoder}transformer.resblocks.{layer}."
-        for norm in ("ln_1", "ln_2"):
-            for kind in ("weight", "bias"):
-                out[f"{block}{norm}.{kind}"] = weights[f"{at}{norm}.{kind}"]
-        for place, name in (("attn.", "wq"), ("attn.", "wk"), ("attn.", "wv"), ("mlp.", "c_fc")):
-            for kind in ("weight", "bias"):
-                out[f"{block}{place}{name}.{kind}"] = part(f"{at}{name}.{kind}", 0)
-        for place, name in (("attn.", "wo"), ("mlp.", "c_proj")):
-            out[f"{block}{place}{name}.weight"] = part(f"{at}{name}.weight", 1)
-            out[f"{block}{place}{name}.bias"] = weights[f"{at}{name}.bias"]
-    for norm in ("ln_pre", "ln_post"):
-        for kind in ("weight", "bias"):
-            out[f"{encoder}{norm}.{kind}"] = weights[f"vision.{norm}.{kind}"]
-    out["vision_embeddings.vision_adapter.mlp.c_fc.weight"] = part("vision.adapter.c_fc", 0)
-    out["vision_embeddings.vision_adapter.mlp.c_proj.weight"] = part("vision.adapter.c_proj", 1)
-    out["vision_projection.weight"] = part("vision.projection", 0)
-    # Clones: a view would be saved with all that it is a view of.
-    return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in out.items()}
 
 
 _README = """# A small Llama 4

@@ -273,6 +273,8 @@ def test_nothing_else_loads_the_client() -> None:
     """Offline by default."""
     uses = re.compile(r"^\s*(from|import) huggingface_hub", re.MULTILINE)
     sources = [
-        path for room in ("llama4_convert", "llama4", "quant", "mappings") for path in (REPOSITORY / room).rglob("*.py")
+        path
+        for package in ("llama4_convert", "llama4", "quant", "mappings")
+        for path in (REPOSITORY / package).rglob("*.py")
     ]
     assert [path.name for path in sources if uses.search(path.read_text())] == ["publishing.py"]

@@ -6,24 +6,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 
 from llama4.geometry import Geometry
+from llama4_convert.checkpoints.digests import digests
 from llama4_convert.checkpoints.pth_writer import PthWriter
 from llama4_convert.checkpoints.state_dict_pickle import PthTensor
 from llama4_convert.errors import EnvironmentFailed, UsageError, from_os_error
+from llama4_convert.progress import Progress, Start
 from llama4_convert.samples.synthetic.numbers import DTYPES
 from llama4_convert.samples.synthetic.params import SPECIAL_TOKENS, synth_params
 from llama4_convert.samples.synthetic.tensors import check_ranks, tensors_of
 from llama4_convert.samples.synthetic.tokenizer import tokenizer_model
-
-# As in `conversion`: (bytes in all, bytes already done) once, then (bytes just written); tensor data only.
-Start: TypeAlias = Callable[[int, int], None]
-Progress: TypeAlias = Callable[[int], None]
 
 # The file that says, to people and to the next run, that the directory holds random numbers and may be overwritten.
 MARKER = "synthetic.json"
@@ -167,7 +165,7 @@ def _is_ours(name: str) -> bool:
 def _small_files(directory: Path, shards: list[str], params: dict[str, Any], seed: int) -> dict[str, bytes]:
     """Tokenizer, MD5 sums and params of a tiny checkpoint: content by name, in the order to write them."""
     tokenizer, stated = tokenizer_model(params["vocab_size"] - SPECIAL_TOKENS, seed), _json(params)
-    sums = {name: _md5(directory / name) for name in shards}
+    sums = {name: digests(directory / name, {"md5"}, lambda n: None)["md5"] for name in shards}
     sums["tokenizer.model"] = hashlib.md5(tokenizer).hexdigest()
     sums["params.json"] = hashlib.md5(stated).hexdigest()
     checklist = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
@@ -185,8 +183,3 @@ def _write(path: Path, content: bytes) -> None:
 
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from itertools import pairwise
 from random import Random
 
 
 def tokenizer_model(base_tokens: int, seed: int) -> bytes:
-    """A `tokenizer.model` in tiktoken's format, a line a token: base64, a space, the rank. Random, but valid.
+    """A `tokenizer.model` in tiktoken's format. Random, but valid.
 
     The 256 bytes come first, then words of lower-case letters, some after a space. Byte pair encoding with the earlier
     tokens splits each in exactly two, so that readers which rebuild the list of merges find one merge a token.
@@ -24,7 +25,12 @@ def tokenizer_model(base_tokens: int, seed: int) -> bytes:
             starts.append(token)
             if not token.startswith(b" "):
                 ends.append(token)
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+    return ranked(ranks)
+
+
+def ranked(tokens: Iterable[bytes]) -> bytes:
+    """tiktoken's format of tokens in the order of their ranks: a line a token, base64, a space, the rank."""
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
 def encode(ranks: dict[bytes, int], text: bytes) -> list[bytes]:

@@ -17,7 +17,9 @@ from torch import Tensor
 from llama4.model import Llama4ForCausalLM
 from llama4_convert import generate, load_reference, plan, samples
 from llama4_convert.reference.tokenization import TextTokenizer
-from llama4_convert.samples.train_demo import Words, next_token_loss, pixel_values
+from llama4_convert.samples.corpus import Words
+from llama4_convert.samples.pictures import pixel_values
+from llama4_convert.samples.train_demo import next_token_loss
 from tests.support import meta_model
 
 MODEL = Path(samples.__file__).parent / "demo_model"
