@@ -282,9 +282,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_design_lists_every_folder_and_no_other() -> None:
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    house = text.partition("## The house\n\n```\n")[2].partition("\ntests/")[0]
+    tree = text.partition("## The packages\n\n```\n")[2].partition("\ntests/")[0]
     listed, above = set[str](), [""] * 4
-    for indent, name in re.findall(r"^( *)(\w+)/ ", house, re.MULTILINE):
+    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
         depth = len(indent) // 2
         above[depth] = name
         listed.add("/".join(above[: depth + 1]))

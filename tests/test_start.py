@@ -76,3 +76,10 @@ def test_help_loads_no_numbers_and_no_result_types() -> None:
     assert (
         heavy_after(script, heavy={"numpy", "msgspec", "jinja2", "safetensors", "tokenizers"} | HEAVY) == "loaded: []"
     )
+
+
+def test_dir_lists_what_the_package_exports() -> None:
+    import llama4_convert
+
+    assert dir(llama4_convert) == sorted(llama4_convert.__all__)
+    assert {"__version__", "convert", "validate"} <= set(dir(llama4_convert))

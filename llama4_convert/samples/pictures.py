@@ -42,10 +42,6 @@ def caption(shape: str, colour: str, ground: str) -> str:
     return f" {'An' if colour[0] in 'aeiou' else 'A'} {colour} {shape} on a {ground} ground."
 
 
-def random_picture(random: Random) -> tuple[str, str, str]:
-    return random.choice(SHAPES), random.choice(COLOURS), random.choice(GROUNDS)
-
-
 def pixel_values(pictures: Sequence[Image]) -> Tensor:
     """Pictures of one tile as the vision tower takes them: [pictures, 3, side, side], -1 to 1."""
     import numpy as np
@@ -55,12 +51,18 @@ def pixel_values(pictures: Sequence[Image]) -> Tensor:
     return (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
 
 
+def drawn(random: Random, n: int) -> tuple[list[tuple[str, str, str]], Tensor]:
+    """`n` new pictures: shape, colour and ground of each, and the pixels."""
+    kinds = [(random.choice(SHAPES), random.choice(COLOURS), random.choice(GROUNDS)) for _ in range(n)]
+    return kinds, pixel_values([draw(*kind, random) for kind in kinds])
+
+
 def captioned(random: Random, words: Words, n: int) -> tuple[Tensor, Tensor]:
     """`n` new pictures and their token sequences, filled up with -100."""
     import torch
 
-    kinds = [random_picture(random) for _ in range(n)]
+    kinds, pixels = drawn(random, n)
     rows = [[*words.picture, *words.tokenizer.encode(caption(*kind)), words.eos] for kind in kinds]
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
-    return pixel_values([draw(*kind, random) for kind in kinds]), tokens
+    return pixels, tokens

@@ -25,25 +25,8 @@ from llama4.weights import parameter_shapes
 from llama4_convert.files import json_object
 from llama4_convert.reference.checkpoint import load_reference
 from llama4_convert.reference.tokenization import TextTokenizer
-from llama4_convert.samples.corpus import (
-    HELD_OUT,
-    LENGTH,
-    SEQUENCES,
-    Words,
-    text_batches,
-    texts,
-    tokenizer_model,
-)
-from llama4_convert.samples.pictures import (
-    COLOURS,
-    GROUNDS,
-    SHAPES,
-    caption,
-    captioned,
-    draw,
-    pixel_values,
-    random_picture,
-)
+from llama4_convert.samples import corpus, pictures
+from llama4_convert.samples.corpus import Words
 from llama4_convert.samples.rank_files import RANKS, rank_tensors
 
 if TYPE_CHECKING:
@@ -88,9 +71,9 @@ def train_language(out: Path) -> None:
     import torch
 
     out.mkdir(parents=True, exist_ok=True)
-    topics, _, library = texts()
+    topics, _, library = corpus.texts()
     (out / "params.json").write_bytes(PARAMS_FILE.read_bytes())
-    (out / "tokenizer.model").write_bytes(tokenizer_model([*topics, *library]))
+    (out / "tokenizer.model").write_bytes(corpus.tokenizer_model([*topics, *library]))
     words = Words(TextTokenizer.open(out))
     torch.manual_seed(SEED)
     train_jointly(out, words, initial(meta_config(words)), Random(SEED), LANGUAGE)
@@ -108,7 +91,7 @@ def train_tower(out: Path) -> None:
     config = meta_config(Words(TextTokenizer.open(out)))
     weights = initial(config)
     model = Llama4ForConditionalGeneration(config, weights)
-    traits = (SHAPES, COLOURS, GROUNDS)
+    traits = (pictures.SHAPES, pictures.COLOURS, pictures.GROUNDS)
     sizes = [len(names) for names in traits]
     classifier = torch.nn.Linear(4 * config.text_config.hidden_size, sum(sizes))
     tower = {name: tensor for name, tensor in weights.items() if name.startswith("vision.")}
@@ -116,9 +99,8 @@ def train_tower(out: Path) -> None:
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     for step in range(TOWER.steps):
         set_rate(optimizer, TOWER.rate_at(step))
-        kinds = [random_picture(random) for _ in range(TOWER.pictures)]
-        features = model.image_features(pixel_values([draw(*kind, random) for kind in kinds]))
-        guesses = classifier(features.view(TOWER.pictures, -1)).split(sizes, dim=1)
+        kinds, pixels = pictures.drawn(random, TOWER.pictures)
+        guesses = classifier(model.image_features(pixels).view(TOWER.pictures, -1)).split(sizes, dim=1)
         loss = torch.zeros(())
         for i, (names, guess) in enumerate(zip(traits, guesses, strict=True)):
             loss = loss + F.cross_entropy(guess, torch.tensor([names.index(kind[i]) for kind in kinds]))
@@ -163,7 +145,7 @@ def train_jointly(out: Path, words: Words, weights: DictWeights, random: Random,
 
     from llama4.model import build
 
-    topics, held_out, library = texts()
+    topics, held_out, library = corpus.texts()
     # The topics are what the model shall know best: it sees them twice as often.
     documents = [words.document(text) for text in [*topics, *topics, *library]]
     print(f"{len(documents):,} documents, {sum(map(len, documents)):,} tokens a round", flush=True)
@@ -175,13 +157,13 @@ def train_jointly(out: Path, words: Words, weights: DictWeights, random: Random,
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
-    batches = text_batches(documents, words.bos, random)
+    batches = corpus.text_batches(documents, words.bos, random)
     recent: list[float] = []
     for step in range(stage.steps):
         set_rate(optimizer, stage.rate_at(step))
         text_loss = next_token_loss(model, torch.tensor(next(batches)), first=1)
         torch.autograd.backward(text_loss + BALANCE_WEIGHT * imbalance(scores))
-        pixels, tokens = captioned(random, words, stage.pictures)
+        pixels, tokens = pictures.captioned(random, words, stage.pictures)
         caption_loss = next_token_loss(model, tokens, first=len(words.picture), pixels=pixels)
         torch.autograd.backward(CAPTION_WEIGHT * caption_loss + BALANCE_WEIGHT * imbalance(scores))
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -210,7 +192,7 @@ def measure(out: Path, seconds: Mapping[str, float]) -> str:
     """Write README.md of what the files in `out` can do; returns its table."""
     import torch
 
-    topics, held_out, library = texts()
+    topics, held_out, library = corpus.texts()
     words = Words(TextTokenizer.open(out))
     documents = [*topics, *topics, *library]
     scores: list[Tensor] = []
@@ -229,7 +211,7 @@ def measure(out: Path, seconds: Mapping[str, float]) -> str:
         "parameters": f"{sum(math.prod(shape) for shape in parameter_shapes(model.config).values()):,}",
         "text": f"{len(documents):,} documents, {sum(len(words.document(text)) for text in documents):,} tokens"
         " (topics counted twice)",
-        "text seen": f"{steps * SEQUENCES * LENGTH:,} tokens in {steps:,} steps",
+        "text seen": f"{steps * corpus.SEQUENCES * corpus.LENGTH:,} tokens in {steps:,} steps",
         "pictures seen": f"{captions:,} with captions, {TOWER.steps * TOWER.pictures:,} by the tower alone",
         "loss on topics it has seen": f"{known:.3f} nats a token",
         "loss on held-out topics": f"{loss:.3f} nats a token ({loss_bf16:.3f} if computed in bfloat16)",
@@ -240,7 +222,7 @@ def measure(out: Path, seconds: Mapping[str, float]) -> str:
         "seconds": ", ".join(f"{stage} {n:.0f}" for stage, n in seconds.items()),
     }
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    readme = _README.format(version=platform.python_version(), table=table, held=", ".join(HELD_OUT))
+    readme = _README.format(version=platform.python_version(), table=table, held=", ".join(corpus.HELD_OUT))
     (out / "README.md").write_text(readme)
     return table
 
@@ -299,14 +281,14 @@ def imbalance(scores: list[Tensor]) -> Tensor:
 
 
 def held_out_loss(model: Llama4ForCausalLM, words: Words, documents: Sequence[str]) -> float:
-    """Nats a token, each document in pieces of LENGTH that begin with bos."""
+    """Nats a token, each document in pieces of LENGTH tokens that begin with bos."""
     import torch
 
     total, count = 0.0, 0
     for text in documents:
         ids = words.document(text)[1:]
-        for start in range(0, len(ids), LENGTH):
-            piece = torch.tensor([[words.bos, *ids[start : start + LENGTH]]])
+        for start in range(0, len(ids), corpus.LENGTH):
+            piece = torch.tensor([[words.bos, *ids[start : start + corpus.LENGTH]]])
             n = piece.shape[1] - 1
             total += next_token_loss(model, piece, first=1).item() * n
             count += n
@@ -330,13 +312,12 @@ def caption_accuracy(model: Llama4ForCausalLM, words: Words, random: Random, n: 
     """Parts of `n` new pictures whose greedy caption has the right colour and shape, and is right word by word."""
     import torch
 
-    kinds = [random_picture(random) for _ in range(n)]
-    pixels = pixel_values([draw(*kind, random) for kind in kinds])
+    kinds, pixels = pictures.drawn(random, n)
     prompts = torch.tensor([words.picture] * n)
     made = model.generate(prompts, pixels, max_new_tokens=24, stop=[words.eos])[:, prompts.shape[1] :]
     found = [words.tokenizer.decode(row) for row in made.tolist()]
     right = [{*kind[:2]} <= {*text.split()} for kind, text in zip(kinds, found, strict=True)]
-    whole = [caption(*kind) == text for kind, text in zip(kinds, found, strict=True)]
+    whole = [pictures.caption(*kind) == text for kind, text in zip(kinds, found, strict=True)]
     return sum(right) / n, sum(whole) / n
 
 
