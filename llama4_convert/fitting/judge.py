@@ -15,9 +15,11 @@ from llama4_convert.fitting.results import FamilySizes, FitVerdict, GpuMemory, R
 from llama4_convert.fitting.runtimes import FORMATS, Runtime, runtimes
 from llama4_convert.fitting.serving import command, notes
 
+_LARGEST_NUMBER = 1 << 40  # of GPUs, sequences or tokens: sizes stay within what a float holds
+
 
 def judge(deployment: Deployment) -> FitVerdict:
-    """The verdict of every runtime, and what would fit. Raises UsageError where numbers of GPUs or tokens are not positive."""
+    """The verdict of every runtime, and what would fit. Raises UsageError where numbers of GPUs or tokens are out of bounds."""
     if deployment.format is not None and deployment.format not in FORMATS:
         raise ValueError(f"format must be None or one of {', '.join(FORMATS)}, not {deployment.format!r}")
     for what, value in (
@@ -27,6 +29,8 @@ def judge(deployment: Deployment) -> FitVerdict:
     ):
         if value is not None and value < 1:
             raise UsageError(f"the {what} must be at least 1, not {value}")
+        if value is not None and value > _LARGEST_NUMBER:
+            raise UsageError(f"the {what} must be at most {_LARGEST_NUMBER:,}")
     verdicts = tuple(_verdict(deployment, runtime) for runtime in runtimes())
     fits = any(v.fits for v in verdicts)
     recipes = recipes_that_fit(deployment)

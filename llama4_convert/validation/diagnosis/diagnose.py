@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama4.weights import expert_of
+from llama4.weights import ShapeError, expert_of
 from llama4_convert.checkpoints.quantized import QuantizedReader
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.validation.diagnosis import block_order, changed_values, moved_values
@@ -164,8 +164,9 @@ class Diagnoser:
         if other is None or not self.pairs.theirs[other].keys or self.pairs.tolerance(other) != wrong.tolerance:
             return None
         halves = [(wrong.x, wrong.y), self.pairs.load(other, wrong.tolerance)]
-        if any(y.ndim != 2 or y.shape[1] != wrong.y.shape[1] for _, y in halves):
-            return None
+        for side in zip(*halves, strict=True):  # in `diff` the reference may be the damaged one
+            if any(half.ndim != 2 or half.shape[1] != side[0].shape[1] for half in side):
+                return None
         return halves if wrong.name.endswith(".gate") else halves[::-1]
 
     def gate_and_up(self, wrong: WrongTensor) -> Diagnosis | None:
@@ -196,9 +197,12 @@ class Diagnoser:
         of_all = f"{expert.experts}.{kinds[0]}"
 
         def load(n: int) -> Array:
-            """As it lies, [in, out]."""
+            """As it lies, [in, out]. Raises ShapeError where the reference is damaged, as it may be in `diff`."""
             names = [f"{expert.experts}.{n}.{kind}" for kind in kinds]
-            return np.concatenate([self.pairs.reference(name, wrong.tolerance, dtype).T for name in names], 1)
+            parts = [self.pairs.reference(name, wrong.tolerance, dtype) for name in names]
+            if any(part.shape != wrong.x.shape for part in parts):
+                raise ShapeError(f"expert {n} has another shape than expert {expert.expert}")
+            return np.concatenate([part.T for part in parts], 1)
 
         if self._pieces is None or self._pieces[0] != of_all:
             n, width = self.pairs.config.text_config.num_local_experts, wrong.x.shape[0]
@@ -206,7 +210,10 @@ class Diagnoser:
             self._pieces, self._kept_bytes = None, 0
             if n * wrong.x.nbytes > _EXPERTS_LIMIT_BYTES or not self._affords(wrong.name, beside=nbytes):
                 return None
-            self._pieces, self._kept_bytes = (of_all, Pieces(load, n, width)), nbytes
+            try:
+                self._pieces, self._kept_bytes = (of_all, Pieces(load, n, width)), nbytes
+            except ShapeError:
+                return None
         return self._pieces[1].mixed(wrong.y.T, expert.expert)
 
     def cut_from_qkv(self, wrong: WrongTensor) -> Diagnosis | None:

@@ -254,6 +254,9 @@ def test_refusals(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert "h100-80gb or h100-94gb" in run("fit", tiny, "--gpu", "h100").error
     assert run("fit", tiny, "--gpus", "0").code == 2
     assert run("fit", tiny, "--context", "0").code == 2
+    for option in ("--gpus", "--context", "--sequences"):
+        outcome = run("fit", tiny, option, "9" * 400)
+        assert (outcome.code, "must be at most 1,099,511,627,776" in outcome.error) == (2, True)
     convert(tiny, tmp_path / "out")
     (tmp_path / "out" / commands.INDEX).unlink()
     outcome = run("fit", tmp_path / "out")

@@ -292,6 +292,37 @@ def test_a_reference_whose_q_has_another_width_than_its_k_and_v(opened: Callable
     assert {fault.tensor for fault in found} == {q, k}
 
 
+@pytest.mark.parametrize("part", ["gate", "up"])
+def test_a_reference_whose_gate_has_another_width_than_its_up(part: str, opened: Callable[..., Pair]) -> None:
+    _, candidate, tensors = opened("absent")
+    key = f"{LAYER.replace('language_model.', '')}1.feed_forward.{part}_proj.weight"
+    damaged = {**tensors, key: torch.cat(tensors[key].chunk(2), 1)}
+    damaged |= {other: -tensors[other] for other in tensors if "1.feed_forward" in other and other != key}
+    found = faults_of(dataclasses.replace(candidate, readers=(Memory(damaged),)), candidate)
+    assert key in {fault.tensor for fault in found}
+
+
+def test_a_reference_one_of_whose_experts_has_another_width(opened: Callable[..., Pair]) -> None:
+    _, candidate, tensors = opened("maverick")
+    experts = f"{LAYER}1.feed_forward.experts."
+    for n, both in enumerate(tensors.pop(f"{experts}gate_up_proj")):
+        for part, half in zip(("gate", "up"), both.T.chunk(2), strict=True):
+            tensors[f"{experts}{n}.{part}_proj.weight"] = half.contiguous()
+    for n, down in enumerate(tensors.pop(f"{experts}down_proj")):
+        tensors[f"{experts}{n}.down_proj.weight"] = down.T.contiguous()
+    ragged, negated = f"{experts}1.gate_proj.weight", f"{experts}0.up_proj.weight"
+    damaged = {
+        **tensors,
+        ragged: torch.cat(tensors[ragged].chunk(2), 1),
+        negated: torch.rand(tensors[negated].shape).bfloat16(),
+    }
+    reference, candidate = (dataclasses.replace(candidate, readers=(Memory(one),)) for one in (damaged, tensors))
+    assert [f.module for f in faults_of(reference, candidate)] == [
+        "feed_forward.experts.0.up",
+        "feed_forward.experts.1.gate",
+    ]
+
+
 def test_an_expert_says_whose_numbers_it_holds(opened: Callable[..., Pair]) -> None:
     reference, candidate, tensors = opened("maverick")
     key = "language_model.model.layers.1.feed_forward.experts.down_proj"
