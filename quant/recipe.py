@@ -128,14 +128,16 @@ def parse(text: str, name: str) -> Recipe:
     where = f"recipe {name}"
     try:
         fields = decode(tomllib.loads(text), _File, where)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"{where} is no valid TOML: {error}") from error
     except InvalidField as error:
         raise RecipeError(str(error)) from error
+    except (ValueError, RecursionError) as error:  # of tomllib: also a number of more digits than Python reads
+        raise RecipeError(f"{where} is no valid TOML: {error}") from error
     return Recipe(name, fields.summary, fields.format, tuple(rule.to_rule() for rule in fields.rule))
 
 
-_Numbers = Annotated[list[int], Meta(min_length=1)]
+_LARGEST_NUMBER = 1 << 31  # of a layer or an expert: beyond any model, and short enough for a message
+_Number = Annotated[int, Meta(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
+_Numbers = Annotated[list[_Number], Meta(min_length=1)]
 
 
 class _Rule(Struct, forbid_unknown_fields=True):

@@ -62,6 +62,8 @@ def decode(value: Any, type: type[T], where: str) -> T:
         raise InvalidField(f"{where}: {_shown(error.object)} is no text: it holds half of a surrogate pair") from None
     except RecursionError:
         raise InvalidField(f"{where}: nested too deeply") from None
+    except ValueError:  # msgspec writes a whole number into its message, and Python none of more than 4,300 digits
+        raise InvalidField(f"{where}: a whole number has thousands of digits") from None
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:

@@ -40,11 +40,20 @@ class QuantizedReader(DirectoryReader):
     """Beside the plain tensors of a directory, `MODULE.weight` of every quantized one, as bf16."""
 
     def __init__(self, checkpoint: TransformersCheckpoint) -> None:
-        """A matrix whose parts do not fit together is `damaged`: to read it raises DamagedMatrix."""
+        """A matrix whose parts do not fit together is `damaged`: to read it raises DamagedMatrix.
+
+        Raises BadInput where `quantization_config` is no object.
+        """
         super().__init__(checkpoint)
+        config = checkpoint.config["quantization_config"]
+        if not isinstance(config, dict):
+            raise BadInput(
+                f"{checkpoint.path}: config.json: quantization_config is no object: correct it, or remove it if"
+                " no tensor is quantized"
+            )
         self.quantized: dict[str, QuantizedMatrix] = {}
         self.damaged: dict[str, DamagedMatrix] = {}
-        method = checkpoint.config["quantization_config"].get("quant_method")
+        method = config.get("quant_method")
         self.unknown_method = None if method is None or method in _METHODS else str(method)  # Transformers may know it
         for key in checkpoint.tensors if self.unknown_method is None else ():
             for suffix, bind in ((_PACKED, self._int4), (_SCALE, self._fp8), (_NF4, self._nf4)):

@@ -60,6 +60,8 @@ class TransformersCheckpoint:
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has neither params.json (Meta's layout) nor config.json (Transformers')")
         config, weight_map = json_object(path / "config.json"), None
+        if config.get("quantization_config", {}) is None:  # as Transformers reads it: not quantized
+            del config["quantization_config"]
         if (path / INDEX).exists():
             try:
                 weight_map = decode(json_object(path / INDEX), _WeightIndex, INDEX).weight_map

@@ -84,6 +84,15 @@ def test_what_cannot_be_followed_is_told_with_what_to_write(text: str, words: st
         parse(text, "mine")
 
 
+@pytest.mark.parametrize("field", ["layers = [{}]", "experts = [{}]", "group_size = {}", "block_size = {}"])
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000, "0x" + "f" * 20])
+def test_a_number_of_thousands_of_digits_is_refused_in_one_line(field: str, number: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(f"{ONE_RULE}{field.format(number)}\n", "mine")
+    assert str(caught.value).startswith("recipe mine")
+    assert len(str(caught.value)) < 300
+
+
 def test_fp8_has_methods() -> None:
     fp8 = ONE_RULE.replace("int4", "fp8")
     for text, method in (("", "search"), ('method = "search"', "search"), ('method = "plain"', "plain")):

@@ -16,7 +16,7 @@ from msgspec import to_builtins
 from safetensors.torch import load_file, save_file
 
 from llama4.weights import parameter_shapes
-from llama4_convert import convert, inspect, synth
+from llama4_convert import convert, diff, inspect, synth, validate
 from llama4_convert.checkpoints.families import FAMILIES, active_parameters, family_of
 from llama4_convert.errors import BadInput
 from llama4_convert.inspection.results import DtypeShare, Inspection, Share
@@ -277,6 +277,25 @@ def test_the_manifest_is_told_of(meta: Path, tmp_path: Path) -> None:
 )
 def test_kinds_by_key(key: str, expected: str) -> None:
     assert family_of(key) == expected
+
+
+@pytest.mark.parametrize("claim", ["null", "[]", "3", '"int4"', "true"])
+def test_a_quantization_config_that_is_no_object(claim: str, converted: Callable[[str], Path], tmp_path: Path) -> None:
+    """null is Transformers' word for a model that is not quantized."""
+    path = commands.copy(converted("scout"), tmp_path / "copy")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": json.loads(claim)}))
+    readers: list[Callable[[], Any]] = [
+        lambda: inspect(path),
+        lambda: diff(path, converted("scout")),
+        lambda: validate(path, reference=converted("scout"), tokens=8),
+    ]
+    for read in readers:
+        if claim == "null":
+            read()
+        else:
+            with pytest.raises(BadInput, match="quantization_config is no object"):
+                read()
 
 
 def test_scales_of_no_groups_are_bad_input(converted: Callable[[str], Path], tmp_path: Path) -> None:
