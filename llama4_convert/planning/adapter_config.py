@@ -63,8 +63,10 @@ class AdapterConfig(Struct, frozen=True):
 
     @property
     def version(self) -> tuple[int, ...] | None:
-        """The version of PEFT that wrote the file; None where the file states none."""
-        numbers = re.match(r"\d+(\.\d+)*", self.peft_version) if isinstance(self.peft_version, str) else None
+        """The version of PEFT that wrote the file; None where the file states none, or numbers that no release has."""
+        numbers = (
+            re.match(r"\d{1,9}(\.\d{1,9})*(?!\d)", self.peft_version) if isinstance(self.peft_version, str) else None
+        )
         return tuple(map(int, numbers[0].split("."))) if numbers else None
 
     def rank(self, module: str) -> int:
