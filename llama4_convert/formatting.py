@@ -12,9 +12,17 @@ def gib(n: int) -> str:
     return f"{n / (1 << 30):.1f} GiB"
 
 
-_UNITS = {"": 1}
-for _power, _prefix in enumerate("KMGT", 1):
-    _UNITS |= {_prefix: 1000**_power, f"{_prefix}I": 1024**_power}
+_UNITS = {
+    "": 1,
+    "K": 1000,
+    "M": 1000**2,
+    "G": 1000**3,
+    "T": 1000**4,
+    "KI": 1 << 10,
+    "MI": 1 << 20,
+    "GI": 1 << 30,
+    "TI": 1 << 40,
+}
 
 
 def parse_size(text: str) -> int:

@@ -85,7 +85,8 @@ def outgoing(path: str | os.PathLike[str], repository: str) -> Push:
     path = Path(path)
     if not REPOSITORY_ID.fullmatch(repository) or "/" not in repository:
         raise UsageError(f"{repository!r:.80} is no repository: write OWNER/NAME")
-    manifest = _finished_manifest(path, for_card=False)
+    manifest = _manifest(path, "only what this tool has written is pushed")
+    _check_finished(manifest, path)
     if lost := sorted(manifest.files.keys() - manifest.intact(path, manifest.files)):
         hint = "card --write, with --adopt if you have edited it" if lost[0] == "README.md" else "verify says more"
         raise CheckFailed(f"{path}: {lost[0]} is missing or of another size than the manifest says: {hint}")
@@ -262,7 +263,7 @@ def card(
     of the model that this one was made of, where its sizes do not tell. Raises UsageError, BadInput or EnvironmentFailed.
     """
     path = Path(path)
-    return Card(output=str(path), card=_card(path, _finished_manifest(path, for_card=True), validation, base_model))
+    return Card(output=str(path), card=_card(path, _manifest_for_card(path), validation, base_model))
 
 
 def write_card(
@@ -283,7 +284,7 @@ def write_card(
         raise UsageError(f"{path} is not a directory")
     try:
         with locked(path):
-            manifest, file = _finished_manifest(path, for_card=True), path / CARD
+            manifest, file = _manifest_for_card(path), path / CARD
             found = digests(file, {"sha256"}, lambda n: None)["sha256"] if file.is_file() else None
             listed = manifest.files[CARD].sha256 if CARD in manifest.files else None
             data = read_small(file) if adopt else _card(path, manifest, validation, base_model).encode()
@@ -304,18 +305,24 @@ def write_card(
     return Card(output=str(path), file=CARD, sha256=new, status=status)
 
 
-def _finished_manifest(path: Path, for_card: bool) -> Manifest:
+def _manifest_for_card(path: Path) -> Manifest:
+    manifest = _manifest(path, "a card is made for what `convert` has written")
+    if manifest.marker != INDEX:
+        raise UsageError(f"{path} is in Meta's layout: a card is for Transformers directories")
+    _check_finished(manifest, path)
+    return manifest
+
+
+def _manifest(path: Path, rule: str) -> Manifest:
     manifest = Manifest.read(path) if path.is_dir() else None
     if manifest is None:
-        rule = (
-            "a card is made for what `convert` has written" if for_card else "only what this tool has written is pushed"
-        )
         raise UsageError(f"{path} has no {NAME}: {rule}")
-    if for_card and manifest.marker != INDEX:
-        raise UsageError(f"{path} is in Meta's layout: a card is for Transformers directories")
+    return manifest
+
+
+def _check_finished(manifest: Manifest, path: Path) -> None:
     if manifest.marker not in manifest.files:
         raise UsageError(f"{path} is unfinished: run its conversion again, it goes on where it stopped")
-    return manifest
 
 
 def _card(path: Path, manifest: Manifest, validation: str | os.PathLike[str] | None, base_model: str | None) -> str:
