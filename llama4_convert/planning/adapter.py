@@ -304,8 +304,8 @@ class _BoundAdapter:
         version = self.adapter.config.version
         if version is None:
             raise BadInput(
-                f"{self.adapter.path / CONFIG}: peft_version is missing, and the experts are square: nothing tells which of their"
-                " sides lora_A belongs to"
+                f"{self.adapter.path / CONFIG}: peft_version is missing or no version, and the experts are square: nothing"
+                " tells which of their sides lora_A belongs to"
             )
         return version >= (0, 19, 1)
 

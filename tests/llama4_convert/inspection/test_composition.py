@@ -16,7 +16,7 @@ from msgspec import to_builtins
 from safetensors.torch import load_file, save_file
 
 from llama4.weights import parameter_shapes
-from llama4_convert import convert, diff, inspect, synth, validate
+from llama4_convert import convert, diff, export, fit, inspect, synth, validate
 from llama4_convert.checkpoints.families import FAMILIES, active_parameters, family_of
 from llama4_convert.errors import BadInput
 from llama4_convert.inspection.results import DtypeShare, Inspection, Share
@@ -296,6 +296,19 @@ def test_a_quantization_config_that_is_no_object(claim: str, converted: Callable
         else:
             with pytest.raises(BadInput, match="quantization_config is no object"):
                 read()
+
+
+def test_a_quantization_config_of_null_is_none_to_what_writes(converted: Callable[[str], Path], tmp_path: Path) -> None:
+    path = commands.copy(converted("scout"), tmp_path / "copy")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    (path / "llama4-convert.json").unlink()  # its digest of config.json
+    convert(path, tmp_path / "fp8", recipe="fp8")
+    made = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert made["quantization_config"]["quant_method"] == "compressed-tensors"
+    export(path, tmp_path / "meta")
+    assert diff(tmp_path / "meta", converted("scout")).equal
+    assert [verdict.format for verdict in fit(path).verdicts] == [None]
 
 
 def test_scales_of_no_groups_are_bad_input(converted: Callable[[str], Path], tmp_path: Path) -> None:
