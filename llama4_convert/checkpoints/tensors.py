@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -71,6 +71,11 @@ class TensorFile(Protocol):
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a tensor of this shape whose elements lie one behind the other."""
     return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
+
+
+def span(shape: Iterable[int], strides: Iterable[int]) -> int:
+    """Elements from the first to the end of the last one, of a tensor in which no dimension is 0."""
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 # The dtypes that weights are converted in, and their names in torch.

@@ -11,13 +11,13 @@ from typing import Any
 
 from msgspec import Struct
 
+from llama4_convert.checkpoints.manifest import INDEX
 from llama4_convert.checkpoints.safetensors_header import read_header
 from llama4_convert.checkpoints.tensors import Record, StoredTensor
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import is_file_name, json_object
 from quant.typed import InvalidField, decode
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SAMPLE_BYTES = 4096
 

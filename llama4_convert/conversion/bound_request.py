@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama4_convert.checkpoints.manifest import INDEX
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.request import Request
@@ -14,9 +13,6 @@ from llama4_convert.metadata.config_repair import Repair
 from llama4_convert.planning.adapter import Adapter
 from llama4_convert.streaming.job import Job
 from quant.recipe import Recipe
-
-# How a job ends in Transformers' layout: readers look for the index first, and take every file of these names.
-MARKER, WEIGHTS_PATTERN = INDEX, "model*.safetensors*"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import UsageError
 from llama4_convert.progress import Callbacks, Progress, Start, Warn
-from llama4_convert.streaming.bounds import DEFAULT_MEMORY, Bounds
+from llama4_convert.streaming.bounds import DEFAULT_MEMORY_BYTES, Bounds
 from llama4_convert.streaming.output_directory import output_directory
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
     max_error: float | None = None,
     overwrite: bool = False,
     warn: Warn = lambda text: None,

@@ -7,7 +7,7 @@ bytes, and ranges are absolute: the `shape` at the `strides` in the `bytes` of `
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from llama4.config_fields import ConfigError
 from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor
+from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor, span
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.explanation import (
@@ -88,13 +88,8 @@ class _Input:
         if t is None:
             return Place(file=self.file, bytes=None, dtype=None, shape=None)
         first = t.record.offset + t.offset * t.itemsize
-        span = _span(t.shape, t.strides, t.itemsize)
-        return Place(file=self.file, bytes=[first, first + span], dtype=t.dtype, shape=list(t.shape))
-
-
-def _span(shape: Iterable[int], strides: Iterable[int], itemsize: int) -> int:
-    """Bytes from the first element to the end of the last."""
-    return (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * itemsize
+        end = first + span(t.shape, t.strides) * t.itemsize
+        return Place(file=self.file, bytes=[first, end], dtype=t.dtype, shape=list(t.shape))
 
 
 def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subject:
@@ -266,7 +261,7 @@ class _Subject:
         return CopiedPiece(
             file=self.source_files[piece.file].path.name,
             tensor=piece.key,
-            bytes=[first, first + _span(copy.shape, copy.source_strides, read)],
+            bytes=[first, first + span(copy.shape, copy.source_strides) * read],
             dtype=piece.source.dtype,
             shape=list(copy.shape),
             strides=[s * read for s in copy.source_strides],
@@ -276,7 +271,7 @@ class _Subject:
                 **named,
                 dtype=whole.dtype,
                 whole_shape=list(whole.shape),
-                bytes=[start, start + _span(copy.shape, copy.target_strides, write)],
+                bytes=[start, start + span(copy.shape, copy.target_strides) * write],
                 strides=[s * write for s in copy.target_strides],
             ),
         )

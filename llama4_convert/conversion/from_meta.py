@@ -10,8 +10,6 @@ from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import SAFETENSORS_NAMES
 from llama4_convert.conversion.bound_request import (
-    MARKER,
-    WEIGHTS_PATTERN,
     BoundRequest,
     adapter_source,
     recipe_options,
@@ -70,9 +68,7 @@ def from_meta(request: Request) -> BoundRequest:
         manifest=Manifest(TOOL, origin, options, list(plan.meta_keys), dict(plan.dropped)),
         small_files={"original/params.json": source.small_files["params.json"], **notices(source.path)},
         configs=ModelConfigs(geometry, ids, variant, plan.main_dtype, context, quantization),
-        marker=MARKER,
         marker_content=plan.index(),
-        weights_pattern=WEIGHTS_PATTERN,
         tokenizer=TokenizerSource(tokenizer, variant, geometry.vision is not None, context)
         if tokenizer is not None
         else None,

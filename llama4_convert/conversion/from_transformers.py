@@ -16,8 +16,6 @@ from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.base_config import BaseConfig
 from llama4_convert.conversion.bound_request import (
-    MARKER,
-    WEIGHTS_PATTERN,
     BoundRequest,
     adapter_source,
     recipe_options,
@@ -90,9 +88,7 @@ def from_transformers(request: Request) -> BoundRequest:
         source_files=source.archives,
         manifest=Manifest(TOOL, json.loads(json.dumps(origin)), options, [], {}),
         small_files={"config.json": config.to_json(body), **small_files},
-        marker=MARKER,
         marker_content=plan.index(),
-        weights_pattern=WEIGHTS_PATTERN,
         config=body,
         allow_nonfinite=request.allow_nonfinite,
         expected_digests=digests,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llama4_convert.planning.plan import Plan
     from quant.recipe import Recipe
 
-DEFAULT_SHARD_SIZE = 5_000_000_000  # bytes
+DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Request:
     text_only: bool = False
     variant: str | None = None
     dtype: str | None = None
-    shard_size: int = DEFAULT_SHARD_SIZE
+    shard_size: int = DEFAULT_SHARD_BYTES
     max_position_embeddings: int | None = None
     allow_rank_mismatch: bool = False
     recipe: str | None = None  # a built-in one's name, or the path of a TOML file

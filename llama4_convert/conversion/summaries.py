@@ -27,13 +27,13 @@ from llama4_convert.conversion.results import (
 from llama4_convert.fitting.results import FitVerdict
 from llama4_convert.metadata.config_repair import Repair
 from llama4_convert.planning.plan import Plan
-from llama4_convert.streaming.bounds import DEFAULT_MEMORY
+from llama4_convert.streaming.bounds import DEFAULT_MEMORY_BYTES
 from llama4_convert.streaming.memory import peak_memory
 from quant.error import relative_mse, sqnr_db
 from quant.recipe import Recipe
 
 if TYPE_CHECKING:  # `plan` runs nothing
-    from llama4_convert.streaming.execution import Run
+    from llama4_convert.streaming.job import Run
 
 
 def plan_summary(bound: BoundRequest, fit: FitVerdict | UnsetType = UNSET) -> PlanSummary:
@@ -46,7 +46,7 @@ def plan_summary(bound: BoundRequest, fit: FitVerdict | UnsetType = UNSET) -> Pl
         dtype=plan.main_dtype,
         parameters=plan.parameters,
         output_bytes=plan.output_bytes,
-        peak_memory_bytes=peak_memory(DEFAULT_MEMORY, job.tokenizer_bytes, plan),
+        peak_memory_bytes=peak_memory(DEFAULT_MEMORY_BYTES, job.tokenizer_bytes, plan),
         max_position_embeddings=bound.max_position_embeddings,
         files=[PlannedFileSummary(file=f.name, bytes=f.size, tensors=len(f.tensors)) for f in plan.files],
         tensors=[

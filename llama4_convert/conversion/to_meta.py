@@ -38,7 +38,7 @@ from llama4_convert.planning.layouts import MetaLayout
 from llama4_convert.planning.plan import Plan
 from llama4_convert.planning.planner import make_plan
 from llama4_convert.progress import Callbacks, Progress, Start, Warn
-from llama4_convert.streaming.bounds import DEFAULT_MEMORY, Bounds
+from llama4_convert.streaming.bounds import DEFAULT_MEMORY_BYTES, Bounds
 from llama4_convert.streaming.execution import run
 from llama4_convert.streaming.job import Job
 from llama4_convert.streaming.output_directory import output_directory
@@ -47,8 +47,6 @@ from mappings import Binding
 from quant.recipe import Recipe
 
 _DEFAULT_RANKS = 8  # Scout's and Maverick's
-_MARKER = "params.json"  # Meta's code reads it first, and so does ours
-_WEIGHTS_PATTERN = "consolidated.*.pth"
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def export(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    max_memory: int = DEFAULT_MEMORY,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
     overwrite: bool = False,
     warn: Warn = lambda text: None,
     start: Start = lambda total, done: None,
@@ -156,9 +154,7 @@ def bind_export(request: ExportRequest) -> BoundExport:
         source_files=bound.files,
         manifest=_manifest(source, record, plan, {"layout": "meta", "ranks": ranks, **recipe_options(recipe)}),
         small_files=small_files,
-        marker=_MARKER,
         marker_content=params,
-        weights_pattern=_WEIGHTS_PATTERN,
         expected_digests=digests,
         tokenizer_bytes=own_tokenizer.stat().st_size if own_tokenizer.is_file() and not is_meta(request.source) else 0,
         warnings=warnings,

@@ -16,8 +16,6 @@ from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.bound_request import (
-    MARKER,
-    WEIGHTS_PATTERN,
     BoundRequest,
     adapter_source,
     recipe_options,
@@ -129,9 +127,7 @@ def with_vision(request: Request) -> BoundRequest:
         source_files=bound.files,
         manifest=Manifest(TOOL, origin, options, [], {}),
         small_files={"config.json": config.to_json(body), **small_files},
-        marker=MARKER,
         marker_content=plan.index(),
-        weights_pattern=WEIGHTS_PATTERN,
         config=body,
         allow_nonfinite=request.allow_nonfinite,
         expected_digests={**digests, **base.expected_digests},

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from llama4.weights import TensorReader
 from llama4_convert.checkpoints.numbers import widened
+from llama4_convert.checkpoints.tensors import span
 from mappings import Box, Copy, Placement
 
 Floats = NDArray[np.float32]
@@ -71,7 +72,7 @@ class ChangePiece:
     @cached_property
     def stop(self) -> int:
         """One past the last element of the tensor that is changed."""
-        return self.start + sum((n - 1) * s for n, s in zip(self.copy.shape, self.copy.target_strides, strict=True)) + 1
+        return self.start + span(self.copy.shape, self.copy.target_strides)
 
 
 Changes = Mapping[str, Sequence[Changed]]  # by logical tensor

@@ -55,7 +55,7 @@ class TransformersLayout:
         tensors = output_tensors(source.binding, source.locations, changes, self.dtype, self.recipe, self.device)
         if not self.whole_matrices:
             return shards([[tensor] for tensor in tensors], self.shard_size)
-        streamed = checked_while_reading(source, [tensor.pieces for tensor in tensors])
+        streamed = checked_while_reading(source, (piece for tensor in tensors for piece in tensor.pieces))
         return shards(neighbours(tensors, streamed), self.shard_size)
 
     def meta_keys(self, source: BoundSource) -> Sequence[str]:

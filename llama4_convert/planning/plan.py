@@ -77,7 +77,12 @@ class EncodedMatrix:
     scheme: Scheme | None  # None: written as a linear layer of its own, unquantized
     encoder: Encoder
     gathered: PlannedTensor  # the matrix before it is encoded
-    keeps_bits: bool = False  # the source has codes of this scheme: they are gathered, and no error is made
+    keeps_bits: bool = False  # the source has codes of this scheme: they are gathered
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether encoding rounds the numbers: else no error is made, and NaN and infinities stay."""
+        return self.scheme is not None and not self.keeps_bits
 
 
 @dataclass(frozen=True)
@@ -184,22 +189,22 @@ class PlannedFile:
     @property
     def work(self) -> int:
         """Bytes that a run gathers for the file, which is what progress counts; an encoded matrix counts before encoding."""
-        return sum(unencoded(read).nbytes for read in self.reads_in_order())
+        return sum(tensor.nbytes for tensor in self.gathered())
 
-    def reads_in_order(self) -> Iterator[PlannedTensor | EncodedMatrix]:
-        """What a run gathers, in this order. An encoded matrix is gathered whole when its first part is written."""
+    def gathered(self) -> Iterator[PlannedTensor]:
+        """The tensors that a run gathers, in this order. A matrix is gathered whole when its first part is written."""
         seen: set[str] = set()
         for tensor in self.tensors:
             if tensor.part is None:
                 yield tensor
             elif tensor.part.constant is None and tensor.part.matrix.matrix.module not in seen:
                 seen.add(tensor.part.matrix.matrix.module)
-                yield tensor.part.matrix
+                yield tensor.part.matrix.gathered
 
-
-def unencoded(read: PlannedTensor | EncodedMatrix) -> PlannedTensor:
-    """The tensor that is gathered, with all its pieces."""
-    return read.gathered if isinstance(read, EncodedMatrix) else read
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces of all tensors that are gathered, in the order of a run."""
+        for tensor in self.gathered():
+            yield from tensor.pieces
 
 
 @dataclass(frozen=True)
@@ -231,8 +236,8 @@ class Plan:
     @property
     def changed(self) -> list[PlannedTensor]:
         """The tensors, before encoding, that an adapter changes."""
-        found = {id(read): unencoded(read) for file in self.files for read in file.reads_in_order()}
-        return [tensor for tensor in found.values() if tensor.changes]
+        found = {id(tensor): tensor for file in self.files for tensor in file.gathered() if tensor.changes}
+        return list(found.values())
 
     @property
     def change_bytes(self) -> int:

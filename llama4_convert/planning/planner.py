@@ -6,7 +6,7 @@ from llama4_convert.errors import BadInput
 from llama4_convert.planning.binding import BoundSource
 from llama4_convert.planning.encoded import linear_layers
 from llama4_convert.planning.layouts import OutputLayout
-from llama4_convert.planning.plan import Plan, unencoded
+from llama4_convert.planning.plan import Plan
 from llama4_convert.planning.record_order import checked_while_reading
 from mappings import MappingError
 
@@ -17,9 +17,7 @@ def make_plan(source: BoundSource, layout: OutputLayout) -> Plan:
         files = layout.files(source)
     except MappingError as error:
         raise BadInput(f"{source.name}: {error}") from error
-    in_order = checked_while_reading(
-        source, [unencoded(read).pieces for file in files for read in file.reads_in_order()]
-    )
+    in_order = checked_while_reading(source, (piece for file in files for piece in file.pieces()))
     return Plan(
         geometry=source.geometry,
         files=files,

@@ -14,8 +14,8 @@ from llama4_convert.planning.binding import BoundSource
 from llama4_convert.planning.plan import Piece, RecordKey
 
 
-def checked_while_reading(source: BoundSource, reads: Iterable[tuple[Piece, ...]]) -> frozenset[RecordKey]:
-    """The records with a CRC that `reads`, the pieces of each tensor in the order of a run, go through front to back."""
+def checked_while_reading(source: BoundSource, pieces: Iterable[Piece]) -> frozenset[RecordKey]:
+    """The records with a CRC that `pieces`, in the order of a run, go through front to back."""
     users: Counter[RecordKey] = Counter()
     for number, index in enumerate(source.files):
         for tensor in index.tensors.values():
@@ -23,10 +23,9 @@ def checked_while_reading(source: BoundSource, reads: Iterable[tuple[Piece, ...]
             if isinstance(tensor.record, DequantizedView):  # a read of the view reads the scales, too
                 users[tensor.record.scales_archive, tensor.record.scales.record.name] += 1
     pieces_of: dict[RecordKey, list[Piece]] = defaultdict(list)
-    for pieces in reads:
-        for piece in pieces:
-            if piece.source.record.crc is not None:
-                pieces_of[piece.record_key].append(piece)
+    for piece in pieces:
+        if piece.source.record.crc is not None:
+            pieces_of[piece.record_key].append(piece)
 
     def is_in_order(pieces: list[Piece]) -> bool:
         position = 0

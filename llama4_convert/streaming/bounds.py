@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from llama4_convert.errors import UsageError
 
-DEFAULT_MEMORY = 1 << 30
+DEFAULT_MEMORY_BYTES = 1 << 30
 
 # Below this, buffers and interpreter leave no room for anything (measured: 52 MiB at the smallest buffers, no tokenizer).
-LEAST_MEMORY = 64 << 20
+LEAST_MEMORY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Bounds:
     `overwrite` replaces another model in the output directory.
     """
 
-    max_memory: int = DEFAULT_MEMORY
+    max_memory: int = DEFAULT_MEMORY_BYTES
     max_error: float | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_memory < LEAST_MEMORY:
-            raise UsageError(f"max-memory must be at least {LEAST_MEMORY >> 20} MiB")
+        if self.max_memory < LEAST_MEMORY_BYTES:
+            raise UsageError(f"max-memory must be at least {LEAST_MEMORY_BYTES >> 20} MiB")

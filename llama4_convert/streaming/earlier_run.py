@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec import structs
@@ -10,21 +9,12 @@ from msgspec import structs
 from llama4_convert.checkpoints.manifest import NAME, Manifest
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import LOCK_NAME
-from llama4_convert.streaming.job import Job
-from llama4_convert.streaming.output_directory import MARKERS, WEIGHTS, NeedsOverwrite
+from llama4_convert.streaming.job import Job, Run
+from llama4_convert.streaming.output_directory import WEIGHTS, NeedsOverwrite
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """What a run finds finished. `manifest` lists the finished files; the run adds each file that it finishes."""
-
-    manifest: Manifest
-    kept_weights: int  # weight files that are finished
-    is_complete: bool  # nothing is left to do
-
-
-def take_over(job: Job, target: Path, *, overwrite: bool) -> EarlierRun:
-    """Take over the files that an earlier run of `job` has finished in `target`.
+def take_over(job: Job, target: Path, *, overwrite: bool) -> Run:
+    """A run of `job` that goes on with the files which an earlier one has finished in `target`.
 
     With `overwrite` a model there is removed, unless it is the unfinished output of this very job. Raises NeedsOverwrite where
     `target` holds something else, and UsageError where it holds weights that are not ours to remove.
@@ -33,13 +23,13 @@ def take_over(job: Job, target: Path, *, overwrite: bool) -> EarlierRun:
     if overwrite and not _is_interrupted(job, target):
         _refuse_other_layout(job, target)
         _clear(job, target)
-        return EarlierRun(manifest, 0, is_complete=False)
+        return Run(job, target, manifest)
     old = Manifest.read(target)
     if old is None:
         foreign = [p.name for p in target.iterdir() if p.name != LOCK_NAME and not p.name.endswith(".partial")]
         if foreign:
             raise NeedsOverwrite(f"{target} is not empty ({sorted(foreign)[0]}) and not an output of this tool")
-        return EarlierRun(manifest, 0, is_complete=False)
+        return Run(job, target, manifest)
     if differences := old.differences(job.manifest):
         raise NeedsOverwrite(f"{target} holds another conversion: {', '.join(differences)}")
     weights = {file.name for file in job.plan.files}
@@ -51,9 +41,9 @@ def take_over(job: Job, target: Path, *, overwrite: bool) -> EarlierRun:
     manifest.files = {name: old.files[name] for name in kept}
     manifest.records = old.records
     manifest.errors = old.errors  # a file that is made again replaces its errors
-    marker = target / job.marker
+    marker = target / manifest.marker
     is_marked = marker.is_file() and marker.read_bytes() == job.marker_content
-    return EarlierRun(manifest, len(weights & kept), is_marked and not lost_small_files and weights <= kept)
+    return Run(job, target, manifest, len(weights & kept), is_marked and not lost_small_files and weights <= kept)
 
 
 def _is_interrupted(job: Job, target: Path) -> bool:
@@ -62,33 +52,33 @@ def _is_interrupted(job: Job, target: Path) -> bool:
         old = Manifest.read(target)
     except BadInput:
         return False
-    return old is not None and not (target / job.marker).exists() and not old.differences(job.manifest)
+    return old is not None and not (target / old.marker).exists() and not old.differences(job.manifest)
 
 
 def _refuse_other_layout(job: Job, target: Path) -> None:
     """Weights in the other layout that this tool did not write are not its to remove, and readers would take them if left."""
     ours = _listed(target)
-    for pattern in WEIGHTS:
-        for path in sorted(target.glob(pattern)) if pattern != job.weights_pattern else ():
-            if path.name not in ours:
-                raise UsageError(
-                    f"{target} holds a checkpoint in the other layout ({path.name}), which --overwrite does not remove:"
-                    " choose another directory"
-                )
+    others = [pattern for marker, pattern in WEIGHTS.items() if marker != job.manifest.marker]
+    for path in sorted(path for pattern in others for path in target.glob(pattern)):
+        if path.name not in ours:
+            raise UsageError(
+                f"{target} holds a checkpoint in the other layout ({path.name}), which --overwrite does not remove:"
+                " choose another directory"
+            )
 
 
 def _clear(job: Job, target: Path) -> None:
     """Remove a model from `target`: first the marker, so that it never points at files of another conversion."""
     listed = _listed(target)
-    for marker in MARKERS:
-        if marker == job.marker or marker in listed:
+    for marker in WEIGHTS:
+        if marker == job.manifest.marker or marker in listed:
             (target / marker).unlink(missing_ok=True)
     for name in listed:
         if (target / name).parent.resolve() in (target.resolve(), (target / "original").resolve()):
             (target / name).unlink(missing_ok=True)
     (target / NAME).unlink(missing_ok=True)
     # Readers prefer a bare model.safetensors to an index, and take every rank file that they find.
-    for path in target.glob(job.weights_pattern):
+    for path in target.glob(WEIGHTS[job.manifest.marker]):
         path.unlink()
 
 

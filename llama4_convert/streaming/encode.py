@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Executor, wait
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +12,10 @@ import numpy as np
 from llama4_convert.checkpoints.numbers import count_nonfinite, make_finite
 from llama4_convert.checkpoints.tensors import ITEM_SIZES
 from llama4_convert.errors import BadInput
-from llama4_convert.planning.plan import EncodedMatrix, EncodedPart, PlannedFile
+from llama4_convert.planning.plan import EncodedMatrix, EncodedPart, PlannedFile, PlannedTensor
 from llama4_convert.progress import Progress
 from llama4_convert.streaming.fill import Fillers
-from llama4_convert.streaming.memory import GATHER_AHEAD
+from llama4_convert.streaming.memory import GATHER_AHEAD_BYTES
 from quant.encoding import Encoded
 from quant.schemes import NotFinite
 
@@ -32,7 +33,7 @@ class MatrixEncoder:
         self, file: PlannedFile, fillers: Fillers, thread: Executor, progress: Progress, allow_nonfinite: bool
     ) -> None:
         """`thread` gathers ahead. `allow_nonfinite`: NaN and infinities are quantized, as 0 and the largest magnitude."""
-        self.fillers, self.result, self.thread = fillers, fillers.result, thread
+        self.fillers, self.findings, self.thread = fillers, fillers.findings, thread
         self.progress, self.allow_nonfinite = progress, allow_nonfinite
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._following = _following(file)
@@ -55,8 +56,8 @@ class MatrixEncoder:
         return taken
 
     def _encode(self, planned: EncodedMatrix) -> list[memoryview | None]:
-        gathered, self._ahead = self._ahead or self._gather(planned), None
-        following = self._following.get(planned.matrix.module)
+        gathered, self._ahead = self._ahead or self._gather(planned.gathered), None
+        following = self._following.get(planned.gathered.name)
         ahead = self.thread.submit(self._gather, following) if following else None
         try:
             encoded = self._encoded(planned, gathered)
@@ -65,32 +66,33 @@ class MatrixEncoder:
                 wait([ahead])
         self._spare = gathered
         self._ahead = ahead.result() if ahead else None
-        if planned.scheme and not planned.keeps_bits:
-            self.result.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
+        if planned.is_quantized:
+            self.findings.errors[planned.matrix.module] = encoded.squared_error, encoded.squared_sum
         return [np.ascontiguousarray(p).data.cast("B") for p in encoded.parts]
 
     def _encoded(self, planned: EncodedMatrix, gathered: bytearray) -> Encoded:
         tensor, matrix = planned.gathered, planned.matrix
         bits = np.frombuffer(gathered, f"u{ITEM_SIZES[tensor.dtype]}").reshape(tensor.shape)
-        if planned.scheme is None or planned.keeps_bits:
+        kind = planned.scheme.kind if planned.scheme else None
+        encode = partial(planned.encoder.encode, bits, matrix.in_out, self.threads)
+        if not planned.is_quantized:
             # Int4 codes are stored as F8_E4M3, two a byte: a byte that is NaN as FP8 is two finite codes.
-            if planned.scheme is None or planned.scheme.kind != "int4":
-                self.result.count(tensor.name, count_nonfinite(gathered, tensor.dtype))
-            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+            if kind != "int4":
+                self.findings.count(tensor.name, count_nonfinite(gathered, tensor.dtype))
+            return encode()
         try:
-            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+            return encode()
         except NotFinite as error:
             if not self.allow_nonfinite:
                 found = count_nonfinite(gathered, tensor.dtype)
                 raise BadInput(
-                    f"{tensor.name} has {found} of {tensor.numel:,} numbers, which {planned.scheme.kind} cannot hold:"
+                    f"{tensor.name} has {found} of {tensor.numel:,} numbers, which {kind} cannot hold:"
                     " leave it out of the recipe, or take them as 0 and the largest magnitude with --allow-nonfinite --overwrite"
                 ) from error
-            self.result.count(tensor.name, make_finite(gathered, tensor.dtype))
-            return planned.encoder.encode(bits, matrix.in_out, self.threads)
+            self.findings.count(tensor.name, make_finite(gathered, tensor.dtype))
+            return encode()
 
-    def _gather(self, planned: EncodedMatrix) -> bytearray:
-        tensor = planned.gathered
+    def _gather(self, tensor: PlannedTensor) -> bytearray:
         into, self._spare = self._spare, bytearray()
         if len(into) != tensor.nbytes:
             into = bytearray()  # frees the old buffer before a new one is made
@@ -103,12 +105,11 @@ class MatrixEncoder:
         return into
 
 
-def _following(file: PlannedFile) -> dict[str, EncodedMatrix]:
-    """Module of a matrix -> the matrix that is read right after it, where neither exceeds `GATHER_AHEAD` bytes."""
+def _following(file: PlannedFile) -> dict[str, PlannedTensor]:
+    """A gathered matrix, by name -> the one that is gathered right after it, where neither exceeds `GATHER_AHEAD_BYTES`."""
+    matrices = {tensor.part.matrix.gathered.name for tensor in file.tensors if tensor.part}
     return {
-        one.matrix.module: other
-        for one, other in pairwise(file.reads_in_order())
-        if isinstance(one, EncodedMatrix)
-        and isinstance(other, EncodedMatrix)
-        and max(one.gathered.nbytes, other.gathered.nbytes) <= GATHER_AHEAD
+        one.name: other
+        for one, other in pairwise(file.gathered())
+        if {one.name, other.name} <= matrices and max(one.nbytes, other.nbytes) <= GATHER_AHEAD_BYTES
     }

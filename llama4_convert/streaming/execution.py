@@ -7,46 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama4_convert.checkpoints.digests import check_digests
 from llama4_convert.checkpoints.families import active_parameters
-from llama4_convert.checkpoints.manifest import Manifest, NonFiniteTensor
+from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.numbers import NonFinite
 from llama4_convert.checkpoints.pth import DamagedRecord
 from llama4_convert.errors import CheckFailed, EnvironmentFailed, UsageError
 from llama4_convert.files import PARTIAL_SUFFIX, write_small
 from llama4_convert.metadata.model_card import CARD, Facts, render
-from llama4_convert.planning.plan import Plan, PlannedFile
 from llama4_convert.progress import Callbacks, Warn
-from llama4_convert.streaming.bounds import LEAST_MEMORY, Bounds
+from llama4_convert.streaming.bounds import LEAST_MEMORY_BYTES, Bounds
 from llama4_convert.streaming.earlier_run import take_over
-from llama4_convert.streaming.job import Job
-from llama4_convert.streaming.memory import peak_memory, planned_buffers
+from llama4_convert.streaming.fill import Findings
+from llama4_convert.streaming.job import Job, Run
+from llama4_convert.streaming.memory import BUFFERS, buffer_bytes, peak_memory
 from llama4_convert.streaming.output_directory import check_no_obstacle
-from llama4_convert.streaming.resume import first_reads, resumed
-from llama4_convert.streaming.run_result import RunResult
+from llama4_convert.streaming.resume import first_reads, left_to_do
 from llama4_convert.streaming.source import Source
 from llama4_convert.streaming.write_file import check_beforehand, write_file
-from llama4_convert.streaming.writer import FileWriter, Workers
+from llama4_convert.streaming.writer import Buffers, FileWriter
 from quant.error import relative_mse
 
-_SMALL_FILES_BYTES, _SMALL_FILES = 64 << 20, 32  # room for the tokenizer and the other small files
+_SMALL_FILES_BYTES, _MAX_SMALL_FILES = 64 << 20, 32  # space for the tokenizer and the other small files
 _NAMED_TENSORS = 3  # in a warning
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    output: Path
-    manifest: Manifest  # of every file
-    kept_weights: int  # weight files that an earlier run had finished
-    was_complete: bool  # nothing was left to do
-    nonfinite: list[NonFiniteTensor]
 
 
 def run(job: Job, output: Path, bounds: Bounds, callbacks: Callbacks) -> Run:
@@ -59,34 +46,30 @@ def run(job: Job, output: Path, bounds: Bounds, callbacks: Callbacks) -> Run:
     small_files = job.contents()
     _check_memory(job, bounds)
     check_no_obstacle(output)
-    earlier = take_over(job, output, overwrite=bounds.overwrite)
-    manifest = earlier.manifest
-    if not earlier.is_complete:
-        _remove_marker(job, output, manifest)
+    found = take_over(job, output, overwrite=bounds.overwrite)
+    manifest = found.manifest
+    if not found.was_complete:
+        (output / manifest.marker).unlink(missing_ok=True)
+        manifest.files.pop(manifest.marker, None)
         _check_space(job, output, manifest)
         manifest.write(output)
         _write_small_files(job, small_files, output, manifest)
         overflows = _write_weights(job, output, manifest, bounds, callbacks)
-        _warn_of_numbers(job, manifest, overflows, callbacks.warn)
+        _warn_of_numbers(found, overflows, callbacks.warn)
         _write_card(job, output, manifest)
         _commit(job, output, manifest)
-    return Run(output, manifest, earlier.kept_weights, earlier.is_complete, _nonfinite(job.plan, manifest))
+    return found
 
 
 def _check_memory(job: Job, bounds: Bounds) -> None:
-    needed = peak_memory(LEAST_MEMORY, job.tokenizer_bytes, job.plan)
-    if needed <= max(bounds.max_memory, 2 * LEAST_MEMORY):
+    needed = peak_memory(LEAST_MEMORY_BYTES, job.tokenizer_bytes, job.plan)
+    if needed <= max(bounds.max_memory, 2 * LEAST_MEMORY_BYTES):
         return
     if job.plan.changed:
         reason = "an adapter's matrix is multiplied whole"
     else:
         reason = "a matrix is quantized whole" if job.plan.linear_layers else "the source's tokenizer takes that"
     raise UsageError(f"max-memory must be at least {(needed >> 20) + 1} MiB: {reason}")
-
-
-def _remove_marker(job: Job, output: Path, manifest: Manifest) -> None:
-    (output / job.marker).unlink(missing_ok=True)
-    manifest.files.pop(job.marker, None)
 
 
 def _check_space(job: Job, output: Path, manifest: Manifest) -> None:
@@ -100,7 +83,7 @@ def _check_space(job: Job, output: Path, manifest: Manifest) -> None:
         raise EnvironmentFailed(
             f"{output} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: free some space or choose another disk"
         )
-    inodes = len(left) + _SMALL_FILES
+    inodes = len(left) + _MAX_SMALL_FILES
     if system.f_files and system.f_favail < inodes:
         raise EnvironmentFailed(
             f"{output} has {system.f_favail:,} inodes free, {inodes:,} are needed: remove some files, or choose another disk"
@@ -124,35 +107,35 @@ def _write_small(output: Path, name: str, data: bytes, manifest: Manifest) -> No
 
 def _write_weights(job: Job, output: Path, manifest: Manifest, bounds: Bounds, callbacks: Callbacks) -> dict[str, int]:
     """Write every weight file that is not finished. Returns the numbers that a cast made infinite, by tensor."""
-    going_on = resumed(job.plan, {file.name for file in job.plan.files} & manifest.files.keys(), manifest.records)
-    plan, left = going_on.plan, going_on.left
+    plan, left, running = left_to_do(job.plan, manifest.files, manifest.records)
     for file in left:
         manifest.files.pop(file.name, None)
-    _start_progress(job, plan, left, callbacks)
-    result, buffers = RunResult(), planned_buffers(bounds.max_memory)
-    try:
-        with Source(job.source_files, going_on.running) as source, Workers() as workers:
-            check_beforehand(plan, source, callbacks.progress)
-            check_digests(job.expected_digests, callbacks.progress)
-            for file in left:
-                with FileWriter(output / file.name, file.size, buffers, workers) as writer:
-                    write_file(plan, file, source, writer, result, callbacks.progress, job.allow_nonfinite)
-                    _take_errors(result, manifest, bounds.max_error)
-                    digest = writer.commit()
-                manifest.add(file.name, digest, file.size, result.taken_nonfinite())
-                manifest.records = dict(source.running)
-                manifest.write(output)
-    except DamagedRecord as damage:
-        _forget_damaged(damage, job, output, manifest)
-        raise
-    return result.overflows
-
-
-def _start_progress(job: Job, plan: Plan, left: Sequence[PlannedFile], callbacks: Callbacks) -> None:
     checks = sum(record.size for _, record in plan.checked_beforehand)
     checks += sum(path.stat().st_size for path in job.expected_digests)
     total = sum(file.work for file in plan.files) + checks
     callbacks.start(total, total - sum(file.work for file in left) - checks)
+    findings = Findings()
+    try:
+        with (
+            Source(job.source_files, running) as source,
+            Buffers(BUFFERS, buffer_bytes(bounds.max_memory)) as buffers,
+        ):
+            check_beforehand(plan, source, callbacks.progress)
+            check_digests(job.expected_digests, callbacks.progress)
+            for file in left:
+                with FileWriter(output / file.name, file.size, buffers) as writer:
+                    write_file(plan, file, source, writer, findings, callbacks.progress, job.allow_nonfinite)
+                    _check_errors(findings.errors, bounds.max_error)
+                    digest = writer.commit()
+                manifest.add(file.name, digest, file.size, findings.nonfinite)
+                manifest.errors |= {module: list(sums) for module, sums in findings.errors.items()}
+                manifest.records = dict(source.running)
+                manifest.write(output)
+                findings.nonfinite, findings.errors = {}, {}
+    except DamagedRecord as damage:
+        _forget_damaged(damage, job, output, manifest)
+        raise
+    return findings.overflows
 
 
 def _forget_damaged(damage: DamagedRecord, job: Job, output: Path, manifest: Manifest) -> None:
@@ -170,32 +153,21 @@ def _forget_damaged(damage: DamagedRecord, job: Job, output: Path, manifest: Man
         manifest.write(output)
 
 
-def _take_errors(result: RunResult, manifest: Manifest, max_error: float | None) -> None:
-    """Enter the errors of the matrices of a file into the manifest. Raises CheckFailed for one beyond `max_error`."""
-    for module, (error, power) in result.errors.items():
+def _check_errors(errors: Mapping[str, tuple[float, float]], max_error: float | None) -> None:
+    """Raises CheckFailed for a matrix whose relative error is beyond `max_error`."""
+    for module, (error, power) in errors.items():
         if max_error is not None and not relative_mse(error, power) <= max_error:
             raise CheckFailed(
                 f"{module}: a relative squared error of {relative_mse(error, power):.4g} is more than the"
                 f" {max_error:g} that --max-error allows"
             )
-        manifest.errors[module] = [error, power]
-    result.errors.clear()
 
 
-def _nonfinite(plan: Plan, manifest: Manifest) -> list[NonFiniteTensor]:
-    replaced = {encoded.gathered.name for encoded in plan.matrices if encoded.scheme and not encoded.keeps_bits}
-    return [
-        NonFiniteTensor(tensor=name, nan=nan, inf=inf, replaced=name in replaced)
-        for name, (nan, inf) in sorted(manifest.nonfinite().items())
-    ]
-
-
-def _warn_of_numbers(job: Job, manifest: Manifest, overflows: dict[str, int], warn: Warn) -> None:
+def _warn_of_numbers(found: Run, overflows: Mapping[str, int], warn: Warn) -> None:
     for name, n in overflows.items():
-        warn(f"{name}: {n} numbers were too large for {job.dtype or 'its dtype'} and became infinite")
-    found = _nonfinite(job.plan, manifest)
+        warn(f"{name}: {n} numbers were too large for {found.job.dtype or 'its dtype'} and became infinite")
     for replaced, treatment in ((False, "kept as they are"), (True, "quantized as 0 and as the largest magnitude")):
-        named = [f"{one.tensor} ({NonFinite(one.nan, one.inf)})" for one in found if one.replaced == replaced]
+        named = [f"{one.tensor} ({NonFinite(one.nan, one.inf)})" for one in found.nonfinite if one.replaced == replaced]
         if named:
             left = len(named) - _NAMED_TENSORS
             more = f" and {left} more tensors, which inspect lists" if left > 0 else ""
@@ -216,6 +188,6 @@ def model_card(job: Job, config: Mapping[str, Any], manifest: Manifest) -> str:
 
 def _commit(job: Job, output: Path, manifest: Manifest) -> None:
     """The manifest lists the marker before it is written: with the marker the directory is a model, and complete."""
-    manifest.add(job.marker, hashlib.sha256(job.marker_content).hexdigest(), len(job.marker_content))
+    manifest.add(manifest.marker, hashlib.sha256(job.marker_content).hexdigest(), len(job.marker_content))
     manifest.write(output)
-    _write_small(output, job.marker, job.marker_content, manifest)
+    write_small(output / manifest.marker, job.marker_content)

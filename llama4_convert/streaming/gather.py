@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llama4_convert.checkpoints.tensors import Record
 from llama4_convert.planning.plan import Piece, PlannedTensor, RecordKey
-from llama4_convert.streaming.source import SCRATCH, Source
+from llama4_convert.streaming.source import SCRATCH_BYTES, Source
 
 Fill = Callable[[int, memoryview], None]  # makes a byte range: where it begins, and where to put it
 
@@ -47,7 +47,7 @@ class Gather:
             at = first + begin - start
             self._read(piece.file, record, base + begin, into[at : at + end - begin], streamed)
             return
-        chunk = max(SCRATCH // width, 1) * width if width <= SCRATCH else SCRATCH
+        chunk = max(SCRATCH_BYTES // width, 1) * width if width <= SCRATCH_BYTES else SCRATCH_BYTES
         while begin < end:
             # Chunks end where rows end, but for the first and the last: ranges of a tensor may begin and end inside a row.
             n = min(end - begin, chunk - begin % min(chunk, width))
@@ -57,8 +57,8 @@ class Gather:
             begin += n
 
     def _read(self, file: int, record: Record, at: int, into: memoryview, streamed: bool) -> None:
-        for i in range(0, len(into), SCRATCH):
-            part = into[i : i + SCRATCH]
+        for i in range(0, len(into), SCRATCH_BYTES):
+            part = into[i : i + SCRATCH_BYTES]
             self.source.read(file, record, at + i, part)
             if streamed:
                 self.source.check(file, record, at + i, part)
@@ -81,7 +81,7 @@ class Gather:
 
     def _rows_at_once(self, piece: Piece, block: _Block) -> int:
         """How many neighbouring rows a read into the scratch buffer holds, with what lies between them."""
-        room = SCRATCH - ((piece.copy.shape[-1] - 1) * piece.copy.source_strides[-1] + 1) * self.item
+        room = SCRATCH_BYTES - ((piece.copy.shape[-1] - 1) * piece.copy.source_strides[-1] + 1) * self.item
         return room // block.source_pitch + 1 if block.source_pitch and room > 0 else 1
 
     def _window(self, piece: Piece, block: _Block, first: int, rows: int, into: memoryview, at: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run carries out, as one value: the plan of the weights, and every other file of the output."""
+"""What a run carries out, as one value: the plan of the weights, and every other file of the output. And how far it has come."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4_convert.checkpoints.digests import Digest
-from llama4_convert.checkpoints.manifest import Manifest
+from llama4_convert.checkpoints.manifest import Manifest, NonFiniteTensor
 from llama4_convert.checkpoints.tensors import TensorFile
 from llama4_convert.metadata.config import ModelConfigs
 from llama4_convert.metadata.tokenizer import TokenizerSource
@@ -23,9 +23,7 @@ class Job:
     source_files: Sequence[TensorFile]  # the files that the plan's pieces number
     manifest: Manifest  # with the source and the options, and no files yet: it identifies the output
     small_files: Mapping[str, bytes]  # name in the output -> content
-    marker: str  # the file that makes the output a model, written last
-    marker_content: bytes
-    weights_pattern: str  # the names that readers may take for weights of such an output
+    marker_content: bytes  # of `manifest.marker`, which is written last
     tokenizer: TokenizerSource | None = None  # converted while small files are written: it takes memory
     config: Mapping[str, Any] | None = None  # the content of config.json among `small_files`
     configs: ModelConfigs | None = None  # or config.json and the files beside it, made when they are written
@@ -43,3 +41,23 @@ class Job:
     def card_config(self) -> Mapping[str, Any] | None:
         """config.json, which the model card describes; None where the layout has neither."""
         return self.configs.config if self.configs else self.config
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job and its output. `manifest` lists the finished files: a run adds each file that it finishes."""
+
+    job: Job
+    output: Path
+    manifest: Manifest
+    kept_weights: int = 0  # weight files that an earlier run has finished
+    was_complete: bool = False  # nothing was left to do
+
+    @property
+    def nonfinite(self) -> list[NonFiniteTensor]:
+        """The tensors of the finished files that have NaN or infinities, by name."""
+        quantized = {encoded.gathered.name for encoded in self.job.plan.matrices if encoded.is_quantized}
+        return [
+            NonFiniteTensor(tensor=name, nan=nan, inf=inf, replaced=name in quantized)
+            for name, (nan, inf) in sorted(self.manifest.nonfinite().items())
+        ]

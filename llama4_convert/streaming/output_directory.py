@@ -11,9 +11,8 @@ from llama4_convert.checkpoints.manifest import INDEX, NAME
 from llama4_convert.errors import UsageError, from_os_error
 from llama4_convert.files import PARTIAL_SUFFIX, locked
 
-# The files, of either layout, that make a directory a model, and the names that readers may take for its weights.
-MARKERS = (INDEX, "params.json")
-WEIGHTS = ("model*.safetensors*", "consolidated.*.pth")
+# The file, of either layout, that makes a directory a model -> the names that readers may take for its weights.
+WEIGHTS = {INDEX: "model*.safetensors*", "params.json": "consolidated.*.pth"}
 
 
 class NeedsOverwrite(UsageError):
@@ -64,6 +63,6 @@ def check_no_obstacle(target: Path) -> None:
     if (target / "original").is_symlink():
         raise UsageError(f"{target / 'original'} is a link: remove it, or choose another directory")
     for path in target.iterdir():
-        is_ours = any(path.match(pattern) for pattern in (*WEIGHTS, *MARKERS, NAME, f"*{PARTIAL_SUFFIX}"))
+        is_ours = any(path.match(pattern) for pattern in (*WEIGHTS.values(), *WEIGHTS, NAME, f"*{PARTIAL_SUFFIX}"))
         if is_ours and path.is_dir() and not path.is_symlink():
             raise UsageError(f"{path} is a directory, where a file will be: remove it, or choose another directory")

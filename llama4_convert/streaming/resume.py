@@ -7,10 +7,10 @@ there of every record that it has read in part. The next run continues them, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 
-from llama4_convert.planning.plan import Piece, Plan, PlannedFile, RecordKey, unencoded
+from llama4_convert.planning.plan import Plan, PlannedFile, RecordKey
 
 Running = dict[RecordKey, tuple[int, int]]  # bytes read so far, their CRC-32
 
@@ -18,28 +18,16 @@ Running = dict[RecordKey, tuple[int, int]]  # bytes read so far, their CRC-32
 def first_reads(file: PlannedFile) -> dict[RecordKey, int]:
     """The records that a file is made of, each with the first byte that it takes."""
     found: dict[RecordKey, int] = {}
-    for piece in _pieces(file):
+    for piece in file.pieces():
         start = piece.copy.source_offset * piece.source.itemsize
         found[piece.record_key] = min(start, found.get(piece.record_key, start))
     return found
 
 
-def _pieces(file: PlannedFile) -> Iterator[Piece]:
-    for read in file.reads_in_order():
-        yield from unencoded(read).pieces
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """How a run goes on."""
-
-    plan: Plan
-    left: list[PlannedFile]  # to be made
-    running: Running  # to be continued
-
-
-def resumed(plan: Plan, done: Collection[str], running: Mapping[RecordKey, tuple[int, int]]) -> Resumed:
+def left_to_do(plan: Plan, done: Collection[str], running: Running) -> tuple[Plan, list[PlannedFile], Running]:
     """How to go on when the files `done` are finished and `running` says how far records have been read for them.
+
+    Returns the plan as it is carried out now, its files that are left to make, and the records whose CRC is continued.
 
     A record goes on being checked as it is read if `running` ends where the first file that is left begins, and all files
     behind it are left too. If it does not (a finished file was lost), all files of that record are made again: what they were
@@ -66,12 +54,12 @@ def resumed(plan: Plan, done: Collection[str], running: Mapping[RecordKey, tuple
     beforehand = halfway - running.keys()
     files = [file for file in plan.files if file.name in left]
     if not beforehand:
-        return Resumed(plan, files, continued)
-    records = {piece.record_key: piece.source.record for file in files for piece in _pieces(file)}
+        return plan, files, continued
+    records = {piece.record_key: piece.source.record for file in files for piece in file.pieces()}
     late = tuple((key[0], records[key]) for key in sorted(beforehand))
     plan = replace(
         plan,
         checked_while_reading=plan.checked_while_reading - beforehand,
         checked_beforehand=plan.checked_beforehand + late,
     )
-    return Resumed(plan, files, continued)
+    return plan, files, continued

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from llama4_convert.checkpoints.meta_quantized import DequantizedView, Dequantizer
 from llama4_convert.checkpoints.pth import DamagedRecord, truncated
-from llama4_convert.checkpoints.tensors import Record, StoredTensor, TensorFile
+from llama4_convert.checkpoints.tensors import Record, StoredTensor, TensorFile, span
 from llama4_convert.errors import BadInput, from_os_error
 from llama4_convert.planning.plan import RecordKey
 from llama4_convert.streaming.resume import Running
 
 # Read granularity: small enough to stay in the processor's cache between reading, checking and scattering.
-SCRATCH = 1 << 20
+SCRATCH_BYTES = 1 << 20
 # How far the kernel reads ahead in each record: the parts of a tensor are read from the ranks in turn.
 _READ_AHEAD_BYTES = 16 << 20
 
@@ -36,7 +36,7 @@ class Source:
         self._dequantizer = Dequantizer()
         self._codes: NDArray[np.uint8] = np.empty(0, np.uint8)  # codes that the last read of a quantized record took
         self._advised: dict[RecordKey, int] = {}  # record -> where the last read ahead ends
-        self._scratch = memoryview(bytearray(SCRATCH))
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
 
     def __enter__(self) -> Source:
         for index in self.files:
@@ -120,7 +120,7 @@ class Source:
         first, other = (self._array(r, self.files[r].tensors[key]) for r in (0, file))
         if not first.shape:
             return bool(first == other)
-        step = max(1, SCRATCH // max(1, first[:1].nbytes))
+        step = max(1, SCRATCH_BYTES // max(1, first[:1].nbytes))
         return all(np.array_equal(first[i : i + step], other[i : i + step]) for i in range(0, len(first), step))
 
     def _array(self, file: int, tensor: StoredTensor) -> NDArray[Any]:
@@ -128,6 +128,6 @@ class Source:
         item = tensor.itemsize
         if 0 in tensor.shape:
             return np.empty(tensor.shape, f"u{item}")
-        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) + 1
-        mapped, offset = self.map(file, tensor.record, tensor.offset * item, span * item)
+        size = span(tensor.shape, tensor.strides) * item
+        mapped, offset = self.map(file, tensor.record, tensor.offset * item, size)
         return np.ndarray(tensor.shape, f"u{item}", mapped, offset, tuple(s * item for s in tensor.strides))

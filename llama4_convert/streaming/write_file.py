@@ -1,4 +1,4 @@
-"""Walks a plan: reads source slices, scatters them into output buffers, checks what it reads, hands the buffers on.
+"""Writes one planned file: has each tensor filled into output buffers, checks what was read, hands the buffers on.
 
 Memory is a few reused buffers, whatever the size of a tensor. One thread reads, checks and scatters, front to back through
 each output file; the digest and the disk have a thread each (see `writer`).
@@ -6,20 +6,21 @@ each output file; the digest and the disk have a thread each (see `writer`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from isal.isal_zlib import crc32
 
 from llama4_convert.checkpoints.meta_quantized import DequantizedView
+from llama4_convert.checkpoints.numbers import count_nonfinite
 from llama4_convert.checkpoints.pth import check_records
 from llama4_convert.errors import BadInput
 from llama4_convert.planning.binding import mismatch
 from llama4_convert.planning.plan import Plan, PlannedFile
 from llama4_convert.progress import Progress
 from llama4_convert.streaming.encode import MatrixEncoder
-from llama4_convert.streaming.fill import Fillers, filler_from_bytes
+from llama4_convert.streaming.fill import Fillers, Findings
 from llama4_convert.streaming.gather import Fill
-from llama4_convert.streaming.run_result import RunResult
 from llama4_convert.streaming.source import Source
 from llama4_convert.streaming.writer import FileWriter
 
@@ -40,60 +41,38 @@ def write_file(
     file: PlannedFile,
     source: Source,
     writer: FileWriter,
-    result: RunResult,
+    findings: Findings,
     progress: Progress,
-    allow_nonfinite: bool = False,
+    allow_nonfinite: bool,
 ) -> None:
     """Stream one planned file into `writer`. `allow_nonfinite`: matrices with NaN or infinities are quantized, too."""
-    envelope, checksum, fillers = file.envelope(), _Checksum(), Fillers(source, plan.checked_while_reading, result)
+    envelope, fillers = file.envelope(), Fillers(source, plan.checked_while_reading, findings)
     with ThreadPoolExecutor(1, "gather") as thread:
         encoder = MatrixEncoder(file, fillers, thread, progress, allow_nonfinite)
-        _put(envelope.head(), writer)
+        writer.write(envelope.head())
         for tensor in file.tensors:
-            _put(envelope.begin(), writer)
+            writer.write(envelope.begin())
+            crc = 0
             if tensor.part:  # its matrix is counted as it is gathered
-                _put(encoder.take(tensor.part), writer)
+                writer.write(encoder.take(tensor.part))
             else:
-                fill = (
-                    fillers.filler_for(tensor) if tensor.name in file.replicas else fillers.counting_filler_for(tensor)
-                )
-                if envelope.has_checksums:
-                    fill = checksum.following(fill)
-                _stream(tensor.nbytes, fill, writer, progress)
-            _put(envelope.finish(checksum.taken()), writer)
-        _put(envelope.tail(), writer)
+                for made in _filled(tensor.nbytes, fillers.filler_for(tensor), writer):
+                    # Buffers end at multiples of the item size, so no number is cut.
+                    if tensor.name not in file.replicas:
+                        findings.count(tensor.name, count_nonfinite(made, tensor.dtype))
+                    if envelope.has_checksums:
+                        crc = crc32(made, crc)
+                    progress(len(made))
+            writer.write(envelope.finish(crc))
+        writer.write(envelope.tail())
 
 
-class _Checksum:
-    """The CRC-32 of what a filler makes."""
-
-    def __init__(self) -> None:
-        self._crc = 0
-
-    def following(self, fill: Fill) -> Fill:
-        def checked(start: int, into: memoryview) -> None:
-            fill(start, into)
-            self._crc = crc32(into, self._crc)
-
-        return checked
-
-    def taken(self) -> int:
-        """The CRC-32 since the last call; the next one begins anew."""
-        crc, self._crc = self._crc, 0
-        return crc
-
-
-def _put(data: bytes | memoryview, writer: FileWriter) -> None:
-    _stream(len(data), filler_from_bytes(data), writer)
-
-
-def _stream(size: int, fill: Fill, writer: FileWriter, progress: Progress = lambda n: None) -> None:
-    """Have `fill` make the next `size` bytes of the file."""
+def _filled(size: int, fill: Fill, writer: FileWriter) -> Iterator[memoryview]:
+    """Have `fill` make the next `size` bytes of the file. Yields each range before the writer takes it."""
     position = 0
     while position < size:
-        space = writer.space()
-        n = min(len(space), size - position)
-        fill(position, space[:n])
-        writer.advance(n)
-        position += n
-        progress(n)
+        made = writer.space()[: size - position]
+        fill(position, made)
+        yield made
+        position += len(made)
+        writer.advance(len(made))

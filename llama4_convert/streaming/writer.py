@@ -19,17 +19,34 @@ from pathlib import Path
 
 from llama4_convert.files import PARTIAL_SUFFIX, sync_folder
 
-_BLOCK = 4096  # O_DIRECT wants buffer, offset and length in multiples of the device's block; 4 KiB satisfies all in use
-_DROP_EVERY, _DROP_BEHIND = 16 << 20, 256 << 20  # where writes go through the page cache, see `_drop_written`
+_BLOCK_BYTES = (
+    4096  # O_DIRECT wants buffer, offset and length in multiples of the device's block; 4 KiB satisfies all in use
+)
+_DROP_EVERY_BYTES, _DROP_BEHIND_BYTES = (
+    16 << 20,
+    256 << 20,
+)  # where writes go through the page cache, see `_drop_written`
 
 
 class Buffers:
-    """A ring of page-aligned buffers. A buffer comes back once the work queued on it has ended."""
+    """A ring of page-aligned buffers, and the two threads that hash and write them. Both release the GIL while they work.
+
+    A buffer comes back once the work queued on it has ended.
+    """
 
     def __init__(self, count: int, size: int) -> None:
         """`size` in bytes, a multiple of 4,096."""
         self._ring: list[tuple[mmap.mmap, list[Future[None]]]] = [(mmap.mmap(-1, size), []) for _ in range(count)]
         self.size = size
+        self.hash = ThreadPoolExecutor(1, "sha256")
+        self.disk = ThreadPoolExecutor(1, "write")
+
+    def __enter__(self) -> Buffers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.hash.shutdown(wait=True, cancel_futures=True)
+        self.disk.shutdown(wait=True, cancel_futures=True)
 
     def take(self) -> mmap.mmap:
         """The next buffer, waiting for its last use. An error of that use is raised here."""
@@ -49,32 +66,17 @@ class Buffers:
             future.result()
 
 
-class Workers:
-    """The two threads behind the copying one. Both release the GIL while they work."""
-
-    def __init__(self) -> None:
-        self.hash = ThreadPoolExecutor(1, "sha256")
-        self.disk = ThreadPoolExecutor(1, "write")
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.hash.shutdown(wait=True, cancel_futures=True)
-        self.disk.shutdown(wait=True, cancel_futures=True)
-
-
 class FileWriter:
-    """One output file under a temporary name. Fill `space()`, `advance(n)`, and at the end `commit()`.
+    """One output file under a temporary name. `write`, or fill `space()` and `advance(n)`; at the end `commit()`.
 
     Leaving the `with` block without a commit removes the temporary file.
     """
 
-    def __init__(self, path: Path, size: int, buffers: Buffers, workers: Workers) -> None:
+    def __init__(self, path: Path, size: int, buffers: Buffers) -> None:
         """`size` in bytes is allocated at once where the file system can, so that a full disk shows before the work."""
         self.path, self.size = path, size
         self.temporary = path.with_name(path.name + PARTIAL_SUFFIX)
-        self._buffers, self._workers = buffers, workers
+        self._buffers = buffers
         self._digest = hashlib.sha256()
         self._fd, self._direct = _open(self.temporary)
         self._dropped = 0  # position up to which the kernel was last asked to drop cached pages
@@ -110,12 +112,20 @@ class FileWriter:
         if self._filled == self._buffers.size:
             self._flush()
 
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            n = min(len(view), self._buffers.size - self._filled)
+            self.space()[:n] = view[:n]
+            self.advance(n)
+            view = view[n:]
+
     def _flush(self) -> None:
         buffer, n, position = self._buffer, self._filled, self._position
         view = memoryview(buffer)[:n]
         pending: list[Future[None]] = [
-            self._workers.hash.submit(self._digest.update, view),
-            self._workers.disk.submit(self._write, buffer, n, position),
+            self._buffers.hash.submit(self._digest.update, view),
+            self._buffers.disk.submit(self._write, buffer, n, position),
         ]
         self._buffers.give_back(buffer, pending)
         self._position += n
@@ -123,8 +133,8 @@ class FileWriter:
         self._buffer = self._buffers.take()
 
     def _write(self, buffer: mmap.mmap, n: int, position: int) -> None:
-        if self._direct and n % _BLOCK:
-            n += -n % _BLOCK  # the tail block; `commit` cuts the file to its size
+        if self._direct and n % _BLOCK_BYTES:
+            n += -n % _BLOCK_BYTES  # the tail block; `commit` cuts the file to its size
         view, done = memoryview(buffer)[:n], 0
         while done < n:
             try:
@@ -145,9 +155,9 @@ class FileWriter:
         that is most of what writing through the cache costs.
         """
         advise: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
-        if advise and end - self._dropped >= _DROP_EVERY:
+        if advise and end - self._dropped >= _DROP_EVERY_BYTES:
             self._dropped = end
-            start = max(0, end - _DROP_BEHIND)
+            start = max(0, end - _DROP_BEHIND_BYTES)
             with contextlib.suppress(OSError):  # an advice: file systems may not know it
                 advise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
 

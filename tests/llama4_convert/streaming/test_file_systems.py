@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama4_convert import convert
-from llama4_convert.streaming import memory, writer
+from llama4_convert.streaming import execution, writer
 from tests.support import commands
 
 needs_o_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="O_DIRECT is Linux's")
@@ -57,7 +57,7 @@ def test_writing_with_o_direct_is_refused(
         return is_direct(fd) and seen[fd] > after
 
     refused = commands.Faults(monkeypatch, ("pwrite",), errno.EINVAL, left=1, for_ever=True, when=direct)
-    monkeypatch.setattr(memory, "planned_buffers", lambda _: writer.Buffers(3, 64 << 10))
+    monkeypatch.setattr(execution, "buffer_bytes", lambda _: 64 << 10)
     convert(source, tmp_path / "out", shard_size=commands.SHARD)
     assert refused.raised
     assert commands.digests(tmp_path / "out") == straight
@@ -77,7 +77,7 @@ def test_advice_and_syncing_folders_are_refused(
     source: Path, straight: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_O_DIRECT", 0)
-    monkeypatch.setattr(writer, "_DROP_EVERY", 1)
+    monkeypatch.setattr(writer, "_DROP_EVERY_BYTES", 1)
     refused = commands.Faults(monkeypatch, ("posix_fadvise",), errno.ENOSYS, left=1, for_ever=True)
     commands.Faults(monkeypatch, ("fsync",), errno.EINVAL, left=1, for_ever=True, when=is_folder)
     convert(source, tmp_path / "out", shard_size=commands.SHARD)
@@ -101,22 +101,18 @@ def test_a_file_of_many_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     given: list[tuple[int, int]] = []
     if not direct:
         monkeypatch.setattr(writer, "_O_DIRECT", 0)
-    monkeypatch.setattr(writer, "_DROP_EVERY", 128 << 10)
-    monkeypatch.setattr(writer, "_DROP_BEHIND", 256 << 10)
+    monkeypatch.setattr(writer, "_DROP_EVERY_BYTES", 128 << 10)
+    monkeypatch.setattr(writer, "_DROP_BEHIND_BYTES", 256 << 10)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, n, _: given.append((start, n)), raising=False)
     monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
     data = os.urandom(1_000_003)
-    with writer.Workers() as workers:
-        buffers = writer.Buffers(3, 64 << 10)
-        with writer.FileWriter(tmp_path / "file", len(data), buffers, workers) as file:
-            position = 0
-            while position < len(data):
-                space = file.space()
-                n = min(len(space), len(data) - position, 10_007)
-                space[:n] = data[position : position + n]
-                file.advance(n)
-                position += n
-            file.commit()
+    with (
+        writer.Buffers(3, 64 << 10) as buffers,
+        writer.FileWriter(tmp_path / "file", len(data), buffers) as file,
+    ):
+        for position in range(0, len(data), 10_007):
+            file.write(data[position : position + 10_007])
+        file.commit()
     assert (tmp_path / "file").read_bytes() == data
     if not direct:
         assert given == [

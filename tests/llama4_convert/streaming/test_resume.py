@@ -23,7 +23,7 @@ from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, EnvironmentFailed, UsageError
 from llama4_convert.files import LOCK_NAME, locked
-from llama4_convert.streaming import writer
+from llama4_convert.streaming import execution, writer
 from tests.support import HANG_SECONDS, commands
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -35,7 +35,7 @@ def partials(folder: Path) -> list[Path]:
 
 
 def no_data_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "FileWriter", lambda *_: pytest.fail("tensor data was written again"))
+    monkeypatch.setattr(execution, "FileWriter", lambda *_: pytest.fail("tensor data was written again"))
 
 
 # -------------------- faults
