@@ -22,8 +22,7 @@ from llama4_convert.metadata.config import ModelConfigs
 from llama4_convert.metadata.tokenizer import TokenIds, TokenizerSource
 from llama4_convert.metadata.variant import infer_variant, max_position_embeddings
 from llama4_convert.planning.binding import bind_meta
-from llama4_convert.planning.layouts import TransformersLayout
-from llama4_convert.planning.planner import make_plan
+from llama4_convert.planning.planner import TransformersLayout, make_plan
 from llama4_convert.streaming.job import Job
 from llama4_convert.version import TOOL
 

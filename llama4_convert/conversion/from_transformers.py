@@ -28,8 +28,7 @@ from llama4_convert.files import read_small
 from llama4_convert.metadata import config
 from llama4_convert.metadata.config_repair import GENERATION, Repair, repair_generation
 from llama4_convert.planning.binding import bind_transformers
-from llama4_convert.planning.layouts import TransformersLayout
-from llama4_convert.planning.planner import make_plan
+from llama4_convert.planning.planner import TransformersLayout, make_plan
 from llama4_convert.streaming.job import Job
 from llama4_convert.version import TOOL
 

@@ -34,9 +34,8 @@ from llama4_convert.metadata.params import contradictions, params_json, without_
 from llama4_convert.metadata.tokenizer import TokenIds, tokenizer_model
 from llama4_convert.metadata.variant import recorded_variant
 from llama4_convert.planning.binding import bind_meta, bind_transformers
-from llama4_convert.planning.layouts import MetaLayout
 from llama4_convert.planning.plan import Plan
-from llama4_convert.planning.planner import make_plan
+from llama4_convert.planning.planner import MetaLayout, make_plan
 from llama4_convert.progress import Callbacks, Progress, Start, Warn
 from llama4_convert.streaming.bounds import DEFAULT_MEMORY_BYTES, Bounds
 from llama4_convert.streaming.execution import run

@@ -43,8 +43,7 @@ from llama4_convert.metadata.config_repair import (
     vision_keys,
 )
 from llama4_convert.planning.binding import VISION_PREFIX, BoundSource, bind_meta, bind_transformers, with_vision_of
-from llama4_convert.planning.layouts import TransformersLayout
-from llama4_convert.planning.planner import make_plan
+from llama4_convert.planning.planner import TransformersLayout, make_plan
 from llama4_convert.streaming.job import Job
 from llama4_convert.version import TOOL
 

@@ -28,9 +28,8 @@ from llama4_convert.fitting.results import Fit, FitVerdict
 from llama4_convert.formatting import parameters
 from llama4_convert.metadata.variant import infer_variant, max_position_embeddings
 from llama4_convert.planning.binding import bind_meta
-from llama4_convert.planning.layouts import TransformersLayout
 from llama4_convert.planning.plan import Plan
-from llama4_convert.planning.planner import make_plan
+from llama4_convert.planning.planner import TransformersLayout, make_plan
 from quant.config import parted_group, storage_format
 from quant.recipe import Recipe
 

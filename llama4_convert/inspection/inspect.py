@@ -29,9 +29,8 @@ from llama4_convert.inspection.results import (
     TensorStatistics,
 )
 from llama4_convert.planning.binding import bind_meta, model_shape
-from llama4_convert.planning.layouts import TransformersLayout
 from llama4_convert.planning.plan import Plan
-from llama4_convert.planning.planner import make_plan
+from llama4_convert.planning.planner import TransformersLayout, make_plan
 from llama4_convert.progress import Progress, Start
 from mappings import load_table
 

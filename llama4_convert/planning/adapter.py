@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -85,39 +84,20 @@ class Adapter:
 
     def changes(self, binding: Binding) -> Changes:
         """By logical tensor: what changes it, and where. Raises BadInput naming the key that does not fit the model."""
-        found: dict[str, list[Changed]] = defaultdict(list)
-        for changed in _BoundAdapter(self, binding).all():
-            for placement in changed.placements:
-                found[placement.tensor].append(Changed(changed.change, placement))
-        return found
+        return _BoundAdapter(self, binding).changes
 
     def summary(self, plan: Plan) -> AdapterSummary:
         """What `plan`, which was made with this adapter, merges."""
         changes = {piece.change for tensor in plan.changed for piece in tensor.changes}
         products = [change for change in changes if isinstance(change, LowRankUpdate)]
-        replacements = [change for change in changes if isinstance(change, TensorReplacement)]
+        replaced = {change.key for change in changes if isinstance(change, TensorReplacement) and change.replaces}
         return AdapterSummary(
             matrices_merged=len({(p.a, p.expert) for p in products}),
-            tensors_replaced=sorted({change.key for change in replacements if change.replaces}),
+            tensors_replaced=sorted(replaced),
             rank=self.config.r,
             ranks=sorted({p.rank for p in products}),
             sha256=dict(self.fingerprint),
         )
-
-    @cached_property
-    def modules(self) -> Mapping[str, Mapping[str, str]]:
-        """Wrapped module -> its factors: "A", "B", "bias", "embedding_A", "embedding_B" -> key."""
-        found: dict[str, dict[str, str]] = defaultdict(dict)
-        for key in sorted(self.reader.keys()):
-            if factor := _FACTOR.fullmatch(key):
-                embedding = f"embedding_{factor[4]}" if factor[4] else None
-                found[factor[1]][embedding or ("bias" if factor[3] == "bias" else factor[2])] = key
-        return found
-
-    @cached_property
-    def whole(self) -> Sequence[str]:
-        """Keys of tensors that were trained as they are: `modules_to_save`, biases, embeddings saved beside their factors."""
-        return [key for key in sorted(self.reader.keys()) if not _FACTOR.fullmatch(key)]
 
 
 def _reader(file: Path) -> TensorReader:
@@ -154,25 +134,31 @@ def _sha256(path: Path) -> str:
         raise from_os_error(error, f"reading {path.name}") from error
 
 
-@dataclass(frozen=True)
-class _Placed:
-    change: Change
-    placements: Sequence[Placement]
-
-
 class _BoundAdapter:
-    """An adapter and the model that it changes: finds the tensor of the model for each key."""
+    """An adapter and the model that it changes: finds the tensor of the model for each key.
+
+    A key is a factor of a module (`A`, `B`, `bias`, `embedding_A` or `embedding_B`), or a tensor that was trained as it is:
+    `modules_to_save`, biases, embeddings saved beside their factors.
+    """
 
     def __init__(self, adapter: Adapter, binding: Binding) -> None:
         self.adapter, self.binding, self.reader = adapter, binding, adapter.reader
         self.experts: dict[str, Matrix] = {m.key: m for key in binding.transformers for m in linearized(binding, key)}
         self.names: dict[str, str] = {}  # tensor of the model -> key that takes its place, or adds to it
+        self.changes: dict[str, list[Changed]] = defaultdict(list)  # by logical tensor
+        modules: dict[str, dict[str, str]] = defaultdict(dict)  # wrapped module -> its factors -> key
+        for key in sorted(self.reader.keys()):
+            if factor := _FACTOR.fullmatch(key):
+                embedding = f"embedding_{factor[4]}" if factor[4] else None
+                modules[factor[1]][embedding or ("bias" if factor[3] == "bias" else factor[2])] = key
+            else:
+                self._whole(key)
+        for module, keys in modules.items():
+            self._module(module, keys)
 
-    def all(self) -> Iterator[_Placed]:
-        for key in self.adapter.whole:
-            yield from self._whole(key)
-        for module, keys in self.adapter.modules.items():
-            yield from self._module(module, keys)
+    def _add(self, change: Change, placements: Iterable[Placement]) -> None:
+        for placement in placements:
+            self.changes[placement.tensor].append(Changed(change, placement))
 
     # -- names
 
@@ -203,26 +189,20 @@ class _BoundAdapter:
 
     # -- changes
 
-    def _whole(self, key: str) -> Iterator[_Placed]:
+    def _whole(self, key: str) -> None:
         name = self._find(_WRAPPERS.sub("", key.removeprefix(_PREFIX)))
         if name is None:
             raise self._unknown(key)
         self._claim(name, key, "whole")
         shape, placements = self._placements(name)
         if self.reader.shape(key) != shape:
-            raise self._error(
-                key,
-                f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}"
-                + (
-                    ": the vocabulary was resized, which cannot be merged"
-                    if "embed" in name or "lm_head" in name
-                    else ""
-                ),
-            )
+            is_vocabulary = "embed" in name or "lm_head" in name
+            hint = ": the vocabulary was resized, which cannot be merged" if is_vocabulary else ""
+            raise self._error(key, f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}{hint}")
         for rows, placed in row_blocks(shape, placements):
-            yield _Placed(TensorReplacement(self.reader, key, rows, shape), placed)
+            self._add(TensorReplacement(self.reader, key, rows, shape), placed)
 
-    def _module(self, module: str, keys: Mapping[str, str]) -> Iterator[_Placed]:
+    def _module(self, module: str, keys: Mapping[str, str]) -> None:
         kind = "embedding_" if any(part.startswith("embedding_") for part in keys) else ""
         for this, other in (("A", "B"), ("B", "A")):
             if kind + this in keys and kind + other not in keys:
@@ -238,31 +218,31 @@ class _BoundAdapter:
         if name is None and path.endswith(".experts") and not kind:
             if "bias" in keys:
                 raise self._error(keys["bias"], "is a bias, which experts do not have")
-            yield from self._fused(path, a, b)
+            self._fused(path, a, b)
             return
         if name is None:
             raise self._unknown(a)
         if kind and not name.endswith("embed_tokens.weight"):
             raise self._error(a, f"is no pair of factors for {name}")
-        yield from self._linear(path, name, a, b, is_embedding=bool(kind))
+        self._linear(path, name, a, b, is_embedding=bool(kind))
         if "bias" in keys:
-            yield self._bias(path, name, keys["bias"])
+            self._bias(path, name, keys["bias"])
 
-    def _linear(self, path: str, name: str, a: str, b: str, *, is_embedding: bool) -> Iterator[_Placed]:
+    def _linear(self, path: str, name: str, a: str, b: str, *, is_embedding: bool) -> None:
         self._claim(name, a, "added")
         shape, placements = self._placements(name)
         # PEFT's embedding has its factors the other way round: (B @ A)^T.
         n, k = reversed(shape) if is_embedding else shape
         scaling = self._scaling(path, name, a, b, (n, k), 1)
         for rows, placed in row_blocks(shape, placements):
+            height = rows[1] - rows[0]
             if is_embedding:
-                height = rows[1] - rows[0]
                 turned = [Placement(p.tensor, p.box, 0, (1, height)) for p in placed]
-                yield _Placed(LowRankUpdate(self.reader, a, b, scaling, (n, height), columns=rows), turned)
+                self._add(LowRankUpdate(self.reader, a, b, scaling, (n, height), columns=rows), turned)
             else:
-                yield _Placed(LowRankUpdate(self.reader, a, b, scaling, (rows[1] - rows[0], k), rows=rows), placed)
+                self._add(LowRankUpdate(self.reader, a, b, scaling, (height, k), rows=rows), placed)
 
-    def _bias(self, path: str, weight: str, key: str) -> _Placed:
+    def _bias(self, path: str, weight: str, key: str) -> None:
         name = self._find(f"{path}.bias")
         if name is None:
             raise self._error(key, f"has no bias to be added to: {weight} has none (lora_bias in {CONFIG})")
@@ -271,9 +251,9 @@ class _BoundAdapter:
         if self.reader.shape(key) != shape:
             raise self._error(key, f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}")
         scaling = self.adapter.config.scaling(path)
-        return _Placed(TensorReplacement(self.reader, key, (0, shape[0]), shape, scaling), placements)
+        self._add(TensorReplacement(self.reader, key, (0, shape[0]), shape, scaling), placements)
 
-    def _fused(self, path: str, a: str, b: str) -> Iterator[_Placed]:
+    def _fused(self, path: str, a: str, b: str) -> None:
         """`target_parameters`: E matrices at once. A [r E, x] has an expert's rows together, B [y, r E] has them E apart."""
         inner, outer = self.reader.shape(a)[1], self.reader.shape(b)[0]
         for parameter in _FUSED:
@@ -297,7 +277,7 @@ class _BoundAdapter:
                 offset, strides = (whole.offset, (0, columns, 1)) if as_stored else (whole.offset * rows, (0, 1, rows))
                 placed.append(Placement(whole.tensor, box, offset, strides))
             change = LowRankUpdate(self.reader, a, b, scaling, (outer, inner), expert=(expert, n_experts))
-            yield _Placed(change, placed)
+            self._add(change, placed)
 
     def _square_as_stored(self) -> bool:
         """Whether B @ A lies as the parameter does, where its shape does not tell: PEFT has changed that once."""

@@ -5,20 +5,38 @@ Sizes, shapes, dtypes and replicas are checked here, from the index alone.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from llama4.config import Llama4Config
 from llama4.config_fields import ConfigError
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.tensors import TORCH_NAMES, Record, TensorFile
+from llama4_convert.checkpoints.tensors import TORCH_NAMES, Record, StoredTensor, TensorFile
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
-from llama4_convert.planning.locations import Locations, StoredPart, locate_in_meta, locate_in_transformers
-from mappings import Binding, MappingError, ModelShape, load_table
+from mappings import Binding, MappingError, ModelShape, Placement, load_table
+from mappings.matrices import linearized
 
 VISION_PREFIX = "vision."  # of the vision tower's logical tensors
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A stored tensor that holds a logical tensor, or a box of one, in the strides of `placement`.
+
+    `file` numbers the source's files from 0: rank files, or safetensors files.
+    """
+
+    file: int
+    key: str
+    stored: StoredTensor
+    placement: Placement
+
+
+Locations = Mapping[str, Sequence[StoredPart]]  # by logical tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,7 @@ def bind_meta(source: MetaCheckpoint, *, text_only: bool = False, allow_rank_mis
         claims = binding.claim(source.keys, text_only=text_only)
         _check_tensors(binding, source)
         warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
-        locations = locate_in_meta(binding, source, claims.spelling)
+        locations = _locate_in_meta(binding, source, claims.spelling)
     except MappingError as error:
         raise BadInput(f"{source.path.name}: {error}") from error
     left_out = [key for key, rule in claims.dropped.items() if rule.when == "text_only"]
@@ -86,7 +104,7 @@ def bind_transformers(source: TransformersCheckpoint) -> BoundSource:
                 if stored.dtype not in TORCH_NAMES:
                     raise MappingError(f"{key} is {stored.dtype}: take a directory in bf16, fp16 or fp32")
         binding = load_table().bind(shape_of_config(config))
-        locations = locate_in_transformers(binding, source)
+        locations = _locate_in_transformers(binding, source)
     except (MappingError, ConfigError) as error:
         raise BadInput(f"{source.path}: {error}") from error
     return BoundSource(str(source.path), binding, config.to_geometry(), source.files, locations)
@@ -116,17 +134,56 @@ def with_vision_of(base: BoundSource, text: BoundSource, config: Llama4Config) -
     )
 
 
+def _locate_in_meta(binding: Binding, source: MetaCheckpoint, spelling: Mapping[str, str]) -> Locations:
+    """Where rank files store each logical tensor. `spelling`: logical tensor -> the Meta key that stores it.
+
+    Replicated tensors are located in the first rank.
+    """
+    ranks = len(source.ranks)
+    found: dict[str, list[StoredPart]] = defaultdict(list)
+    for key in dict.fromkeys(spelling.values()):
+        for rank in range(1 if binding.is_replicated(key) else ranks):
+            stored = source.tensor(rank, key)
+            for placement in binding.meta_placements(key, ranks, rank, stored.strides):
+                found[placement.tensor].append(StoredPart(rank, key, stored, placement))
+    return found
+
+
+def _locate_in_transformers(binding: Binding, source: TransformersCheckpoint) -> Locations:
+    """Where safetensors files store each logical tensor. Experts may be fused, or linear layers of their own.
+
+    Raises MappingError for a key that is unknown, missing or of another shape than config.json makes it.
+    """
+    single = {m.key: m for key in binding.transformers for m in linearized(binding, key)}
+    found: dict[str, list[StoredPart]] = defaultdict(list)
+    for file, index in enumerate(source.files):
+        for key, stored in index.tensors.items():
+            expected: tuple[int, ...]
+            if key in single:
+                matrix = single[key]
+                expected, placements = (matrix.n, matrix.k), [matrix.target]
+            elif key in binding.transformers:
+                expected, placements = binding.transformers_shape(key), binding.transformers_placements(key)
+            else:
+                raise MappingError(f"unknown key {key}: no Llama 4 of this config.json has it")
+            if stored.shape != expected:
+                raise MappingError(f"{key} has shape {list(stored.shape)}, but config.json makes it {list(expected)}")
+            for placement in placements:
+                found[placement.tensor].append(StoredPart(file, key, stored, placement))
+    for name, logical in binding.logical.items():
+        stored_elements = sum(prod(part.placement.box.size) for part in found[name])
+        elements = prod(logical.sizes.values())
+        if stored_elements != elements:
+            keys = [key for key, stored in binding.transformers.items() if name in stored.tensors.values()]
+            problem = "missing" if stored_elements < elements else "two keys hold"
+            raise MappingError(f"{problem} {keys[0]}, or a part of it")
+    return found
+
+
 def _bind_geometry(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
     """The tables bound to a geometry, and the geometry with the sizes that only the tensors tell."""
-    ranks = len(source.ranks)
-    shapes = source.shapes()
-    table = load_table()
-
-    def bind(g: Geometry) -> Binding:
-        return table.bind(model_shape(g))
-
     if None in (geometry.vocab_size, geometry.n_experts, geometry.expert_dim, geometry.dense_dim):
-        draft = bind(geometry)
+        draft, shapes, ranks = load_table().bind(model_shape(geometry)), source.shapes(), len(source.ranks)
         vocab, experts, width, dense = (draft.solve(axis, shapes, ranks) for axis in ("V", "E", "F", "G"))
         if (vocab or geometry.vocab_size) is None or (experts is None and geometry.n_experts is None):
             what = "tok_embeddings.weight" if vocab is None else "a router (feed_forward.router_DE)"
@@ -134,7 +191,7 @@ def _bind_geometry(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding,
         geometry = geometry.completed(vocab or 0, experts or 0, width or 0, dense or 0)
         if geometry.n_experts and geometry.top_k > geometry.n_experts:
             raise MappingError(f"params.json has a top_k of {geometry.top_k}, the router {geometry.n_experts} experts")
-    return bind(geometry), geometry
+    return load_table().bind(model_shape(geometry)), geometry
 
 
 def shape_of_config(config: Llama4Config) -> ModelShape:

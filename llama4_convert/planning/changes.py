@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,52 +32,6 @@ _WHOLE_BYTES, _BLOCK_BYTES, _ALIGNED_ROWS = 512 << 20, 256 << 20, 64
 _READ_BYTES = 16 << 20
 
 
-class Change(Protocol):
-    """Values that change boxes of logical tensors."""
-
-    @property
-    def replaces(self) -> bool:
-        """Whether the values replace the tensor's; else they are added to them."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that `values` takes."""
-        ...
-
-    def values(self) -> Floats:
-        """float32, flat, in the element order that the placements count."""
-        ...
-
-
-class Changed(NamedTuple):
-    """A change, and where its values belong."""
-
-    change: Change
-    placement: Placement
-
-
-@dataclass(frozen=True)
-class ChangePiece:
-    """The part of a change that one output tensor takes: `copy` leads from its values into the tensor."""
-
-    change: Change
-    copy: Copy
-
-    @cached_property
-    def start(self) -> int:
-        """The first element of the tensor that is changed."""
-        return self.copy.target_offset
-
-    @cached_property
-    def stop(self) -> int:
-        """One past the last element of the tensor that is changed."""
-        return self.start + span(self.copy.shape, self.copy.target_strides)
-
-
-Changes = Mapping[str, Sequence[Changed]]  # by logical tensor
-
-
 @dataclass(frozen=True)
 class LowRankUpdate:
     """scaling * B @ A. A linear layer has A [r, k] and B [n, r]; E fused experts have A [r E, k] and B [n, r E] together."""
@@ -90,10 +44,11 @@ class LowRankUpdate:
     expert: tuple[int, int] | None = None  # which, of how many
     rows: tuple[int, int] | None = None  # of the product, where it is one block of several
     columns: tuple[int, int] | None = None
-    replaces = False
+    replaces = False  # the values are added to the tensor's
 
     @property
     def nbytes(self) -> int:
+        """Bytes of memory that `values` takes."""
         return 4 * prod(self.shape)
 
     @property
@@ -101,6 +56,7 @@ class LowRankUpdate:
         return self.reader.shape(self.a)[0] // (self.expert[1] if self.expert else 1)
 
     def values(self) -> Floats:
+        """float32, flat, in the element order that the placements count."""
         import torch
 
         rank = self.rank
@@ -144,6 +100,37 @@ class TensorReplacement:
         return found if self.scaling is None else found * np.float32(self.scaling)
 
 
+Change = LowRankUpdate | TensorReplacement
+
+
+class Changed(NamedTuple):
+    """A change, and where its values belong."""
+
+    change: Change
+    placement: Placement
+
+
+Changes = Mapping[str, Sequence[Changed]]  # by logical tensor
+
+
+@dataclass(frozen=True)
+class ChangePiece:
+    """The part of a change that one output tensor takes: `copy` leads from its values into the tensor."""
+
+    change: Change
+    copy: Copy
+
+    @property
+    def start(self) -> int:
+        """The first element of the tensor that is changed."""
+        return self.copy.target_offset
+
+    @cached_property
+    def stop(self) -> int:
+        """One past the last element of the tensor that is changed."""
+        return self.start + span(self.copy.shape, self.copy.target_strides)
+
+
 def _read(reader: TensorReader, key: str, rows: tuple[int, int] | None = None) -> Floats:
     return np.ascontiguousarray(widened(reader.read(key, rows), reader.dtype(key)))
 
@@ -159,17 +146,14 @@ def _columns(reader: TensorReader, key: str, first: int, step: int) -> Floats:
 
 
 def row_blocks(
-    shape: Sequence[int], placements: Sequence[Placement], whole: int = _WHOLE_BYTES, block: int = _BLOCK_BYTES
-) -> Iterator[tuple[tuple[int, int], list[Placement]]]:
-    """Ranges of rows (of the first dimension) of a tensor with at most `block` bytes in fp32, and the placements in each range.
-
-    A tensor of at most `whole` bytes in fp32 is one range.
-    """
+    shape: Sequence[int], placements: Sequence[Placement]
+) -> Iterator[tuple[tuple[int, int], Sequence[Placement]]]:
+    """Ranges of rows (of the first dimension) of a tensor that are computed at once, and the placements in each range."""
     height, row = shape[0], prod(shape[1:])
-    if 4 * height * row <= whole:
-        yield (0, height), list(placements)
+    if 4 * height * row <= _WHOLE_BYTES:
+        yield (0, height), placements
         return
-    n = -(-4 * height * row // block)
+    n = -(-4 * height * row // _BLOCK_BYTES)
     step = -(-height // n)
     step += -step % _ALIGNED_ROWS if step > _ALIGNED_ROWS else 0
     for start in range(0, height, step):
@@ -178,13 +162,9 @@ def row_blocks(
 
 
 def _rows_of(placement: Placement, row: int, start: int, stop: int) -> Placement:
-    axis = placement.strides.index(row)
-    box = placement.box
-    at = Box(
-        tuple(start if i == axis else s for i, s in enumerate(box.start)),
-        tuple(stop - start if i == axis else n for i, n in enumerate(box.size)),
-    )
-    return replace(placement, box=at)
+    axis, first, size = placement.strides.index(row), list(placement.box.start), list(placement.box.size)
+    first[axis], size[axis] = start, stop - start
+    return replace(placement, box=Box(tuple(first), tuple(size)))
 
 
 class ChangeApplier:

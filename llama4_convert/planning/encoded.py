@@ -9,8 +9,8 @@ from math import prod
 from types import MappingProxyType
 
 from llama4_convert.checkpoints.meta_quantized import CODES, DequantizedView
+from llama4_convert.planning.binding import Locations
 from llama4_convert.planning.changes import ChangePiece, Changes
-from llama4_convert.planning.locations import Locations
 from llama4_convert.planning.plan import EncodedMatrix, EncodedPart, ExpertScales, Piece, PlannedTensor
 from mappings import Binding, Copy, MappingError, Placement, copies
 from mappings.matrices import Matrix, matrices
@@ -164,13 +164,12 @@ def _keeps_bits(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> bool
     be kept. Groups of int4 lie inside a rank.
     """
     records = [piece.source.record for piece in gathered.pieces]
-    if scheme.kind == "fp8" and scheme.granularity == "channel":
-        return all(isinstance(r, DequantizedView) and r.kind == "fp8" and r.k == matrix.k for r in records)
-    return (
-        scheme.kind == "int4"
-        and scheme.group_size == MetaInt4.group_size
-        and all(isinstance(r, DequantizedView) and r.kind == "int4" for r in records)
-    )
+    views = [r for r in records if isinstance(r, DequantizedView) and r.kind == scheme.kind]
+    if len(views) < len(records):
+        return False
+    if scheme.kind == "fp8":
+        return scheme.granularity == "channel" and all(view.k == matrix.k for view in views)
+    return scheme.group_size == MetaInt4.group_size
 
 
 def _with_bits_kept(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> Iterator[PlannedTensor]:

@@ -15,8 +15,8 @@ from typing import Protocol
 from llama4.geometry import Geometry
 from llama4_convert.checkpoints.families import family_of
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor
+from llama4_convert.planning.binding import StoredPart
 from llama4_convert.planning.changes import ChangePiece, most_bytes
-from llama4_convert.planning.locations import StoredPart
 from mappings import Box, Copy, Placement, copies
 from mappings.matrices import Matrix
 from quant.encoding import Encoder
@@ -216,7 +216,9 @@ class Plan:
     checked_while_reading: frozenset[RecordKey] = frozenset()  # read once, whole, front to back: the CRC follows
     checked_beforehand: tuple[tuple[int, Record], ...] = ()  # the other records with a CRC: (file number, record)
     compare: tuple[tuple[str, int], ...] = ()  # (key, file number): replicas to compare with file 0's by value
-    meta_keys: tuple[str, ...] = ()  # keys of Meta's layout that are read or written, as they are spelled there
+    meta_keys: tuple[
+        str, ...
+    ] = ()  # keys of Meta's layout that are read or written: their spelling makes the way back exact
     dropped: Mapping[str, str] = field(default_factory=dict)  # source key -> why
     base_evidence: tuple[str, ...] = ()  # source keys that only base models carry
     warnings: tuple[str, ...] = ()

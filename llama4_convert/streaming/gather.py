@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama4_convert.checkpoints.tensors import Record
 from llama4_convert.planning.plan import Piece, PlannedTensor, RecordKey
@@ -132,16 +131,12 @@ def _scatter(view: memoryview, begin: int, width: int, pitch: int, into: memoryv
     if whole:
         at = shift + row * pitch
         data = np.frombuffer(view, np.uint8, whole * width, done).reshape(whole, width)
-        _rows(into, at, whole, width, pitch)[:] = data
+        np.ndarray((whole, width), np.uint8, into, at, (pitch, 1))[:] = data
         done += whole * width
         row += whole
     if done < len(view):
         at = shift + row * pitch
         into[at : at + len(view) - done] = view[done:]
-
-
-def _rows(into: memoryview, at: int, rows: int, width: int, pitch: int) -> NDArray[np.uint8]:
-    return np.ndarray((rows, width), np.uint8, into, at, (pitch, 1))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llama4_convert import convert, plan
 from llama4_convert.errors import BadInput
+from llama4_convert.planning import changes
 from llama4_convert.planning.changes import row_blocks
 from llama4_convert.validation.parity.transformers_runner import load_transformers
 from tests.support import adapter as peft
@@ -639,7 +640,8 @@ def test_blocks_change_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Blocks of 320 of 2,312 rows. The last has 72: one of 8 the library would compute in another way on some processors.
-    monkeypatch.setattr(row_blocks, "__defaults__", (100_000, 100_000))
+    monkeypatch.setattr(changes, "_WHOLE_BYTES", 100_000)
+    monkeypatch.setattr(changes, "_BLOCK_BYTES", 100_000)
     convert(whole("odd"), tmp_path / "out", adapter=trained("odd", name))
     assert peft.different(peft.tensors(tmp_path / "out"), peft.merged(whole("odd"), trained("odd", name))) == []
 
