@@ -6,7 +6,6 @@ one wrapper for each of their two parameters) has `base_layer` in its path. Any 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,11 +16,12 @@ from pathlib import Path
 import msgspec
 
 from llama4.weights import TensorReader
+from llama4_convert.checkpoints.digests import digests
 from llama4_convert.checkpoints.numbers import count_nonfinite
 from llama4_convert.checkpoints.pth import PthIndex, check_records
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.checkpoints.transformers import SafetensorsIndex, TransformersCheckpoint
-from llama4_convert.errors import BadInput, UsageError, from_os_error
+from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.planning.adapter_config import AdapterConfig
 from llama4_convert.planning.changes import Change, Changed, Changes, LowRankUpdate, TensorReplacement, row_blocks
 from llama4_convert.planning.plan import Plan
@@ -80,7 +80,8 @@ class Adapter:
             _check_numbers(file, reader, key)
         if not reader.keys():
             raise BadInput(f"{file.name} holds no tensor: nothing was trained, or it was saved in another way")
-        return Adapter(path, config, reader, {p.name: _sha256(p) for p in (path / CONFIG, file)})
+        fingerprint = {p.name: digests(p, {"sha256"}, lambda n: None)["sha256"] for p in (path / CONFIG, file)}
+        return Adapter(path, config, reader, fingerprint)
 
     def changes(self, binding: Binding) -> Changes:
         """By logical tensor: what changes it, and where. Raises BadInput naming the key that does not fit the model."""
@@ -101,13 +102,9 @@ class Adapter:
 
 
 def _reader(file: Path) -> TensorReader:
-    if file.suffix == ".bin":
-        return _unpickled(file)
-    return DirectoryReader(TransformersCheckpoint(file.parent, {}, (SafetensorsIndex.read(file),)))
-
-
-def _unpickled(file: Path) -> TensorReader:
     """A pickle is never executed: what is no plain state dict in a zip is refused."""
+    if file.suffix == ".safetensors":
+        return DirectoryReader(TransformersCheckpoint(file.parent, {}, (SafetensorsIndex.read(file),)))
     try:
         index = PthIndex.read(file)
     except BadInput as error:
@@ -124,14 +121,6 @@ def _check_numbers(file: Path, reader: TensorReader, key: str) -> None:
     for start in range(0, shape[0], step):
         if any(found := count_nonfinite(reader.read(key, (start, start + step)).tobytes(), dtype)):
             raise BadInput(f"{file.name}: {key} has {found} numbers: its training failed, or it is damaged")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise from_os_error(error, f"reading {path.name}") from error
 
 
 class _BoundAdapter:
@@ -193,14 +182,18 @@ class _BoundAdapter:
         name = self._find(_WRAPPERS.sub("", key.removeprefix(_PREFIX)))
         if name is None:
             raise self._unknown(key)
-        self._claim(name, key, "whole")
+        self._add_stored(name, key, "whole")
+
+    def _add_stored(self, name: str, key: str, kind: str, scaling: float | None = None) -> None:
+        """The tensor `key` replaces the model's; with a `scaling` it is added."""
+        self._claim(name, key, kind)
         shape, placements = self._placements(name)
         if self.reader.shape(key) != shape:
             is_vocabulary = "embed" in name or "lm_head" in name
             hint = ": the vocabulary was resized, which cannot be merged" if is_vocabulary else ""
             raise self._error(key, f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}{hint}")
         for rows, placed in row_blocks(shape, placements):
-            self._add(TensorReplacement(self.reader, key, rows, shape), placed)
+            self._add(TensorReplacement(self.reader, key, rows, shape, scaling), placed)
 
     def _module(self, module: str, keys: Mapping[str, str]) -> None:
         kind = "embedding_" if any(part.startswith("embedding_") for part in keys) else ""
@@ -246,12 +239,7 @@ class _BoundAdapter:
         name = self._find(f"{path}.bias")
         if name is None:
             raise self._error(key, f"has no bias to be added to: {weight} has none (lora_bias in {CONFIG})")
-        self._claim(name, key, "added")
-        shape, placements = self._placements(name)
-        if self.reader.shape(key) != shape:
-            raise self._error(key, f"has shape {list(self.reader.shape(key))}, {name} {list(shape)}")
-        scaling = self.adapter.config.scaling(path)
-        self._add(TensorReplacement(self.reader, key, (0, shape[0]), shape, scaling), placements)
+        self._add_stored(name, key, "added", self.adapter.config.scaling(path))
 
     def _fused(self, path: str, a: str, b: str) -> None:
         """`target_parameters`: E matrices at once. A [r E, x] has an expert's rows together, B [y, r E] has them E apart."""

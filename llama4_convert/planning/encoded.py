@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from types import MappingProxyType
@@ -47,15 +47,20 @@ def planned_codes(tensor: PlannedTensor, experts: int, file: str) -> tuple[Plann
     return replace(tensor, dtype=CODES, pieces=tuple(codes)), replace(scales, pieces=tuple(pieces))
 
 
-def linear_layers(binding: Binding, recipe: Recipe | None) -> tuple[tuple[Matrix, Scheme | None], ...]:
-    """Every matrix that a recipe could name, with the scheme that it gives to it; empty without a recipe."""
+def linear_layers(
+    binding: Binding, recipe: Recipe | None, keys: Iterable[str], linear: Collection[str] = ()
+) -> list[tuple[Matrix, Scheme | None]]:
+    """The matrices of the tensors `keys` that a recipe could name, with the scheme that it gives to each; none without one.
+
+    `linear`: keys under which the source has experts as linear layers.
+    """
     if recipe is None:
-        return ()
-    return tuple(
+        return []
+    return [
         (matrix, recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert))
-        for key in binding.transformers
-        for matrix in matrices(binding, key)
-    )
+        for key in keys
+        for matrix in matrices(binding, key, linear)
+    ]
 
 
 def planned_tensor(
@@ -70,13 +75,11 @@ def planned_tensor(
 
     `dtype` casts; None keeps the source's dtype. Raises MappingError where the pieces do not cover the tensor exactly once.
     """
-    pieces: list[Piece] = []
+    pieces = [
+        piece for target in targets for part in locations[target.tensor] if (piece := Piece.between(part, target))
+    ]
     changed: list[ChangePiece] = []
     for target in targets:
-        for part in locations[target.tensor]:
-            piece = Piece.between(part, target)
-            if piece is not None:
-                pieces.append(piece)
         for change, placement in changes.get(target.tensor, ()):
             # Most changes belong to other experts, which their first axis shows without computing the copy.
             apart = placement.box.start[0] >= target.box.start[0] + target.box.size[0]
@@ -89,7 +92,9 @@ def planned_tensor(
             f" ({', '.join(sorted(dtypes))})"
         )
     tensor = PlannedTensor(name, dtype or dtypes.pop(), shape, 0, tuple(pieces), changes=tuple(changed))
-    _check_conserved(tensor)
+    # The last line of defence against a table that loses or repeats a slice.
+    if (moved := sum(piece.numel for piece in pieces)) != tensor.numel:
+        raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")
     return tensor
 
 
@@ -100,7 +105,9 @@ def output_tensors(
     linear = {part.key for parts in locations.values() for part in parts}
     tensors: list[PlannedTensor] = []
     for name in binding.transformers:
-        to_encode = list(_to_encode(binding, name, recipe, linear)) if recipe else []
+        # Experts always become linear layers: runtimes that read some experts quantized expect none fused.
+        layers = linear_layers(binding, recipe, [name], linear)
+        to_encode = [(matrix, scheme) for matrix, scheme in layers if scheme or matrix.expert is not None]
         for matrix, scheme in to_encode:
             # Schemes quantize bf16: checkpoints are published in it.
             to = "BF16" if scheme else dtype
@@ -114,19 +121,6 @@ def output_tensors(
             targets = binding.transformers_placements(name)
             tensors.append(planned_tensor(name, shape, targets, locations, dtype, changes))
     return tensors
-
-
-def _to_encode(
-    binding: Binding, key: str, recipe: Recipe, linear: Collection[str]
-) -> Iterator[tuple[Matrix, Scheme | None]]:
-    """The matrices of the tensor `key` that become linear layers of their own, with their schemes (None: unquantized).
-
-    Experts always do: runtimes that read some experts quantized expect none fused.
-    """
-    for matrix in matrices(binding, key, linear):
-        scheme = recipe.scheme(matrix.family, matrix.layer, binding.shape.n_layers, matrix.expert)
-        if scheme or matrix.expert is not None:
-            yield matrix, scheme
 
 
 def _encoder(scheme: Scheme | None, device: str, dtype: str) -> Encoder:
@@ -203,10 +197,3 @@ def _with_bits_kept(matrix: Matrix, scheme: Scheme, gathered: PlannedTensor) -> 
     encoder = Linear(CODES) if scheme.kind == "fp8" else MetaWords()
     yield from _encoded(matrix, scheme, encoder, stored, keeps_bits=True)
     yield PlannedTensor(f"{matrix.key}_scale", "F32", (matrix.n, groups), 0, tuple(scales))
-
-
-def _check_conserved(tensor: PlannedTensor) -> None:
-    """Elements in equal elements out: the last line of defence against a table that loses or repeats a slice."""
-    moved = sum(piece.numel for piece in tensor.pieces)
-    if moved != tensor.numel:
-        raise MappingError(f"{tensor.name}: {moved:,} elements for {tensor.numel:,}: the table does not cover it")

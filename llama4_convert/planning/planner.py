@@ -98,7 +98,7 @@ def make_plan(source: BoundSource, layout: TransformersLayout | MetaLayout) -> P
         dropped=source.dropped,
         base_evidence=tuple(source.base_evidence),
         warnings=tuple(source.warnings),
-        linear_layers=linear_layers(source.binding, layout.recipe),
+        linear_layers=tuple(linear_layers(source.binding, layout.recipe, source.binding.transformers)),
     )
 
 

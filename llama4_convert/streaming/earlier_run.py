@@ -20,10 +20,13 @@ def take_over(job: Job, target: Path, *, overwrite: bool) -> Run:
     `target` holds something else, and UsageError where it holds weights that are not ours to remove.
     """
     manifest = structs.replace(job.manifest, files={}, errors={}, records={})
-    if overwrite and not _is_interrupted(job, target):
-        _refuse_other_layout(job, target)
-        _clear(job, target)
-        return Run(job, target, manifest)
+    if overwrite:
+        found = _readable(target)
+        if not (found and _is_interrupted(job, found, target)):
+            listed = set(found.files) if found else set()
+            _refuse_other_layout(job, target, listed)
+            _clear(job, target, listed)
+            return Run(job, target, manifest)
     old = Manifest.read(target)
     if old is None:
         foreign = [p.name for p in target.iterdir() if p.name != LOCK_NAME and not p.name.endswith(".partial")]
@@ -46,30 +49,32 @@ def take_over(job: Job, target: Path, *, overwrite: bool) -> Run:
     return Run(job, target, manifest, len(weights & kept), is_marked and not lost_small_files and weights <= kept)
 
 
-def _is_interrupted(job: Job, target: Path) -> bool:
-    """Whether `target` holds the unfinished output of this very job: --overwrite has begun, and goes on."""
+def _readable(target: Path) -> Manifest | None:
+    """The manifest of `target`; None if it has none that can be read."""
     try:
-        old = Manifest.read(target)
+        return Manifest.read(target)
     except BadInput:
-        return False
-    return old is not None and not (target / old.marker).exists() and not old.differences(job.manifest)
+        return None
 
 
-def _refuse_other_layout(job: Job, target: Path) -> None:
+def _is_interrupted(job: Job, old: Manifest, target: Path) -> bool:
+    """Whether `target`, with the manifest `old`, holds the unfinished output of this job: --overwrite has begun, and goes on."""
+    return not (target / old.marker).exists() and not old.differences(job.manifest)
+
+
+def _refuse_other_layout(job: Job, target: Path, listed: set[str]) -> None:
     """Weights in the other layout that this tool did not write are not its to remove, and readers would take them if left."""
-    ours = _listed(target)
     others = [pattern for marker, pattern in WEIGHTS.items() if marker != job.manifest.marker]
     for path in sorted(path for pattern in others for path in target.glob(pattern)):
-        if path.name not in ours:
+        if path.name not in listed:
             raise UsageError(
                 f"{target} holds a checkpoint in the other layout ({path.name}), which --overwrite does not remove:"
                 " choose another directory"
             )
 
 
-def _clear(job: Job, target: Path) -> None:
+def _clear(job: Job, target: Path, listed: set[str]) -> None:
     """Remove a model from `target`: first the marker, so that it never points at files of another conversion."""
-    listed = _listed(target)
     for marker in WEIGHTS:
         if marker == job.manifest.marker or marker in listed:
             (target / marker).unlink(missing_ok=True)
@@ -80,12 +85,3 @@ def _clear(job: Job, target: Path) -> None:
     # Readers prefer a bare model.safetensors to an index, and take every rank file that they find.
     for path in target.glob(WEIGHTS[job.manifest.marker]):
         path.unlink()
-
-
-def _listed(target: Path) -> set[str]:
-    """The files that the manifest of `target` lists; empty if it has none that can be read."""
-    try:
-        old = Manifest.read(target)
-    except BadInput:
-        return set()
-    return set(old.files) if old else set()

@@ -28,11 +28,11 @@ _READ_AHEAD_BYTES = 16 << 20
 class Source:
     """The opened files, and for each record that is read front to back its position and the CRC up to there."""
 
-    def __init__(self, files: Sequence[TensorFile], running: Running | None = None) -> None:
+    def __init__(self, files: Sequence[TensorFile], running: Running) -> None:
         """`running`: records that an earlier run has read in part (see `resume`); `check` keeps it up to date."""
         self.files = files
         self._fds: list[int] = []
-        self.running: Running = {} if running is None else running
+        self.running = running
         self._dequantizer = Dequantizer()
         self._codes: NDArray[np.uint8] = np.empty(0, np.uint8)  # codes that the last read of a quantized record took
         self._advised: dict[RecordKey, int] = {}  # record -> where the last read ahead ends
