@@ -55,18 +55,16 @@ def bind(request: Request) -> BoundRequest:
     Raises UsageError, BadInput or EnvironmentFailed.
     """
     from llama4_convert.checkpoints import is_meta
+    from llama4_convert.conversion.bound_request import bound_request
+    from llama4_convert.conversion.from_meta import from_meta
+    from llama4_convert.conversion.from_transformers import from_transformers
+    from llama4_convert.conversion.with_vision import with_vision
 
     if request.vision_from is not None:
-        from llama4_convert.conversion.with_vision import with_vision
-
-        return with_vision(request)
-    if not is_meta(request.source):
-        from llama4_convert.conversion.from_transformers import from_transformers
-
-        return from_transformers(request)
-    from llama4_convert.conversion.from_meta import from_meta
-
-    return from_meta(request)
+        source = with_vision(request)
+    else:
+        source = from_meta(request) if is_meta(request.source) else from_transformers(request)
+    return bound_request(request, source)
 
 
 def plan(
@@ -90,6 +88,6 @@ def plan(
         return plan_summary(bound)
     from llama4_convert.fitting.fit import fit_plan
 
-    longest = bound.max_position_embeddings
+    longest = bound.source.max_position_embeddings
     verdict = fit_plan(bound.job.plan, bound.recipe, gpu=gpu, gpus=gpus, context=context, max_context=longest)
     return plan_summary(bound, verdict)

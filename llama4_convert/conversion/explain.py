@@ -101,7 +101,7 @@ def _subject(path: Path, ranks: int | None, options: Mapping[str, Any]) -> _Subj
     if ranks is None and (request.recipe or is_meta(path)):
         bound, command = bind(request), "convert"
         command += f" --recipe {request.recipe}" if request.recipe else ""
-        return _Subject(bound.source, bound.job, command)
+        return _Subject(bound.source.checkpoint, bound.job, command)
     theirs = {"source", "allow_rank_mismatch"}
     given = [f.name for f in fields(Request) if f.name not in theirs and getattr(request, f.name) != f.default]
     if given:

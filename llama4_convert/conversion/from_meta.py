@@ -1,4 +1,4 @@
-"""Meta's directory as the source of a conversion: the plan, and the small files made of params.json and tokenizer.model."""
+"""Meta's directory as the source of a conversion: its small files are made of params.json and tokenizer.model."""
 
 from __future__ import annotations
 
@@ -6,77 +6,58 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama4.geometry import Geometry
-from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
-from llama4_convert.checkpoints.tensors import SAFETENSORS_NAMES
-from llama4_convert.conversion.bound_request import (
-    BoundRequest,
-    adapter_source,
-    recipe_options,
-)
-from llama4_convert.conversion.quantization import quantization_config
-from llama4_convert.conversion.request import Request, check_recipe, load_adapter, load_recipe
+from llama4_convert.conversion.bound_request import ConversionSource
+from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import notices
-from llama4_convert.metadata.config import ModelConfigs
+from llama4_convert.metadata.config import generation_config, model_config, processor_configs, to_json
+from llama4_convert.metadata.config_repair import GENERATION
 from llama4_convert.metadata.tokenizer import TokenIds, TokenizerSource
 from llama4_convert.metadata.variant import infer_variant, max_position_embeddings
 from llama4_convert.planning.binding import bind_meta
-from llama4_convert.planning.planner import TransformersLayout, make_plan
-from llama4_convert.streaming.job import Job
-from llama4_convert.version import TOOL
 
 
-def from_meta(request: Request) -> BoundRequest:
-    """A conversion of Meta's directory. Raises UsageError, BadInput or EnvironmentFailed."""
+def from_meta(request: Request) -> ConversionSource:
+    """The source of a request that names Meta's directory. Raises UsageError, BadInput or EnvironmentFailed."""
     if request.config_from is not None:
         raise UsageError(f"{request.source} has a params.json: --config-from repairs a Transformers directory")
-    recipe, adapter = load_recipe(request.recipe), load_adapter(request.adapter)
-    source = MetaCheckpoint.open(request.source)
-    layout = TransformersLayout(
-        dtype=SAFETENSORS_NAMES[request.dtype] if request.dtype else None,
-        shard_size=request.shard_size,
-        recipe=recipe,
-        device=request.device,
-        adapter=adapter,
-    )
-    bound = bind_meta(source, text_only=request.text_only, allow_rank_mismatch=request.allow_rank_mismatch)
-    plan = make_plan(bound, layout)
-    if recipe:
-        check_recipe(recipe, plan)
-    geometry = plan.geometry
-    variant, reason = infer_variant(geometry, plan.base_evidence, request.source)
+    checkpoint = MetaCheckpoint.open(request.source)
+    bound = bind_meta(checkpoint, text_only=request.text_only, allow_rank_mismatch=request.allow_rank_mismatch)
+    geometry = bound.geometry
+    variant, reason = infer_variant(geometry, bound.base_evidence, request.source)
     if request.variant:
         variant, reason = request.variant, "you said so"
     context = request.max_position_embeddings or max_position_embeddings(variant, geometry)
-    tokenizer = source.small_files.get("tokenizer.model")
-    ids = _token_ids(tokenizer, geometry)
-    quantization = quantization_config(recipe, plan) if recipe else None
-    options: dict[str, Any] = {
-        "dtype": request.dtype,
-        "max_position_embeddings": context,
-        "shard_size": request.shard_size,
-        "text_only": request.text_only,
-        "variant": variant,
-        **recipe_options(recipe, request.allow_nonfinite),
-    }
-    origin = {"layout": "meta", "ranks": len(source.ranks), "sha256": source.fingerprint(), **adapter_source(adapter)}
-    job = Job(
-        plan=plan,
-        source_files=source.archives,
-        manifest=Manifest(TOOL, origin, options, list(plan.meta_keys), dict(plan.dropped)),
-        small_files={"original/params.json": source.small_files["params.json"], **notices(source.path)},
-        configs=ModelConfigs(geometry, ids, variant, plan.main_dtype, context, quantization),
-        marker_content=plan.index(),
-        tokenizer=TokenizerSource(tokenizer, variant, geometry.vision is not None, context)
-        if tokenizer is not None
-        else None,
-        dtype=request.dtype,
-        allow_nonfinite=request.allow_nonfinite,
-        tokenizer_bytes=len(tokenizer or b""),
-        warnings=[*plan.warnings, *_vocabulary_warnings(tokenizer is not None, ids, geometry)],
+    model = checkpoint.small_files.get("tokenizer.model")
+    ids = _token_ids(model, geometry)
+
+    def config(dtype: str) -> dict[str, Any]:
+        return model_config(geometry, ids, variant=variant, dtype=dtype, max_position_embeddings=context)
+
+    made = {GENERATION: generation_config(ids, variant)}
+    made |= processor_configs(geometry.vision) if geometry.vision else {}
+    return ConversionSource(
+        checkpoint=checkpoint,
+        bound=bound,
+        config=config,
+        small_files={
+            **{name: to_json(body) for name, body in made.items()},
+            "original/params.json": checkpoint.small_files["params.json"],
+            **notices(checkpoint.path),
+        },
+        variant=variant,
+        variant_reason=reason,
+        max_position_embeddings=context,
+        options={
+            "dtype": request.dtype,
+            "max_position_embeddings": context,
+            "text_only": request.text_only,
+            "variant": variant,
+        },
+        warnings=list(_vocabulary_warnings(model is not None, ids, geometry)),
+        tokenizer=TokenizerSource(model, variant, geometry.vision is not None, context) if model is not None else None,
     )
-    return BoundRequest(request, source, job, len(source.ranks), variant, reason, context, recipe, adapter)
 
 
 def _token_ids(tokenizer: bytes | None, geometry: Geometry) -> TokenIds | None:

@@ -1,19 +1,13 @@
-"""The options of a conversion, before its source is opened, and the recipe and the adapter that they name."""
+"""The options of a conversion, before its source is opened."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llama4_convert.checkpoints.tensors import SAFETENSORS_NAMES
 from llama4_convert.errors import UsageError
 from llama4_convert.metadata import variant
-
-if TYPE_CHECKING:
-    from llama4_convert.planning.adapter import Adapter
-    from llama4_convert.planning.plan import Plan
-    from quant.recipe import Recipe
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -69,40 +63,3 @@ def _check_device(request: Request) -> None:
         encoder_for(Scheme("int4"), request.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def load_recipe(name: str | None, *, to_meta: bool = False) -> Recipe | None:
-    """The recipe of a name or a path, for the layout that is written; None without a name. Raises UsageError."""
-    if name is None:
-        return None
-    from quant.recipe import RecipeError, load
-
-    try:
-        recipe = load(name)
-    except RecipeError as error:
-        raise UsageError(str(error)) from error
-    if (recipe.format == "meta") != to_meta:
-        layout, command = ("Transformers'", "convert") if to_meta else ("Meta's", "export")
-        raise UsageError(f"recipe {recipe.name} writes {layout} layout: give it to {command}")
-    return recipe
-
-
-def load_adapter(path: Path | None) -> Adapter | None:
-    """The adapter in a directory; None without one. Raises UsageError, BadInput or EnvironmentFailed."""
-    if path is None:
-        return None
-    from llama4_convert.planning.adapter import Adapter
-
-    return Adapter.open(Path(path))
-
-
-def check_recipe(recipe: Recipe, plan: Plan) -> None:
-    """Raises UsageError for a recipe that names layers or experts which the model lacks, or that quantizes nothing of it."""
-    from quant.recipe import RecipeError
-
-    try:
-        recipe.check(plan.geometry.n_layers, plan.geometry.n_experts or 0)
-    except RecipeError as error:
-        raise UsageError(str(error)) from error
-    if not any(encoded.scheme for encoded in plan.matrices):
-        raise UsageError(f"recipe {recipe.name} quantizes nothing of this model: leave it out")

@@ -41,13 +41,13 @@ def plan_summary(bound: BoundRequest, fit: FitVerdict | UnsetType = UNSET) -> Pl
     return PlanSummary(
         source=str(bound.request.source),
         ranks=bound.ranks,
-        variant=bound.variant,
-        variant_reason=bound.variant_reason,
+        variant=bound.source.variant,
+        variant_reason=bound.source.variant_reason,
         dtype=plan.main_dtype,
         parameters=plan.parameters,
         output_bytes=plan.output_bytes,
         peak_memory_bytes=peak_memory(DEFAULT_MEMORY_BYTES, job.tokenizer_bytes, plan),
-        max_position_embeddings=bound.max_position_embeddings,
+        max_position_embeddings=bound.source.max_position_embeddings,
         files=[PlannedFileSummary(file=f.name, bytes=f.size, tensors=len(f.tensors)) for f in plan.files],
         tensors=[
             PlannedTensorSummary(
@@ -66,7 +66,7 @@ def plan_summary(bound: BoundRequest, fit: FitVerdict | UnsetType = UNSET) -> Pl
         warnings=list(job.warnings),
         quantization=planned_quantization(bound.recipe, plan) if bound.recipe else UNSET,
         adapter=bound.adapter.summary(plan) if bound.adapter else UNSET,
-        repaired=_repaired(bound.repaired),
+        repaired=_repaired(bound.source.repaired),
         fit=fit,
     )
 
@@ -76,13 +76,13 @@ def conversion_result(bound: BoundRequest, run: Run) -> Conversion:
     return Conversion(
         status="already complete" if run.was_complete else "converted",
         output=str(run.output),
-        variant=bound.variant,
-        variant_reason=bound.variant_reason,
+        variant=bound.source.variant,
+        variant_reason=bound.source.variant_reason,
         parameters=plan.parameters,
         output_bytes=plan.output_bytes,
         dropped=dropped(plan),
         adapter=bound.adapter.summary(plan) if bound.adapter else UNSET,
-        repaired=_repaired(bound.repaired),
+        repaired=_repaired(bound.source.repaired),
         files=written_files(run.manifest),
         files_kept_from_earlier_run=run.kept_weights,
         warnings=list(bound.job.warnings),

@@ -23,10 +23,9 @@ from llama4_convert.checkpoints.digests import Digest
 from llama4_convert.checkpoints.manifest import MAX_RANKS, Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
-from llama4_convert.conversion.bound_request import recipe_options
-from llama4_convert.conversion.from_transformers import source_digests
-from llama4_convert.conversion.request import load_recipe
+from llama4_convert.conversion.bound_request import check_used, load_recipe, manifest, origin, recipe_options
 from llama4_convert.conversion.results import Export
+from llama4_convert.conversion.small_files import source_digests
 from llama4_convert.conversion.summaries import dropped, export_quantization, written_files
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import notices, read_small
@@ -41,11 +40,11 @@ from llama4_convert.streaming.bounds import DEFAULT_MEMORY_BYTES, Bounds
 from llama4_convert.streaming.execution import run
 from llama4_convert.streaming.job import Job
 from llama4_convert.streaming.output_directory import output_directory
-from llama4_convert.version import TOOL
 from mappings import Binding
 from quant.recipe import Recipe
 
 _DEFAULT_RANKS = 8  # Scout's and Maverick's
+_TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def export(
     with output_directory(Path(target), [request.source]) as output:
         bound = bind_export(request)
         finished = run(bound.job, output, bounds, Callbacks(warn, start, progress))
-    plan, manifest = bound.job.plan, finished.manifest
+    plan = bound.job.plan
     return Export(
         status="already complete" if finished.was_complete else "converted",
         output=str(finished.output),
@@ -102,11 +101,11 @@ def export(
         parameters=bound.parameters,
         output_bytes=plan.output_bytes,
         dropped=dropped(plan),
-        files=written_files(manifest),
+        files=written_files(finished.manifest),
         files_kept_from_earlier_run=finished.kept_weights,
         warnings=list(bound.job.warnings),
         nonfinite=finished.nonfinite,
-        quantization=export_quantization(bound.recipe, plan, manifest.errors) if bound.recipe else UNSET,
+        quantization=export_quantization(bound.recipe, plan, finished.manifest.errors) if bound.recipe else UNSET,
     )
 
 
@@ -114,59 +113,50 @@ def bind_export(request: ExportRequest) -> BoundExport:
     """Open the source, bind it to the tables, and plan the output. Raises UsageError, BadInput or EnvironmentFailed."""
     recipe = load_recipe(request.recipe, to_meta=True)
     record = Manifest.read(request.source) if request.source.is_dir() else None
-    source = MetaCheckpoint.open(request.source) if is_meta(request.source) else _open_transformers(request.source)
-    recorded_ranks = record.source.get("ranks") if record else None
+    source: MetaCheckpoint | TransformersCheckpoint
     own_ranks: int | None = None
     own_keys: list[str] = []
     digests: dict[Path, Digest] = {}
     warnings: list[str] = []
-    if isinstance(source, MetaCheckpoint):
+    if is_meta(request.source):
+        source = MetaCheckpoint.open(request.source)
         bound = bind_meta(source, allow_rank_mismatch=request.allow_rank_mismatch)
         own_ranks = len(source.ranks)
         own_keys = [key for key in source.ranks[0].tensors if key in bound.binding.meta]
     else:
+        source = TransformersCheckpoint.open_llama4(request.source)
+        if "quantization_config" in source.config:
+            raise UsageError(f"{request.source} is quantized: export what it was made from")
         bound = bind_transformers(source)
         digests, warnings = source_digests(source)
+    recorded_ranks = record.source.get("ranks") if record else None
     ranks = request.ranks or own_ranks or recorded_ranks or _DEFAULT_RANKS
     keys = spelling = _spelling(bound.binding, record, own_keys)
     if ranks not in (own_ranks, recorded_ranks):
         keys, more = _loadable(bound.binding, spelling, ranks)
         warnings += more
     plan = make_plan(bound, MetaLayout(keys, spelling, ranks, recipe))
-    warnings += plan.warnings
-    if isinstance(source, MetaCheckpoint):
-        params = source.small_files["params.json"]
-    else:
-        params, more = _params(request.source, Llama4Config.from_json(source.config))
-        warnings += more
-    if recipe and not any(file.made_with for file in plan.files):
-        raise UsageError(f"recipe {recipe.name} quantizes nothing of this model: leave it out")
-    tokenizer = _tokenizer(request.source, plan.geometry.vocab_size or 0)
-    if tokenizer is None:
+    params, more = _params(source)
+    warnings += [*plan.warnings, *more]
+    if recipe:
+        check_used(recipe, plan)
+    small_files = {**notices(request.source), **_tokenizer(request.source, plan.geometry.vocab_size or 0)}
+    if _TOKENIZER not in small_files:
         warnings.append("the source has no tokenizer: copy tokenizer.model from the model's page")
-    small_files = notices(request.source)
-    if tokenizer:
-        small_files["tokenizer.model"] = tokenizer
-    own_tokenizer = request.source / "tokenizer.json"
+    to_convert = request.source / "tokenizer.json"
+    options = {"layout": "meta", "ranks": ranks, **recipe_options(recipe)}
     job = Job(
         plan=plan,
         source_files=bound.files,
-        manifest=_manifest(source, record, plan, {"layout": "meta", "ranks": ranks, **recipe_options(recipe)}),
+        manifest=manifest(_origin(source, record, plan), options, plan),
         small_files=small_files,
         marker_content=params,
         expected_digests=digests,
-        tokenizer_bytes=own_tokenizer.stat().st_size if own_tokenizer.is_file() and not is_meta(request.source) else 0,
+        tokenizer_bytes=to_convert.stat().st_size if own_ranks is None and to_convert.is_file() else 0,
         warnings=warnings,
     )
     parameters = sum(prod(logical.sizes.values()) for logical in bound.binding.logical.values())
     return BoundExport(source, job, ranks, parameters, recipe)
-
-
-def _open_transformers(path: Path) -> TransformersCheckpoint:
-    source = TransformersCheckpoint.open_llama4(path)
-    if "quantization_config" in source.config:
-        raise UsageError(f"{path} is quantized: export what it was made from")
-    return source
 
 
 def _spelling(binding: Binding, record: Manifest | None, own: Sequence[str]) -> list[str]:
@@ -194,9 +184,11 @@ def _loadable(binding: Binding, keys: list[str], ranks: int) -> tuple[list[str],
     return [one for key in keys for one in apart.get(key, [key])], [warning]
 
 
-def _params(source: Path, config: Llama4Config) -> tuple[bytes, list[str]]:
-    """params.json: the original where it states what config.json states, else made of config.json; and warnings."""
-    path = source / "original" / "params.json"
+def _params(source: MetaCheckpoint | TransformersCheckpoint) -> tuple[bytes, list[str]]:
+    """params.json: the source's own where config.json says the same or is not there, else made of config.json; and warnings."""
+    if isinstance(source, MetaCheckpoint):
+        return source.small_files["params.json"], []
+    config, path = Llama4Config.from_json(source.config), source.path / "original" / "params.json"
     if not path.is_file():
         return params_json(config), []
     data = read_small(path)
@@ -216,12 +208,12 @@ def _params(source: Path, config: Llama4Config) -> tuple[bytes, list[str]]:
     return params_json(config), [warning]
 
 
-def _tokenizer(source: Path, rows: int) -> bytes | None:
-    """The content of tokenizer.model: the source's own, or made of tokenizer.json; None if there is neither."""
-    places = (source / "tokenizer.model", source / "original" / "tokenizer.model", source / "tokenizer.json")
+def _tokenizer(source: Path, rows: int) -> dict[str, bytes]:
+    """tokenizer.model by its name: the source's own, or made of tokenizer.json; empty if there is neither."""
+    places = (source / _TOKENIZER, source / "original" / _TOKENIZER, source / "tokenizer.json")
     path = next((path for path in places if os.path.lexists(path)), None)
     if path is None:
-        return None
+        return {}
     data = read_small(path)
     if path.suffix == ".json":
         data = tokenizer_model(data)
@@ -230,19 +222,12 @@ def _tokenizer(source: Path, rows: int) -> bytes | None:
         raise BadInput(
             f"{path.name} has {ids.vocab_size:,} tokens, and there are {rows:,} embeddings: of another model?"
         )
-    return data
+    return {_TOKENIZER: data}
 
 
-def _manifest(
-    source: MetaCheckpoint | TransformersCheckpoint, record: Manifest | None, plan: Plan, options: dict[str, Any]
-) -> Manifest:
-    origin: dict[str, Any] = {"layout": "transformers", "sha256": source.fingerprint()}
-    if isinstance(source, MetaCheckpoint):
-        origin |= {"layout": "meta", "ranks": len(source.ranks)}
-    elif record and record.source.get("ranks"):
-        origin["ranks"] = record.source["ranks"]
-    # No tensor of an export tells the variant, so its manifest does.
+def _origin(source: MetaCheckpoint | TransformersCheckpoint, record: Manifest | None, plan: Plan) -> dict[str, Any]:
+    """The source as the manifest identifies it, with what only manifests tell: the first source's ranks, and the variant."""
+    recorded_ranks = record.source.get("ranks") if record else None
     variant = "base" if plan.base_evidence else recorded_variant(record) if record else None
-    if variant:
-        origin["variant"] = variant
-    return Manifest(TOOL, json.loads(json.dumps(origin)), options, list(plan.meta_keys), dict(plan.dropped))
+    found = {"ranks": recorded_ranks, "variant": variant, **origin(source)}
+    return {name: value for name, value in found.items() if value}

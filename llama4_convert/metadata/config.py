@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 from llama4.geometry import Geometry, VisionGeometry
@@ -197,7 +195,7 @@ def processor_configs(v: _Pictures) -> dict[str, dict[str, Any]]:
     }
 
 
-def to_json(body: dict[str, Any]) -> bytes:
+def to_json(body: Mapping[str, Any]) -> bytes:
     return (json.dumps(body, indent=2) + "\n").encode()
 
 
@@ -206,33 +204,3 @@ def _eos(ids: TokenIds | None, variant: str) -> int | list[int] | None:
         return None
     stop = ids.stop_ids(variant)
     return stop[0] if len(stop) == 1 else list(stop)
-
-
-@dataclass(frozen=True)
-class ModelConfigs:
-    """The configurations of a conversion from Meta's layout, made when they are written.
-
-    Transformers' config cannot express every params.json. `plan` and `explain` show such a model all the same.
-    """
-
-    geometry: Geometry
-    ids: TokenIds | None
-    variant: str
-    dtype: str  # as safetensors spells it
-    max_position_embeddings: int
-    quantization: Mapping[str, Any] | None = None  # quantization_config
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The content of config.json. Raises BadInput for a model that Transformers cannot express."""
-        context = self.max_position_embeddings
-        body = model_config(
-            self.geometry, self.ids, variant=self.variant, dtype=self.dtype, max_position_embeddings=context
-        )
-        return {**body, "quantization_config": self.quantization} if self.quantization else body
-
-    def files(self) -> dict[str, bytes]:
-        """File name to content: config.json, generation_config.json, and with vision the processor's."""
-        bodies = {"config.json": self.config, "generation_config.json": generation_config(self.ids, self.variant)}
-        bodies |= processor_configs(self.geometry.vision) if self.geometry.vision else {}
-        return {name: to_json(body) for name, body in bodies.items()}

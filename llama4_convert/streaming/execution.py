@@ -6,6 +6,7 @@ Every finished file is entered into the manifest, so that the same command conti
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +57,11 @@ def run(job: Job, output: Path, bounds: Bounds, callbacks: Callbacks) -> Run:
         _write_small_files(job, small_files, output, manifest)
         overflows = _write_weights(job, output, manifest, bounds, callbacks)
         _warn_of_numbers(found, overflows, callbacks.warn)
-        _write_card(job, output, manifest)
+        if (
+            "config.json" in small_files
+        ):  # Meta's layout has no card. It states the errors of the weights: written behind them
+            card = model_card(job, json.loads(small_files["config.json"]), manifest)
+            _write_small(output, CARD, card.encode(), manifest)
         _commit(job, output, manifest)
     return found
 
@@ -172,12 +177,6 @@ def _warn_of_numbers(found: Run, overflows: Mapping[str, int], warn: Warn) -> No
             left = len(named) - _NAMED_TENSORS
             more = f" and {left} more tensors, which inspect lists" if left > 0 else ""
             warn(f"numbers that are not finite, {treatment}: {', '.join(named[:_NAMED_TENSORS])}{more}")
-
-
-def _write_card(job: Job, output: Path, manifest: Manifest) -> None:
-    """The model card states the errors of the weights, so it is written behind them. Meta's layout has none."""
-    if job.card_config is not None:
-        _write_small(output, CARD, model_card(job, job.card_config, manifest).encode(), manifest)
 
 
 def model_card(job: Job, config: Mapping[str, Any], manifest: Manifest) -> str:

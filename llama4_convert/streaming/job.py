@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from llama4_convert.checkpoints.digests import Digest
 from llama4_convert.checkpoints.manifest import Manifest, NonFiniteTensor
 from llama4_convert.checkpoints.tensors import TensorFile
-from llama4_convert.metadata.config import ModelConfigs
+from llama4_convert.metadata.config import to_json
 from llama4_convert.metadata.tokenizer import TokenizerSource
 from llama4_convert.planning.plan import Plan
 
@@ -22,11 +22,11 @@ class Job:
     plan: Plan
     source_files: Sequence[TensorFile]  # the files that the plan's pieces number
     manifest: Manifest  # with the source and the options, and no files yet: it identifies the output
-    small_files: Mapping[str, bytes]  # name in the output -> content
+    small_files: Mapping[str, bytes]  # name in the output -> content; config.json is not among them
     marker_content: bytes  # of `manifest.marker`, which is written last
     tokenizer: TokenizerSource | None = None  # converted while small files are written: it takes memory
-    config: Mapping[str, Any] | None = None  # the content of config.json among `small_files`
-    configs: ModelConfigs | None = None  # or config.json and the files beside it, made when they are written
+    # config.json, made when it is written: Transformers cannot express every params.json, and `plan` shows such a model, too.
+    config: Callable[[], Mapping[str, Any]] | None = None
     dtype: str | None = None  # every tensor is cast to it
     allow_nonfinite: bool = False  # quantize matrices with NaN and infinities, as 0 and the largest magnitude
     expected_digests: Mapping[Path, Digest] = field(default_factory=dict)  # of source files without checksums
@@ -35,12 +35,7 @@ class Job:
 
     def contents(self) -> dict[str, bytes]:
         """Every small file but the tokenizer's. Raises BadInput for a model that config.json cannot express."""
-        return {**(self.configs.files() if self.configs else {}), **self.small_files}
-
-    @property
-    def card_config(self) -> Mapping[str, Any] | None:
-        """config.json, which the model card describes; None where the layout has neither."""
-        return self.configs.config if self.configs else self.config
+        return {**({"config.json": to_json(self.config())} if self.config else {}), **self.small_files}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from llama4_convert import convert, fit, synth
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
-from llama4_convert.conversion.from_meta import from_meta
+from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.fitting.results import Fit, FitVerdict
@@ -53,7 +53,7 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def directory(source: Path, target: Path, recipe: str | None) -> Path:
     """What `convert` would make of `source`: true headers, and holes for the weights."""
-    job = from_meta(Request(source, recipe=recipe)).job
+    job = bind(Request(source, recipe=recipe)).job
     target.mkdir()
     for file in job.plan.files:
         (target / file.name).write_bytes(file.envelope().head())
@@ -184,7 +184,7 @@ def test_blocks_and_groups_are_read_off_the_scales(tiny: Path, tmp_path: Path) -
     (tmp_path / "groups.toml").write_text(f'{rule}scheme = "int4"\ngroup_size = 64\n')
     for name in ("blocks", "groups"):
         directory(tiny, tmp_path / name, str(tmp_path / f"{name}.toml"))
-    widths = from_meta(Request(tiny)).job.plan.geometry
+    widths = bind(Request(tiny)).job.plan.geometry
     assert (widths.expert_dim, widths.dense_dim) == (384, 768)
     # Experts 384 wide: a half is one and a half blocks of 128, and three groups of 64.
     notes = {n: fit(tmp_path / n, gpus=2).fit.runtimes[0] for n in ("blocks", "groups")}

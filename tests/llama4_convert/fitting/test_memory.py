@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama4.geometry import Geometry
-from llama4_convert.conversion.from_meta import from_meta
+from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.request import Request
 from llama4_convert.fitting.deployment import Deployment, memory_use
 from llama4_convert.fitting.gpus import find_gpu
@@ -71,7 +71,7 @@ def test_int4_of_scout_by_hand() -> None:
 @pytest.mark.parametrize("name", sorted(meta_model.GEOMETRIES))
 def test_every_tensor_is_counted_as_what_it_is(name: str, meta_checkpoint: Callable[..., Any]) -> None:
     """By the names of a plan and by the geometry: two ways to the same numbers, kind by kind."""
-    plan = from_meta(Request(meta_checkpoint(name).src)).job.plan
+    plan = bind(Request(meta_checkpoint(name).src)).job.plan
     by_name = Weights.from_tensors((t.name, t.numel * 2) for t in plan.tensors)
     by_geometry = Weights.from_geometry(plan.geometry)
     assert by_name == by_geometry
@@ -79,7 +79,7 @@ def test_every_tensor_is_counted_as_what_it_is(name: str, meta_checkpoint: Calla
 
 
 def test_a_directory_of_fused_experts_counts_as_one_of_single_ones(meta_checkpoint: Callable[..., Any]) -> None:
-    plan = from_meta(Request(meta_checkpoint("scout").src)).job.plan
+    plan = bind(Request(meta_checkpoint("scout").src)).job.plan
     linear = [("language_model.model.layers.0.feed_forward.experts.3.gate_proj.weight_packed", 10)]
     assert Weights.from_tensors(linear).routed_experts == 10
     assert Weights.from_tensors((t.name, t.nbytes) for t in plan.tensors).routed_experts > 0
@@ -177,12 +177,12 @@ def test_a_plan_tells_its_recipes_sizes_to_the_byte(tmp_path: Path) -> None:
     params |= {"n_layers": 4, "multiple_of": 128, "ffn_dim_multiplier": 0.5, "ffn_exp": 4.0}
     params["moe_args"] = {**params["moe_args"], "num_experts": 3, "interleave_moe_layer_step": 2}
     meta_model.write_checkpoint(meta_model.build(params, seed=1), params, tmp_path, ranks=2)
-    plain = from_meta(Request(tmp_path)).job.plan
+    plain = bind(Request(tmp_path)).job.plan
     weights = Weights.from_tensors((t.name, t.nbytes) for t in plain.tensors)
     for name, recipe in built_in().items():
         if recipe.format == "meta":
             continue  # for export
-        planned = from_meta(Request(tmp_path, recipe=name)).job.plan
+        planned = bind(Request(tmp_path, recipe=name)).job.plan
         assert weights.quantized(plain.geometry, recipe) == Weights.from_tensors(
             (t.name, t.nbytes) for t in planned.tensors
         )
