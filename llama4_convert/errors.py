@@ -40,10 +40,20 @@ class CheckFailed(ConvertError):
     exit_code = 5
 
 
+def printable(text: str, limit: int = 300, keep: str = "") -> str:
+    """`text` cut and on one line; characters that do not show, or that turn the writing around, as their escapes.
+
+    What comes from files, names or other programs goes through here on its way to a person. `keep`: characters that stay.
+    """
+    cut = text[:limit] + " ..." if len(text) > limit else text
+    if cut.isprintable():
+        return cut
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in cut)
+
+
 def one_line(error: object, limit: int = 300) -> str:
-    """The text of another library's error, for a message of ours."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else f"{text[:limit]} ..."
+    """The text of an error, another library's or our own, as a line."""
+    return printable(" ".join(str(error).split()), limit)
 
 
 def raise_if_out_of_memory(error: Exception) -> None:

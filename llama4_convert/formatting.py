@@ -65,9 +65,3 @@ def counted(n: int, what: str) -> str:
 def differ(n: int, what: str) -> str:
     """ "1 field differs", "2 fields differ"."""
     return f"{counted(n, what)} differ" + ("s" if n == 1 else "")
-
-
-def printable(text: str, limit: int = 300) -> str:
-    """`text` cut and on one line; characters that do not show, or that turn the writing around, as their escapes."""
-    cut = text[:limit] + " ..." if len(text) > limit else text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)

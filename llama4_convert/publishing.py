@@ -357,6 +357,6 @@ def _read_validation(file: Path, path: Path) -> Validation:
         validated = Path(found.path).resolve().name
     except ValueError as error:
         raise BadInput(f"{error}: give what `validate --json` printed") from error
-    if validated != path.resolve().name:
+    if validated != path.resolve().name.encode("utf-8", "backslashreplace").decode():  # as the JSON spells it
         raise UsageError(f"{file.name} is of another directory ({found.path!r:.80}): validate {path} itself")
     return found

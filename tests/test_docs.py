@@ -21,7 +21,7 @@ import pytest
 
 from llama4_convert import convert, synth, validate
 from llama4_convert.commands import cli
-from llama4_convert.commands.options import json_text
+from llama4_convert.commands.terminal import json_text
 from llama4_convert.samples.demo import Demonstration
 from tests.support import commands
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
 import click
 
+from llama4_convert.commands import terminal
 from llama4_convert.commands.completion import completion
 from llama4_convert.commands.diff import diff
 from llama4_convert.commands.explain import explain
@@ -68,11 +68,13 @@ for command in (
 
 def main() -> None:
     """Entry point: every expected failure is one line on stderr and a documented exit code."""
+    terminal.open_streams()
     try:
         code = cli.main(standalone_mode=False)
+        terminal.check_output()
         sys.exit(code if isinstance(code, int) else 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted: the same command goes on where it stopped", err=True)
+        terminal.say("interrupted: the same command goes on where it stopped")
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -96,10 +98,7 @@ def main() -> None:
 
 
 def _fail(error: ConvertError) -> None:
-    # Names from a file that nobody vouches for may be in it: no control characters, and not a screenful.
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    with contextlib.suppress(OSError):  # stderr may be gone, or on the disk that is full
-        click.echo(click.style("error: ", fg="red") + (text if len(text) < 2000 else text[:2000] + " ..."), err=True)
+    terminal.message("error", error)
     sys.exit(error.exit_code)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from llama4_convert.commands.options import as_json, show
+from llama4_convert.commands import terminal
+from llama4_convert.commands.options import as_json
 from llama4_convert.errors import UsageError
 
 PROGRAM = "llama4-convert"
@@ -42,4 +43,4 @@ def completion(shell: str | None, as_json: bool) -> None:
     from llama4_convert.commands.results import Completion
 
     result = Completion(shell=name, script=made.source_template % made.source_vars())
-    show(result, as_json, lambda result: result.script)
+    terminal.print_out(terminal.json_text(result) if as_json else result.script)

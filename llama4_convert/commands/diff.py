@@ -11,7 +11,7 @@ import click
 
 from llama4_convert import formatting
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import as_json, max_memory_option, show
+from llama4_convert.commands.options import as_json, max_memory_option
 from llama4_convert.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
 
     with terminal.ProgressBar("diff", as_json) as bar:
         result = run(a, b, max_memory=max_memory, start=bar.start, progress=bar.advance)
-    show(result, as_json, lambda r: "\n".join(_lines(r)))
+    terminal.show(result, as_json, lambda r: "\n".join(_lines(r)))
     if not result.equal:
         raise CheckFailed(f"{a} and {b} differ: {_first(result)}")
 

@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from llama4_convert import formatting
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import as_json, request_options, show
+from llama4_convert.commands.options import as_json, request_options
 from llama4_convert.errors import ConvertError
 
 _SHOWN = 16  # entries of a list, without --all
@@ -78,7 +78,7 @@ def explain(path: Path, tensor: str, everything: bool, as_json: bool, **options:
 
     result = run(path, tensor, **options)
     terminal.warn(*result.warnings)
-    show(result, as_json, lambda r: "\n".join(_lines(r, 1 << 62 if everything else _SHOWN)))
+    terminal.show(result, as_json, lambda r: "\n".join(_lines(r, 1 << 62 if everything else _SHOWN)))
 
 
 def _lines(r: Explanation, most: int) -> Iterator[str]:

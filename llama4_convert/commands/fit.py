@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from llama4_convert.commands.options import as_json, gpu_names, gpus_option, show
+from llama4_convert.commands import terminal
+from llama4_convert.commands.options import as_json, gpu_names, gpus_option
 from llama4_convert.errors import CheckFailed
 
 
@@ -57,7 +58,7 @@ def fit(path: Path, as_json: bool, **options: Any) -> None:
     from llama4_convert.fitting.table import fit_table
 
     result = run(path, **options)
-    show(result, as_json, fit_table)
+    terminal.show(result, as_json, fit_table)
     if not result.fits:
         nearest = result.fit
         raise CheckFailed(f"{path} does not fit, {nearest.name} comes nearest on {nearest.gpu}: {nearest.advice}")

@@ -10,7 +10,7 @@ import click
 
 from llama4_convert import formatting
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import as_json, file_path, show
+from llama4_convert.commands.options import as_json, file_path
 from llama4_convert.errors import UsageError
 
 _output = click.argument("path", metavar="DST", type=click.Path(path_type=Path))
@@ -63,9 +63,10 @@ def card(
     options: dict[str, Any] = {"validation": validation, "base_model": base_model}
     if write:
         result = publishing.write_card(path, adopt=adopt, overwrite=overwrite, **options)
-        show(result, as_json, lambda r: f"{path / str(r.file)}: {r.status}")
+        terminal.show(result, as_json, lambda r: f"{r.output}/{r.file}: {r.status}")
         return
-    show(publishing.card(path, **options), as_json, lambda r: str(r.card).rstrip("\n"))
+    made = publishing.card(path, **options)
+    terminal.print_out(terminal.json_text(made) if as_json else str(made.card).rstrip("\n"))
 
 
 @click.command()
@@ -97,7 +98,7 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
     planned = publishing.outgoing(path, repository)
     terminal.warn(*planned.warnings)
     if dry_run:
-        show(planned, as_json, _would_push)
+        terminal.show(planned, as_json, _would_push)
         return
     if not yes:
         if not sys.stdin.isatty():
@@ -113,7 +114,7 @@ def push(path: Path, repository: str, no_verify: bool, dry_run: bool, yes: bool,
             path, repository, verify=not no_verify, quiet=quiet, start=bar.start, progress=bar.advance, **options
         )
     terminal.warn(*result.warnings[len(planned.warnings) :])
-    show(result, as_json, lambda r: f"{r.url}: {_size(r)}, on the Hub as the manifest says")
+    terminal.show(result, as_json, lambda r: f"{r.url}: {_size(r)}, on the Hub as the manifest says")
 
 
 def _size(push: Push) -> str:

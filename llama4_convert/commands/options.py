@@ -1,22 +1,17 @@
-"""Options that several commands share, and how a result is printed."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from llama4_convert import formatting
 from llama4_convert.errors import UsageError
-
-R = TypeVar("R")
 
 
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -134,22 +129,3 @@ dtype_option = click.option(
     help="What both models compute in.",
 )
 file_path = click.Path(path_type=Path, dir_okay=False, exists=True)
-
-
-def show(result: R, as_json: bool, summary: Callable[[R], str]) -> None:
-    """Print a command's result, a struct or a dictionary: as one line of JSON, or in words."""
-    print_out(json_text(result) if as_json else summary(result))
-
-
-def json_text(result: Any) -> str:
-    from msgspec import to_builtins
-
-    return json.dumps(to_builtins(result))
-
-
-def print_out(text: str, nl: bool = True) -> None:
-    try:
-        click.echo(text, nl=nl)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`), which is no failure. Click would call it one.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

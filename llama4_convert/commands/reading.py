@@ -8,7 +8,7 @@ import click
 
 from llama4_convert import formatting
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import as_json, show
+from llama4_convert.commands.options import as_json
 from llama4_convert.errors import CheckFailed
 from llama4_convert.reports import summaries
 
@@ -37,7 +37,7 @@ def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
 
     with terminal.ProgressBar("inspect", as_json) as bar:
         result = run(path, stats=stats, start=bar.start, progress=bar.advance)
-    show(result, as_json, lambda r: inspect_summary(r, tensors))
+    terminal.show(result, as_json, lambda r: inspect_summary(r, tensors))
 
 
 @click.command()
@@ -66,7 +66,7 @@ def verify(path: Path, as_json: bool, ids: Path | None) -> None:
 
     with terminal.ProgressBar("verify", as_json) as bar:
         result = run(path, ids=ids, start=bar.start, progress=bar.advance)
-    show(result, as_json, summaries.verify_summary)
+    terminal.show(result, as_json, summaries.verify_summary)
     if not result.ok:
         bad = [file.file for file in result.files if not file.ok]
         raise CheckFailed(

@@ -10,7 +10,8 @@ import click
 
 from llama4_convert import formatting
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import SEED, as_json, file_path, json_text, print_out, show
+from llama4_convert.commands.options import SEED, as_json, file_path
+from llama4_convert.errors import printable
 
 if TYPE_CHECKING:
     from llama4_convert.samples.synthetic.synth import Synthesis
@@ -40,8 +41,10 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     """
     from llama4_convert.reference.generation import generate as run
 
-    result = run(path, say=(lambda text: None) if as_json else functools.partial(print_out, nl=False), **options)
-    print_out(json_text(result) if as_json else "")
+    result = run(
+        path, say=(lambda text: None) if as_json else functools.partial(terminal.print_text, nl=False), **options
+    )
+    terminal.print_out(terminal.json_text(result) if as_json else "")
     if result.tokens and not result.text:
         terminal.warn(f"the model wrote {len(result.tokens)} tokens, none of which is text (random weights do that)")
 
@@ -82,13 +85,13 @@ def synth(target: Path, as_json: bool, **options: Any) -> None:
 
     with terminal.ProgressBar("synth", as_json) as bar:
         result = run(target, start=bar.start, progress=bar.advance, **options)
-    show(result, as_json, lambda result: _synth_summary(target, result))
+    terminal.show(result, as_json, lambda result: _synth_summary(target, result))
 
 
 def _synth_summary(target: Path, result: Synthesis) -> str:
     kind = "all zeros" if result.sparse else "random"
     size = f"{formatting.parameters(result.parameters)}, {kind}, {formatting.gigabytes(result.bytes)}"
-    return f"{target}: {size} in {len(result.files)} files"
+    return f"{printable(str(target))}: {size} in {len(result.files)} files"
 
 
 @click.command()
@@ -103,6 +106,6 @@ def demo(folder: Path, as_json: bool) -> None:
     """
     from llama4_convert.samples.demo import demo as run
 
-    result = run(folder, say=terminal.say if as_json else print_out, warn=terminal.warn)
+    result = run(folder, say=terminal.say if as_json else terminal.print_text, warn=terminal.warn)
     if as_json:
-        print_out(json_text(result))
+        terminal.print_out(terminal.json_text(result))

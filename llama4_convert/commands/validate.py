@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llama4_convert.commands import terminal
-from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path, show
+from llama4_convert.commands.options import SEED, Size, as_json, dtype_option, file_path
 from llama4_convert.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def validate(
             at=bar.at,
             **options,
         )
-    show(result, as_json, _summary)
+    terminal.show(result, as_json, _summary)
     if html is not None:
         from llama4_convert.reports.html.report import write_report
 

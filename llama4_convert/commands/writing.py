@@ -20,7 +20,6 @@ from llama4_convert.commands.options import (
     overwrite_option,
     recipe_names,
     request_options,
-    show,
     source_argument,
 )
 from llama4_convert.errors import UsageError
@@ -51,7 +50,7 @@ def plan(source: Path, as_json: bool, **request: Any) -> None:
 
     result = run(source, **request)
     terminal.warn(*result.warnings)
-    show(result, as_json, summaries.plan_summary)
+    terminal.show(result, as_json, summaries.plan_summary)
 
 
 @click.command()
@@ -122,7 +121,7 @@ def convert(
             progress=bar.advance,
             **request,
         )
-    show(result, as_json, summaries.convert_summary)
+    terminal.show(result, as_json, summaries.convert_summary)
 
 
 @click.command()
@@ -169,7 +168,7 @@ def export(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 
     with terminal.ProgressBar("export", as_json) as bar, _with_overwrite():
         result = run(source, target, warn=terminal.warn, start=bar.start, progress=bar.advance, **options)
-    show(result, as_json, summaries.export_summary)
+    terminal.show(result, as_json, summaries.export_summary)
 
 
 @contextlib.contextmanager
@@ -198,4 +197,4 @@ def recipes(as_json: bool) -> None:
 
     found = built_in()
     result = Recipes(recipes=[BuiltInRecipe(name=r.name, format=r.format, summary=r.summary) for r in found.values()])
-    show(result, as_json, lambda result: "\n".join(f"{r.name:14} {r.summary}" for r in result.recipes))
+    terminal.show(result, as_json, lambda result: "\n".join(f"{r.name:14} {r.summary}" for r in result.recipes))

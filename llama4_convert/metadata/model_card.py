@@ -14,6 +14,7 @@ from typing import Any
 
 from llama4_convert.checkpoints.families import in_words
 from llama4_convert.checkpoints.manifest import NAME, Manifest, QuantizationError, describe_errors
+from llama4_convert.errors import printable
 from llama4_convert.files import is_notice
 from llama4_convert.formatting import parameters
 from quant.recipe import FORMATS
@@ -311,5 +312,5 @@ def _figure(value: float | None) -> str:
 
 def _code(text: object) -> str:
     """Text from a file that nobody vouches for, so that it cannot end its cell or its line."""
-    plain = "".join(c if c.isprintable() and c not in "`|" else "?" for c in str(text)[:200])
+    plain = printable(str(text), 200).translate({ord("`"): "?", ord("|"): "?"})
     return f"`{plain}`"

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from llama4_convert.formatting import number, printable
+from llama4_convert.errors import printable
+from llama4_convert.formatting import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

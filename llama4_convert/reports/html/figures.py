@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from msgspec import UnsetType
 
-from llama4_convert.formatting import number, printable
+from llama4_convert.errors import printable
+from llama4_convert.formatting import number
 from llama4_convert.reports.html import charts
 from llama4_convert.validation.results import (
     ExpertErrors,

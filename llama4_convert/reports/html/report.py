@@ -17,9 +17,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from llama4_convert.errors import from_os_error
+from llama4_convert.errors import from_os_error, printable
 from llama4_convert.files import write_small
-from llama4_convert.formatting import counted, differ, number, printable
+from llama4_convert.formatting import counted, differ, number
 from llama4_convert.reports.html.figures import fault_map, sections
 from llama4_convert.reports.validation import count_of_faults, grouped_faults, validate_headline
 from llama4_convert.validation.parity.gates import AT_LEAST

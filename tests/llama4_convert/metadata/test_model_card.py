@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from llama4_convert import card, convert, export, publishing, synth, validate, verify
 from llama4_convert.checkpoints.manifest import NAME, Manifest
-from llama4_convert.commands.options import json_text
+from llama4_convert.commands.terminal import json_text
 from llama4_convert.conversion.convert import bind
 from llama4_convert.conversion.request import Request
 from llama4_convert.errors import BadInput, UsageError

@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llama4_convert.errors import EnvironmentFailed
-from llama4_convert.formatting import number, printable
+from llama4_convert.errors import EnvironmentFailed, printable
+from llama4_convert.formatting import number
 from llama4_convert.reports.html import charts, report
 from llama4_convert.reports.html.drawing import WIDTH, power, readable
 from llama4_convert.reports.html.report import write_report
