@@ -21,6 +21,7 @@ from llama4_convert.conversion.small_files import kept_files, source_digests
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import is_notice
 from llama4_convert.metadata.config_repair import (
+    PAD,
     TEXT_PREFIX,
     Repair,
     other_model,
@@ -127,5 +128,6 @@ def _config(base: Mapping[str, Any], text: Mapping[str, Any], dtype: str) -> dic
         "architectures": ["Llama4ForConditionalGeneration"],
         "model_type": "llama4",
         name: dtype,
+        PAD: inner.get(PAD),
         "text_config": {**inner, "model_type": "llama4_text", name: dtype},
     }

@@ -18,6 +18,8 @@ from llama4_convert.metadata.tokenizer import TokenIds
 # Meta's code has these as constants (LayerNorm's default, `get_rope_freqs` in vision/encoder.py).
 _VISION_NORM_EPS = 1e-5
 _VISION_ROPE_THETA = 10000.0
+# What our tests run. Releases from 4.57.2 on take a directory that names none for one with a tokenizer that needs a repair.
+TRANSFORMERS_VERSION = "5.23.0"
 
 
 def model_config(
@@ -29,7 +31,7 @@ def model_config(
     """
     text = text_config(g, ids, variant=variant, dtype=dtype, max_position_embeddings=max_position_embeddings)
     if g.vision is None:
-        return {"architectures": ["Llama4ForCausalLM"], **text}
+        return {"architectures": ["Llama4ForCausalLM"], **text, "transformers_version": TRANSFORMERS_VERSION}
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
         "model_type": "llama4",
@@ -37,9 +39,11 @@ def model_config(
         "boi_token_index": ids.boi if ids else -1,
         "eoi_token_index": ids.eoi if ids else -1,
         "image_token_index": ids.patch if ids else -1,
+        "pad_token_id": text["pad_token_id"],  # Transformers 5.0.0 looks for it here alone
         "tie_word_embeddings": False,
         "text_config": text,
         "vision_config": vision_config(g.vision, dtype),
+        "transformers_version": TRANSFORMERS_VERSION,
     }
 
 
@@ -166,7 +170,8 @@ def processor_configs(v: _Pictures) -> dict[str, dict[str, Any]]:
     """preprocessor_config.json and processor_config.json."""
     return {
         "preprocessor_config.json": {
-            "image_processor_type": "Llama4ImageProcessor",
+            # Transformers 4 has no other; 5 took the last word off, and knows both names.
+            "image_processor_type": "Llama4ImageProcessorFast",
             "processor_class": "Llama4Processor",
             "do_convert_rgb": True,
             "do_resize": True,

@@ -39,7 +39,8 @@ _TOGETHER = {
     "rope": ("rope_theta", "rope_scaling", "rope_parameters"),
     "no_rope": ("no_rope_layers", "no_rope_layer_interval", "layer_types", "attention_chunk_size"),
 }
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+PAD = "pad_token_id"  # also stands beside text_config, for Transformers 5.0.0
+TOKENS = ("bos_token_id", "eos_token_id", PAD)
 GENERATION = "generation_config.json"
 TEXT_PREFIX = "language_model."  # with a vision tower the language model sits one level deeper
 _VISION = ("vision_model.", "multi_modal_projector.")
@@ -133,8 +134,11 @@ def repair(
         outer = found if "text_config" in found else {name: text[name] for name in _DTYPE if name in text}
         body = {**outer, "text_config": {**inner, "model_type": "llama4_text"}, "model_type": "llama4"}
         body["architectures"] = ["Llama4ForConditionalGeneration"]
+        if body.get(PAD) is not None:
+            body[PAD] = text.get(PAD)
         repairs += _repair_vision(body, base)
-    names = ("model_type", "architectures")
+    reported = {one.field for one in repairs}
+    names = [name for name in ("model_type", "architectures", PAD) if name in body and name not in reported]
     repairs += [Repair(name, found.get(name), body[name]) for name in names if found.get(name) != body[name]]
     return body, repairs + _repair_dtype(body, tensors)
 

@@ -217,6 +217,8 @@ def _stated_fields(checkpoint: TransformersCheckpoint, text: Mapping[str, Any]) 
     }
     if whole and "model_type" in text:
         found["text_config.model_type"] = "llama4_text", text["model_type"]
+    if whole and body.get("pad_token_id") is not None:
+        found["pad_token_id"] = text.get("pad_token_id"), body["pad_token_id"]
     if isinstance(vision, Mapping) and "num_channels" in vision:
         found["vision_config.num_channels"] = 3, vision["num_channels"]
     return found

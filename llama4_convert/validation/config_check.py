@@ -3,6 +3,7 @@ for each difference the length of a prompt from which on it changes a logit."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # RoPE's angles must differ by so much for logits in float32 to fail their gate, measured on random weights.
 _LEAST_ANGLE_RADIANS = 5e-4
+# SHA-256 of the template that Transformers (4.51 to 5.23) saves beside every Llama 4 that has none, base models among them.
+_DEFAULT_TEMPLATE = "95a231a15c8c976ac511e62c6fdf477ea9e3ca7a87cbb9974e0dd653eccb4563"
 _TOKENS_SHOWN = 8  # of two lists of tokens, from where they differ
 # Fields that change nothing that is computed: other readers choose their code by them, or a generation its end.
 _CHANGE_NO_LOGIT = {"no_rope_layer_interval", "interleave_moe_layer_step", "boi_token_index", "eoi_token_index"}
@@ -46,11 +49,11 @@ def compare_configs(original: Checkpoint, candidate: Checkpoint, config: Llama4C
     found += [Difference(name, should, is_) for name, (should, is_) in candidate.stated_fields.items() if should != is_]
     expected_stops, stops = original.stop_ids, candidate.stop_ids
     # Meta's tokenizer has every token that may end a generation. Which of them do depends on the variant, but there must be
-    # one, and no other; and what has a chat template stops at the end of a turn, the last of the three.
+    # one, and no other; and what has a chat template of its own stops at the end of a turn, the last of the three.
     meta, variant = expected_stops, stops
     if candidate.layout == "meta" != original.layout:
         meta, variant = stops, expected_stops
-    chats = original.layout == "meta" and config.text_config.moe_layers and template_of(candidate) is not None
+    chats = original.layout == "meta" and config.text_config.moe_layers and _has_own_template(candidate)
     if expected_stops and not (variant and set(variant) <= set(meta) and (not chats or meta[-1] in variant)):
         found.append(Difference("eos_token_id", list(expected_stops), list(stops)))
     if candidate.layout == "transformers":
@@ -178,6 +181,11 @@ def chat_template(original: Checkpoint, candidate: Checkpoint) -> Iterator[Diffe
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))
             yield Difference("chat_template", *(ids[at : at + _TOKENS_SHOWN] for ids in (expected, found)))
             return
+
+
+def _has_own_template(checkpoint: Checkpoint) -> bool:
+    template = template_of(checkpoint)
+    return template is not None and hashlib.sha256(template.encode()).hexdigest() != _DEFAULT_TEMPLATE
 
 
 def template_of(checkpoint: Checkpoint) -> str | None:

@@ -194,6 +194,7 @@ def test_what_is_right_is_left_alone(tuned: Callable[[str], Path], instruct: dic
     assert [one.field for one in result.repaired] == ["tokenizer.json", "chat_template", "generation_config.json"]
     text = config_of(tmp_path / "out")["text_config"]
     assert (text["eos_token_id"], text["pad_token_id"], text["max_position_embeddings"]) == (eos[-1], eos[0], 65536)
+    assert config_of(tmp_path / "out")["pad_token_id"] == eos[0]  # which Transformers 5.0.0 reads beside the text's
 
 
 def test_no_source_is_written_over(
@@ -493,6 +494,23 @@ def test_config_from_goes_by_the_tensors_where_config_json_is_another_kinds(
     convert(whole, tmp_path / "whole-out", config_from=converted("odd"))
     for out in ("text-out", "whole-out"):
         load_transformers(tmp_path / out)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(0, 0), (0, ...), (..., 0)])
+def test_config_from_repairs_both_padding_tokens(
+    outer: Any, inner: Any, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Transformers 5.0.0 reads the one beside text_config, all others the text's."""
+    source = commands.copy(converted("odd"), tmp_path / "source")
+    (source / "llama4-convert.json").unlink()  # its digests
+    body = config_of(source)
+    pad = body["pad_token_id"]
+    body["pad_token_id"] = pad if outer is ... else outer
+    body["text_config"]["pad_token_id"] = pad if inner is ... else inner
+    (source / "config.json").write_text(json.dumps(body))
+    result = convert(source, tmp_path / "out", config_from=converted("odd"))
+    assert [(one.field, one.found, one.used) for one in result.repaired] == [("pad_token_id", 0, pad)]
+    assert config_of(tmp_path / "out") == config_of(converted("odd"))
 
 
 def test_config_from_says_what_it_is_not_for(

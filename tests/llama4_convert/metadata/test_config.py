@@ -37,6 +37,7 @@ def test_a_scout(converted: Callable[..., Any]) -> None:
     assert config["torch_dtype"] == "bfloat16"
     assert config["image_token_index"] == meta_model.PATCH_TOKEN
     assert config["tie_word_embeddings"] is False
+    assert config["pad_token_id"] == PAD
     text = config["text_config"]
     expected = {
         "hidden_size": 128,
@@ -149,6 +150,14 @@ def test_a_cast_names_its_dtype(converted: Callable[..., Any]) -> None:
     assert config["vision_config"]["torch_dtype"] == "float32"
 
 
+@pytest.mark.parametrize("text_only", [False, True])
+def test_the_version_of_transformers_is_that_of_our_tests(converted: Callable[..., Any], text_only: bool) -> None:
+    """Without one, releases from 4.57.2 on warn of a wrong tokenizer."""
+    pins = (Path(__file__).parents[3] / "constraints.txt").read_text().splitlines()
+    version = converted("scout", text_only=text_only)["transformers_version"]
+    assert f"transformers=={version}" in pins
+
+
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
@@ -164,7 +173,7 @@ def test_generation(converted: Callable[..., Any], variant: str, expected: dict[
 
 def test_the_processor_cuts_images_as_the_tower_takes_them(converted: Callable[..., Any], tmp_path: Path) -> None:
     image = converted("scout", "preprocessor_config.json")
-    assert image["image_processor_type"] == "Llama4ImageProcessor"
+    assert image["image_processor_type"] == "Llama4ImageProcessorFast"
     assert image["size"] == {"height": 56, "width": 56}
     assert image["image_mean"] == image["image_std"] == [0.5, 0.5, 0.5]
     processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())

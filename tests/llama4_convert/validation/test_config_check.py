@@ -97,7 +97,8 @@ SILENT = [
     ("scout", {"vision_config__norm_eps": 1e-6}, "vision_config.norm_eps"),
     ("scout", {"bos_token_id": 5}, "bos_token_id"),
     ("scout", {"bos_token_id": ...}, "bos_token_id"),
-    ("scout", {"pad_token_id": None}, "pad_token_id"),
+    ("scout", {"text_config__pad_token_id": None, "pad_token_id": None}, "pad_token_id"),
+    ("scout", {"pad_token_id": 5}, "pad_token_id"),
 ]
 
 
@@ -128,6 +129,20 @@ def test_what_has_a_chat_template_must_stop_at_the_end_of_a_turn(
 ) -> None:
     path = commands.copy(converted(variant="instruct"), tmp_path / "copy")
     change_config(path, "generation_config.json", eos_token_id=[265])
+    assert fields(validate(path, reference=source(), tokens=2)) == {"eos_token_id"}
+
+
+def test_a_base_model_that_transformers_saved_again_is_still_one(
+    source: Callable[..., Path], copy: Callable[..., Path]
+) -> None:
+    """Transformers puts a chat template of its own beside every Llama 4 that has none."""
+    from transformers.models.llama4.processing_llama4 import chat_template
+
+    path = copy()
+    assert not (path / "chat_template.jinja").exists()
+    (path / "chat_template.jinja").write_text(chat_template)
+    assert validate(path, reference=source(), tokens=2).passed
+    (path / "chat_template.jinja").write_text(chat_template + "{# somebody's own #}")
     assert fields(validate(path, reference=source(), tokens=2)) == {"eos_token_id"}
 
 
