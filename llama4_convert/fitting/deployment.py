@@ -153,6 +153,9 @@ def refusal(deployment: Deployment, runtime: Runtime) -> str:
     """Why the runtime does not load the deployment at all, or an empty text."""
     if reason := runtime.refuses.get(deployment.format or "bf16"):
         return reason
+    g = deployment.geometry
+    if runtime.refuses_text_only and g.vision is None and g.moe_layers:
+        return runtime.refuses_text_only
     return _split_refusal(deployment) if runtime.splits == "tensors" else ""
 
 

@@ -57,6 +57,8 @@ class Runtime(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """formats that become bf16 in memory"""
     refuses: dict[str, str] = {}
     """format that it does not load -> the note that says so"""
+    refuses_text_only: str = ""
+    """the note that it does not load routed experts of a model without a vision tower; empty: it does"""
     prefill_tokens: int | None = None
     """tokens of a prompt at a time. Absent: it runs every expert on every token, so few at a time that half of the allowance for
     activations holds them"""

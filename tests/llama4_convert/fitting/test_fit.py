@@ -254,13 +254,20 @@ def test_commands_name_tritons_kernels_for_int4_experts(format: str | None, g: G
 def test_text_only_and_dense_models() -> None:
     text = replace(SCOUT, vision=None)
     result = verdict(60.4, INT4, text)
-    # SGLang knows the chunked layers of the architecture with vision only.
-    assert runtime(result, "sglang").max_context == runtime(result, "vllm-no-hybrid-cache").max_context
+    # SGLang passes over the experts of the architecture without vision: what it would serve is another model.
+    assert not runtime(result, "sglang").fits
+    assert "drops the routed experts" in runtime(result, "sglang").note
+    assert runtime(result, "sglang").command == ""
+    # It knows the chunked layers of the architecture with vision, a full layer in four, only.
+    odd = verdict(60.4, INT4, replace(SCOUT, nope_interval=3))
+    assert "every layer holds every token" in runtime(odd, "sglang").note
     guard = verdict(22.4, None, GUARD, max_context=8192)
     assert guard.best_recipe == "bf16"
     assert all(r.fits for r in guard.runtimes)
     assert guard.kv_bytes_of_chunked_layers == 0
-    assert "AutoModelForCausalLM" in runtime(verdict(22.4, None, replace(GUARD, vision=None)), "transformers").command
+    dense = verdict(22.4, None, replace(GUARD, vision=None))
+    assert "AutoModelForCausalLM" in runtime(dense, "transformers").command
+    assert runtime(dense, "sglang").fits
 
 
 def test_what_cannot_be_asked() -> None:

@@ -214,7 +214,7 @@ def test_what_transformers_has_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     result = fit(tmp_path, gpu="rtx4090-24gb")
     assert result.fit.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
-    assert [r.max_context for r in result.fit.runtimes] == [4096] * 4
+    assert [r.max_context for r in result.fit.runtimes] == [4096, 4096, 0, 4096]  # SGLang drops a text model's experts
     assert "AutoModelForCausalLM" in result.fit.runtimes[3].command
 
 
