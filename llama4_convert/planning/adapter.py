@@ -142,8 +142,11 @@ class _BoundAdapter:
                 modules[factor[1]][embedding or ("bias" if factor[3] == "bias" else factor[2])] = key
             else:
                 self._whole(key)
+        paths = {module: _WRAPPERS.sub("", module.removeprefix(_PREFIX)) for module in modules}
+        fused = [f"{path}.{name}" for path in paths.values() if path.endswith(".experts") for name in _FUSED]
+        self.scalings = adapter.config.scalings({*paths.values(), *fused})
         for module, keys in modules.items():
-            self._module(module, keys)
+            self._module(paths[module], keys)
 
     def _add(self, change: Change, placements: Iterable[Placement]) -> None:
         for placement in placements:
@@ -195,7 +198,7 @@ class _BoundAdapter:
         for rows, placed in row_blocks(shape, placements):
             self._add(TensorReplacement(self.reader, key, rows, shape, scaling), placed)
 
-    def _module(self, module: str, keys: Mapping[str, str]) -> None:
+    def _module(self, path: str, keys: Mapping[str, str]) -> None:
         kind = "embedding_" if any(part.startswith("embedding_") for part in keys) else ""
         for this, other in (("A", "B"), ("B", "A")):
             if kind + this in keys and kind + other not in keys:
@@ -206,7 +209,6 @@ class _BoundAdapter:
         for key in (a, b):
             if len(self.reader.shape(key)) != 2:
                 raise self._error(key, f"has shape {list(self.reader.shape(key))}: a factor has two dimensions")
-        path = _WRAPPERS.sub("", module.removeprefix(_PREFIX))
         name = self._find(f"{path}.weight")
         if name is None and path.endswith(".experts") and not kind:
             if "bias" in keys:
@@ -239,7 +241,7 @@ class _BoundAdapter:
         name = self._find(f"{path}.bias")
         if name is None:
             raise self._error(key, f"has no bias to be added to: {weight} has none (lora_bias in {CONFIG})")
-        self._add_stored(name, key, "added", self.adapter.config.scaling(path))
+        self._add_stored(name, key, "added", self.scalings[path][1])
 
     def _fused(self, path: str, a: str, b: str) -> None:
         """`target_parameters`: E matrices at once. A [r E, x] has an expert's rows together, B [y, r E] has them E apart."""
@@ -280,7 +282,7 @@ class _BoundAdapter:
     def _scaling(self, path: str, name: str, a: str, b: str, shape: tuple[int, int], experts: int) -> float:
         """alpha / r. Raises BadInput for factors that do not make a matrix of `shape`, or not at the rank that is configured."""
         (rank_a, inner), (outer, rank_b) = self.reader.shape(a), self.reader.shape(b)
-        rank = self.adapter.config.rank(path)
+        rank, scaling = self.scalings[path]
         for key, found in ((a, rank_a), (b, rank_b)):
             if found != rank * experts:
                 what = f"{found // experts if found % experts == 0 else found}"
@@ -288,4 +290,4 @@ class _BoundAdapter:
         if (outer, inner) != shape:
             wrong = a if inner != shape[1] else b
             raise self._error(wrong, f"does not fit: lora_B @ lora_A is {[outer, inner]}, {name} {list(shape)}")
-        return self.adapter.config.scaling(path)
+        return scaling

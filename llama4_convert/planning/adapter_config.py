@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from llama4_convert.confined import Stopped, confined
 from llama4_convert.errors import BadInput
 from llama4_convert.files import json_object
 from quant.typed import InvalidField, decode
@@ -43,14 +44,6 @@ class AdapterConfig(Struct, frozen=True):
     peft_version: Any = None
     init_lora_weights: Any = True
 
-    def __post_init__(self) -> None:
-        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for pattern in patterns or ():
-                try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise ValueError(f"{name}: {pattern!r:.60} is no regular expression ({error})") from error
-
     @staticmethod
     def read(path: Path) -> AdapterConfig:
         """Raises BadInput, naming the field."""
@@ -69,15 +62,16 @@ class AdapterConfig(Struct, frozen=True):
         )
         return tuple(map(int, numbers[0].split("."))) if numbers else None
 
-    def rank(self, module: str) -> int:
-        """The rank of the factors of a module, which is named by its path in the model."""
-        return int(_first_match(self.rank_pattern, self._matched_path(module), self.r))
-
-    def scaling(self, module: str) -> float:
-        """The factor of B @ A for a module, which is named by its path in the model."""
-        alpha: float = _first_match(self.alpha_pattern, self._matched_path(module), self.lora_alpha)
-        rank = self.rank(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+    def scalings(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+        """By module, each named by its path in the model: the rank of its factors, and the factor of B @ A. Raises BadInput."""
+        names = list(modules)
+        paths = [self._matched_path(name) for name in names]
+        ranks = _first_matches("rank_pattern", self.rank_pattern, paths, self.r)
+        alphas = _first_matches("alpha_pattern", self.alpha_pattern, paths, self.lora_alpha)
+        return {
+            name: (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
+            for name, rank, alpha in zip(names, ranks, alphas, strict=True)
+        }
 
     def _matched_path(self, module: str) -> str:
         """What patterns are compared with: the module's path, or its weight's where that is a target parameter."""
@@ -101,7 +95,28 @@ def _check_plain(path: Path, body: Mapping[str, Any]) -> None:
         )
 
 
-def _first_match(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The first pattern that is the module's path, or the end of it, decides."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(found, default)
+def _first_matches(field: str, patterns: Mapping[str, Any] | None, paths: list[str], default: Any) -> list[Any]:
+    """For each path the value of the first pattern that is the path, or the end of it. Raises BadInput, naming the field."""
+    if not patterns:
+        return [default] * len(paths)
+    try:
+        found = confined(__name__, "match_paths", [list(patterns), paths])
+    except Stopped as error:
+        raise BadInput(f"adapter_config.json: {field}: {error}: write the ends of paths, as PEFT does") from error
+    values = list(patterns.values())
+    return [default if at is None else values[at] for at in found]
+
+
+def match_paths(given: tuple[list[str], list[str]]) -> list[int | None]:
+    """For each path the number of the first pattern that matches it, as PEFT's `get_pattern_key` matches.
+
+    Patterns are compiled inside of PEFT's own, as they are used: some are expressions only there, and some only alone.
+    """
+    patterns, paths = given
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(rf"(.*\.)?({pattern})$"))
+        except (re.error, OverflowError) as error:
+            raise ValueError(f"{pattern!r:.60} is no regular expression ({error})") from error
+    return [next((i for i, one in enumerate(compiled) if one.match(path)), None) for path in paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -149,6 +150,33 @@ SPARING = (
     '[[rule]]\nfamilies = ["routed_experts"]\nscheme = "int4"\n'
     '[[rule]]\nfamilies = ["dense_mlp"]\nscheme = "fp8"\nlayers = [2]\n'
 )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'format = "bitsandbytes"\n' + b"#" * (64 << 10), "larger than 64 KiB"),
+        (b".".join([b"a"] * 20_000) + b" = 1", "more than 100 dots"),
+        (b"[" + b" . ".join([b"'a'"] * 2_000) + b"]", "more than 100 dots"),
+        (b"x = " + b"[" * 30_000, "no valid TOML: maximum recursion depth"),
+        (b"x = " + b"{a=" * 10_000, "no valid TOML: maximum recursion depth"),
+        (b"x = 1" + b"0" * 60_000, "no valid TOML: Exceeds the limit"),
+        (b"summary = '\xff'", "not UTF-8"),
+    ],
+)
+def test_a_file_has_bounds(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load(str(tmp_path / "own.toml"))
+
+
+def test_what_is_no_file_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    (tmp_path / "folder.toml").mkdir()
+    for name in ("fifo", "zero", "folder"):
+        with pytest.raises(RecipeError, match="no regular file"):
+            load(str(tmp_path / f"{name}.toml"))
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,8 @@ def test_a_key_that_matches_nothing_is_named(
         ("lora_alpha", None),
         ("rank_pattern", {"q_proj": 1.5}),
         ("alpha_pattern", {"(": 1}),
+        ("alpha_pattern", {"(?i)q_proj": 1}),  # an expression alone, none inside of PEFT's
+        ("rank_pattern", {"(([a-z_.0-9])+)+X": 2}),  # which would not end
         ("rank_pattern", [1]),
         ("target_parameters", "experts"),
     ],
