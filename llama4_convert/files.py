@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import unicodedata
 from collections.abc import Iterator
@@ -19,7 +20,81 @@ from typing import Any
 from llama4_convert.errors import BadInput, EnvironmentFailed, from_os_error
 
 _SMALL_FILE_LIMIT_BYTES = 64 << 20
+_MADE_BY_PROGRAMS = (".json", ".model")  # a licence may well be a page of HTML
 _NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
+
+
+START_BYTES = 4096  # of a file show what it is: pointers and pages say so in their first line
+
+SAFETENSORS, TORCH_ZIP, GGUF = "safetensors", "torch zip", "GGUF"
+_GET_FILE = "the file itself was not fetched"
+_SAVE_AGAIN = "its weights may be good: torch.load(..., weights_only=True) it, and torch.save what comes"
+_UNPACK = "unpack it, and give the directory that comes out"
+
+# (format, how such a file begins, what it is, what to do next), the first that matches decides.
+_BEGINNINGS = [
+    ("Git LFS pointer", rb"version https://git-lfs\.github\.com/spec/", f"{_GET_FILE}: run `git lfs pull` there"),
+    ("Xet pointer", rb"# xet version ", f"{_GET_FILE}: fetch it with `hf download`"),
+    ("git-annex pointer", rb"/annex/objects/", f"{_GET_FILE}: run `git annex get` there"),
+    ("link that was copied as text", rb"(\.\./)+[\w./-]+\s*\Z", "copy what it points to"),
+    (
+        "HTML page",
+        rb"\s*<(!doctype html|html|head|body)\b",
+        "a server answered so in its place: fetch it again, logged in",
+    ),
+    ("XML document", rb"\s*<(\?xml|error>)", "a server answered so in its place: fetch it again, logged in"),
+    (
+        "server's error message",
+        rb'\s*(\{\s*"(error|message)"\s*:\s*"|(access to model|entry not found|repository not found|invalid username|not found\b|'
+        rb"unauthorized|forbidden|access ?denied|too many requests|the requested))",
+        "a server answered so in its place: fetch it again, logged in",
+    ),
+    (TORCH_ZIP, rb"PK\x03\x04", "torch.save and zip write such files"),
+    (
+        GGUF,
+        rb"GGUF|ggjt|ggml|lmgg|tjgg",
+        "llama.cpp's format, which cannot be turned back: take the model it was made of",
+    ),
+    ("file of torch before 1.6", rb"\x80.\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", _SAVE_AGAIN),
+    ("bare pickle", rb"\x80[\x00-\x05]", _SAVE_AGAIN),
+    ("tar archive", rb".{257}ustar", _UNPACK),
+    (
+        "compressed file",
+        rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh\d|\xfd7zXZ\x00|7z\xbc\xaf\x27\x1c|Rar!|\x04\x22\x4d\x18",
+        _UNPACK,
+    ),
+    ("HDF5 file", rb"\x89HDF\r\n", "Keras' format: save the model with Transformers as safetensors"),
+    ("NumPy file", rb"\x93NUMPY", "save the model with Transformers as safetensors"),
+    ("picture", rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF....WEBP", "give another file"),
+    ("program", rb"\x7fELF|MZ\x90|\xcf\xfa\xed\xfe", "give another file"),
+]
+_PATTERNS = [(kind, re.compile(start, re.DOTALL | re.IGNORECASE), advice) for kind, start, advice in _BEGINNINGS]
+
+
+def foreign_content(start: bytes, expected: str = "") -> str | None:
+    """What a file that begins with `start` (`START_BYTES` of it) is, and what to do about it: "a GGUF file: ...".
+
+    None for what has no sign of its own, and for the format that is `expected`.
+    """
+    if start and not start.strip(b"\0"):
+        return "nothing but zeros at its start: an interrupted download leaves that, fetch it again"
+    length = int.from_bytes(start[:8], "little")
+    if 2 <= length <= 100_000_000 and start[8:9] == b"{":  # asked first: any byte may stand in a length
+        return None if expected == SAFETENSORS else "a safetensors file: its name should end in .safetensors"
+    for kind, pattern, advice in _PATTERNS:
+        if pattern.match(start):
+            article = "an" if kind[0] in "HX" else "a"
+            return None if kind == expected else f"{article} {kind}: {advice}"
+    return None
+
+
+def read_start(file: Path) -> bytes:
+    """The first bytes of a file, by which `foreign_content` tells what it is. Raises EnvironmentFailed."""
+    try:
+        with open(file, "rb") as handle:
+            return handle.read(START_BYTES)
+    except OSError as error:
+        raise from_os_error(error, f"reading {file.name}") from error
 
 
 def is_file_name(name: str) -> bool:
@@ -52,12 +127,14 @@ def read_at_most(file: Path, limit_bytes: int = _SMALL_FILE_LIMIT_BYTES) -> byte
 def read_small(file: Path) -> bytes:
     """The bytes of a file that is read whole (JSON, tokenizer, licence). Raises BadInput or EnvironmentFailed."""
     if not file.is_file():
-        raise BadInput(f"{file.name} is no file, or a link to nothing: download it again")
+        raise BadInput(f"{file.name} is no file, or a link to nothing: fetch it again")
     data = read_at_most(file)
     if data is None:
         raise BadInput(
             f"{file.name} is larger than {_SMALL_FILE_LIMIT_BYTES >> 20} MiB, which it never is: wrong file?"
         )
+    if file.suffix in _MADE_BY_PROGRAMS and (found := foreign_content(data[:START_BYTES])):
+        raise BadInput(f"{file.name} is {found}")
     return data
 
 
@@ -87,9 +164,9 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     try:
         body = parse_json(data)
     except ValueError as error:
-        raise BadInput(f"{name} is not valid JSON ({error}): download it again, or correct it") from error
+        raise BadInput(f"{name} is not valid JSON ({error}): fetch it again, or correct it") from error
     if not isinstance(body, dict):
-        raise BadInput(f"{name} holds no JSON object: download it again, or correct it")
+        raise BadInput(f"{name} holds no JSON object: fetch it again, or correct it")
     return body
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from llama4_convert.checkpoints.digests import digests
+from llama4_convert.checkpoints.layouts import directory_names, is_checkpoint, no_checkpoint
 from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
 from llama4_convert.errors import BadInput, CheckFailed, EnvironmentFailed, UsageError, from_os_error, one_line
 from llama4_convert.files import json_object, locked, read_small, write_small
@@ -280,8 +281,7 @@ def write_card(
     it as it is and takes it into the manifest. Raises UsageError, BadInput or EnvironmentFailed.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a directory")
+    directory_names(path)
     try:
         with locked(path):
             manifest, file = _manifest_for_card(path), path / CARD
@@ -314,7 +314,10 @@ def _manifest_for_card(path: Path) -> Manifest:
 
 
 def _manifest(path: Path, rule: str) -> Manifest:
-    manifest = Manifest.read(path) if path.is_dir() else None
+    directory_names(path)
+    manifest = Manifest.read(path)
+    if manifest is None and not is_checkpoint(path):
+        raise no_checkpoint(path)
     if manifest is None:
         raise UsageError(f"{path} has no {NAME}: {rule}")
     return manifest

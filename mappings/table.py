@@ -13,6 +13,8 @@ from typing import Any
 
 from mappings.layout import Box, Layout, MappingError, Placement
 
+# What quantizers put behind the name of a weight: compressed-tensors, bitsandbytes.
+_QUANTIZED = r"(_[a-z_]+|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+)?"
 TEXT_WHERE = ("layer", "moe", "dense")
 
 
@@ -67,9 +69,7 @@ class Drop:
 
     @staticmethod
     def parse(row: Mapping[str, Any]) -> Drop:
-        patterns = tuple(
-            re.compile(re.escape(key).replace(r"\{layer\}", r"\d+").replace(r"\*", ".*")) for key in row["keys"]
-        )
+        patterns = tuple(re.compile(_numbered(key).replace(r"\*", ".*")) for key in row["keys"])
         return Drop(patterns, row["why"], row.get("only_in"), row.get("when"))
 
     def matches(self, key: str) -> bool:
@@ -109,6 +109,25 @@ class Table:
     drops: tuple[Drop, ...]
     prefix_with_vision: str
 
+    @functools.cached_property
+    def meta_names(self) -> re.Pattern[str]:
+        """Every key that a model in Meta's layout may have, those that are dropped among them."""
+        keys = [_numbered(key) for family in (*self.text, *self.vision) for key in family.meta]
+        return re.compile(
+            "|".join(
+                [*keys, *(pattern.pattern for drop in self.drops if drop.when is None for pattern in drop.patterns)]
+            )
+        )
+
+    @functools.cached_property
+    def transformers_names(self) -> re.Pattern[str]:
+        """Every key that a model in Transformers' layout may have: with a vision tower or without, linearized, quantized."""
+        text = [_numbered(key) for family in self.text for key in family.transformers]
+        vision = [_numbered(key) for family in self.vision for key in family.transformers]
+        experts = [r"model\.layers\.\d+\.feed_forward\.experts\.\d+\.(gate|up|down)_proj\.weight"]
+        inner = f"({re.escape(self.prefix_with_vision)})?({'|'.join(text + experts)})"
+        return re.compile(f"({inner}|{'|'.join(vision)}){_QUANTIZED}")
+
     def bind(self, shape: ModelShape) -> Binding:
         """Instantiate every row for every layer that has it. Raises MappingError where two rows claim one key."""
         with_vision = shape.n_vision_layers is not None
@@ -119,6 +138,11 @@ class Table:
             for family, layer in _occurrences(self.vision, shape):
                 binding._add(family, layer, "vision.", "")
         return binding
+
+
+def _numbered(key: str) -> str:
+    """The regular expression of a key, `{layer}` any number."""
+    return re.escape(key).replace(r"\{layer\}", r"\d+")
 
 
 def _occurrences(families: Sequence[Family], shape: ModelShape) -> Iterator[tuple[Family, int | None]]:

@@ -34,6 +34,11 @@ _BESIDE_SOURCE = {
 _Natural = Annotated[int, Meta(ge=0)]
 
 
+def make_again(folder: Path) -> str:
+    """How to come by a damaged file of `folder` again: an output of this tool has a manifest."""
+    return "convert again with --overwrite" if (folder / NAME).is_file() else "fetch it again from where it comes"
+
+
 class ManifestFile(Struct, frozen=True, omit_defaults=True):
     """A file of the output."""
 

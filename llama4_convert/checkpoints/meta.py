@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llama4.geometry import Geometry, GeometryError
+from llama4_convert.checkpoints.layouts import RANK_FILE, directory_names, no_checkpoint
+from llama4_convert.checkpoints.manifest import NAME
 from llama4_convert.checkpoints.meta_quantized import DequantizedView, with_scales
 from llama4_convert.checkpoints.pth import PthIndex
 from llama4_convert.checkpoints.tensors import Record, StoredTensor
-from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.checkpoints.wrapped_names import unwrapped
+from llama4_convert.errors import BadInput
 from llama4_convert.files import parse_object, read_small
-
-_RANK_FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
-_MANIFEST = "llama4-convert.json"
+from mappings import load_table
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class MetaCheckpoint:
     ranks: tuple[PthIndex, ...]  # quantized experts are shown as bf16: see `meta_quantized`
     scales: tuple[PthIndex, ...]  # of quantized experts, one a rank, or none
     small_files: Mapping[str, bytes]  # params.json, and tokenizer.model where there is one
+    notes: tuple[str, ...] = ()  # what a user should know of how the files are read
 
     @property
     def archives(self) -> tuple[PthIndex, ...]:
@@ -80,10 +81,8 @@ class MetaCheckpoint:
     @staticmethod
     def open(path: Path) -> MetaCheckpoint:
         """Read the index of every rank file. Raises UsageError, BadInput or EnvironmentFailed."""
-        if not path.is_dir():
-            raise UsageError(f"{path} is not a directory: give the one that holds params.json and consolidated.00.pth")
         files = rank_files(path)
-        params, small = read_params(path)
+        params, small = _read_params(path)
         tokenizer = path / "tokenizer.model"
         if os.path.lexists(tokenizer):
             small["tokenizer.model"] = read_small(tokenizer)
@@ -94,42 +93,33 @@ class MetaCheckpoint:
         indices = tuple(PthIndex.read(file) for file in files)
         for index in indices[1:]:
             _check_agreement(indices[0], index)
+        names, notes = unwrapped([*indices[0].tensors], load_table().meta_names.fullmatch, path.name)
+        if notes:
+            indices = tuple(
+                replace(i, tensors={names[key]: tensor for key, tensor in i.tensors.items()}) for i in indices
+            )
         ranks, scales = with_scales(path, indices)
-        return MetaCheckpoint(path, params, geometry, ranks, scales, small)
+        return MetaCheckpoint(path, params, geometry, ranks, scales, small, (*indices[0].notes, *notes))
 
 
 def rank_files(path: Path) -> list[Path]:
-    """The rank files in rank order. Raises BadInput if there are none, or one is missing between others."""
-    found = {int(m[1]): file for file in sorted(path.iterdir()) if (m := _RANK_FILE.fullmatch(file.name))}
+    """The rank files in rank order. Raises UsageError, or BadInput if there are none, or one is missing between others."""
+    found = {int(m[1]): path / name for name in sorted(directory_names(path)) if (m := RANK_FILE.fullmatch(name))}
     if not found:
-        if hint := inner_original(path):
-            raise BadInput(f"{path} has no consolidated.NN.pth: did you mean {hint}?")
-        if (path / _MANIFEST).exists():
-            raise BadInput(
-                f"{path} is an unfinished output of this tool: run its command again, it goes on where it stopped"
-            )
-        if any(path.glob("*.safetensors")) and not (path / "config.json").exists():
-            raise BadInput(f"{path} has no config.json beside its .safetensors: take the one of the same model")
-        raise BadInput(f"{path} has no consolidated.NN.pth: is it the directory of an original Meta checkpoint?")
+        raise no_checkpoint(path)
     gap = next((rank for rank in range(max(found) + 1) if rank not in found), None)
     if gap is not None:
-        raise BadInput(f"{path} lacks consolidated.{gap:02d}.pth: download it, every rank holds a part of every matrix")
+        raise BadInput(f"{path} lacks consolidated.{gap:02d}.pth: fetch it, every rank holds a part of every matrix")
     return [found[rank] for rank in range(len(found))]
 
 
-def inner_original(path: Path) -> Path | None:
-    """Where downloads keep Meta's files, if `path` is the folder around it."""
-    inner = path / "original"
-    return inner if inner.is_dir() and any(inner.glob("consolidated.*.pth")) else None
-
-
-def read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _read_params(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """params.json parsed, and {its name: its bytes}. Raises BadInput or EnvironmentFailed."""
     file = path / "params.json"
     if not os.path.lexists(file):
-        if (path / _MANIFEST).exists():
+        if (path / NAME).exists():
             raise BadInput(f"{path} is an unfinished export: run its command again, it goes on where it stopped")
-        raise BadInput(f"{path} has no params.json: it comes with the checkpoint, download it")
+        raise BadInput(f"{path} has no params.json: it comes with the checkpoint, fetch it")
     data = read_small(file)
     return parse_object(data, file.name), {file.name: data}
 

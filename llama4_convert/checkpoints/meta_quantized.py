@@ -55,7 +55,7 @@ class DequantizedView(Record):
         if bad := count - int(np.isfinite(found).sum()):
             raise BadInput(
                 f"{self.scales_file.name}: {self.key} has {bad} scale(s) of expert {expert} that are NaN or infinite:"
-                " download it again"
+                " fetch it again"
             )
         return found.reshape(shape)
 

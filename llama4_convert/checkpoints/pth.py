@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from isal.isal_zlib import crc32
 
 from llama4_convert.checkpoints.inert_pickle import Opaque, RefusedPickle, Storage, TensorView, read_state_dict
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, TensorFile
 from llama4_convert.errors import BadInput, from_os_error
+from llama4_convert.files import START_BYTES, TORCH_ZIP, foreign_content
 from llama4_convert.progress import Progress
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -39,12 +41,13 @@ class PthIndex:
     others: tuple[str, ...]
     records: tuple[Record, ...]  # every storage record
     fingerprint: str  # SHA-256 over names, sizes and CRCs of all records: identifies the content without reading it
+    notes: tuple[str, ...] = ()  # what a user should know of how it is read
 
     @staticmethod
     def read(path: Path) -> PthIndex:
         """Raises BadInput (damaged, not a torch zip, refused pickle) or EnvironmentFailed (cannot be read)."""
         if not path.is_file():  # a link of a download cache whose target is gone, say
-            raise BadInput(f"{path.name} is no file, or a link to nothing: download it again")
+            raise BadInput(f"{path.name} is no file, or a link to nothing: fetch it again")
         try:
             with open(path, "rb") as file:
                 return _read(path, file.fileno(), os.fstat(file.fileno()).st_size)
@@ -59,7 +62,7 @@ class DamagedRecord(BadInput):
         keys = [key for key, tensor in index.tensors.items() if tensor.record.name == record.name]
         super().__init__(
             f"{index.path.name}: {keys[0] if keys else record.name} is damaged (its bytes do not match the archive's CRC):"
-            " download the file again"
+            " fetch the file again"
         )
         self.path, self.record = index.path, record.name
 
@@ -94,7 +97,9 @@ def truncated(path: Path) -> str:
 
 def _read(path: Path, fd: int, file_size: int) -> PthIndex:
     if file_size == 0:
-        raise BadInput(f"{path.name} is empty: download it again")
+        raise BadInput(f"{path.name} is empty: fetch it again")
+    if found := foreign_content(os.pread(fd, START_BYTES, 0), TORCH_ZIP):
+        raise BadInput(f"{path.name} is {found}")
     records = _records(path, fd, file_size)
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -107,6 +112,7 @@ def _read(path: Path, fd: int, file_size: int) -> PthIndex:
         state = read_state_dict(_content(path, fd, records[pickles[0]], _PICKLE_LIMIT))
     except RefusedPickle as error:
         raise BadInput(f"{path.name}: data.pkl refused: {error}") from error
+    state, notes = _inner_state_dict(path, state)
 
     tensors: dict[str, StoredTensor] = {}
     others = []
@@ -121,7 +127,28 @@ def _read(path: Path, fd: int, file_size: int) -> PthIndex:
     for record in set(records.values()) - set(data):  # torch's notes to itself: versions, an id
         _content(path, fd, record, _PICKLE_LIMIT)
     listing = "".join(f"{r.name.removeprefix(prefix)} {r.size} {r.crc:08x}\n" for r in records.values())
-    return PthIndex(path, tensors, tuple(others), data, hashlib.sha256(listing.encode()).hexdigest())
+    return PthIndex(path, tensors, tuple(others), data, hashlib.sha256(listing.encode()).hexdigest(), notes)
+
+
+def _inner_state_dict(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The state dict, if trainers have put it into a dictionary of more: {"model": {...}, "step": 1000}; and what is left out."""
+    inside = [
+        name
+        for name, value in state.items()
+        if isinstance(value, dict) and any(isinstance(tensor, TensorView) for tensor in value.values())
+    ]
+    if not inside or any(isinstance(value, TensorView) for value in state.values()):
+        return state, ()
+    if len(inside) > 1:
+        raise BadInput(
+            f"{path.name} holds several state dicts ({', '.join(inside[:3])}): save the one that is meant alone"
+        )
+    found = state[inside[0]]
+    if not all(isinstance(key, str) for key in found):
+        raise BadInput(f"{path.name}: {inside[0]} is no state dict, it has keys that are no names")
+    others = [name for name in state if name != inside[0]]
+    left = f", without {', '.join(others[:5])} beside it" if others else ""
+    return found, (f"{path.name} holds its state dict in a dictionary, under {inside[0]!r}: that is read{left}",)
 
 
 def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
@@ -131,7 +158,7 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
             entries = archive.infolist()
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, OverflowError) as error:
         raise BadInput(
-            f"{path.name} is not a complete torch zip archive ({error}): it is truncated or no checkpoint; download it again"
+            f"{path.name} is not a complete torch zip archive ({error}): it is truncated or no checkpoint; fetch it again"
         ) from error
     twice = [name for name, n in Counter(e.filename for e in entries).items() if n > 1]
     if twice:
@@ -142,7 +169,7 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise BadInput(f"{where} is compressed or encrypted, which torch.save never does")
         if not 0 <= entry.header_offset <= file_size - _LOCAL_HEADER.size:
-            raise BadInput(f"{where} lies outside the file: it is truncated; download it again")
+            raise BadInput(f"{where} lies outside the file: it is truncated; fetch it again")
         raw = os.pread(fd, _LOCAL_HEADER.size, entry.header_offset)
         magic, _, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
         name = os.pread(fd, name_length, entry.header_offset + _LOCAL_HEADER.size)
@@ -151,14 +178,14 @@ def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
             or method
             or name != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
         ):
-            raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
+            raise BadInput(f"{where}: its local header contradicts the directory; fetch the file again")
         streamed = flags & 8  # sizes and CRC follow the data; zip64 puts the sizes elsewhere
         sizes = (entry.file_size, 0xFFFFFFFF)
         if not streamed and (crc != entry.CRC or packed not in sizes or size not in sizes):
-            raise BadInput(f"{where}: its local header contradicts the directory; download the file again")
+            raise BadInput(f"{where}: its local header contradicts the directory; fetch the file again")
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + entry.file_size > file_size:
-            raise BadInput(f"{where} ends beyond the file: it is truncated; download it again")
+            raise BadInput(f"{where} ends beyond the file: it is truncated; fetch it again")
         records[entry.filename] = Record(entry.filename, start, entry.file_size, entry.CRC)
     in_order = sorted(entries, key=lambda e: e.header_offset)
     for before, after in itertools.pairwise(in_order):
@@ -174,7 +201,7 @@ def _content(path: Path, fd: int, record: Record, limit: int) -> bytes:
         raise BadInput(f"{path.name}: record {record.name!r} has {record.size:,} bytes, more than any checkpoint needs")
     data = os.pread(fd, record.size, record.offset)
     if len(data) != record.size or zlib.crc32(data) != record.crc:
-        raise BadInput(f"{path.name}: record {record.name!r} is damaged (CRC differs): download the file again")
+        raise BadInput(f"{path.name}: record {record.name!r} is damaged (CRC differs): fetch the file again")
     return data
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llama4_convert.checkpoints.manifest import make_again
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, contiguous
 from llama4_convert.errors import BadInput, from_os_error, one_line
-from llama4_convert.files import parse_json
+from llama4_convert.files import SAFETENSORS, foreign_content, parse_json, read_start
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the bound that the safetensors library sets itself
 _LENGTH_BYTES = 8  # in front of the header
@@ -24,7 +25,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise BadInput(f"{path.name} is missing: convert again, or download it again")
+        raise BadInput(f"{path.name} is missing: {make_again(path.parent)}")
+    if found := foreign_content(read_start(path), SAFETENSORS):
+        raise BadInput(f"{path.name} is {found}")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -38,7 +41,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, ValueError) as error:
         why = one_line(error).removeprefix("Error while deserializing header: ")
         raise BadInput(
-            f"{path.name} of {size:,} bytes is damaged or cut off ({why}): convert again, or download it again"
+            f"{path.name} of {size:,} bytes is damaged or cut off ({why}): {make_again(path.parent)}"
         ) from error
     header.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}

@@ -44,6 +44,7 @@ def diff(a: Path, b: Path, max_memory: int, as_json: bool) -> None:
 
     with terminal.ProgressBar("diff", as_json) as bar:
         result = run(a, b, max_memory=max_memory, start=bar.start, progress=bar.advance)
+    terminal.warn(*result.warnings)
     terminal.show(result, as_json, lambda r: "\n".join(_lines(r)))
     if not result.equal:
         raise CheckFailed(f"{a} and {b} differ: {_first(result)}")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def _tensor_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """For the shell: the keys that PATH holds. What would be made of it takes a plan, which is too slow for a keypress."""
-    from llama4_convert.checkpoints import is_meta
+    from llama4_convert.checkpoints.layouts import is_meta
     from llama4_convert.checkpoints.meta import rank_files
     from llama4_convert.checkpoints.pth import PthIndex
     from llama4_convert.checkpoints.transformers import TransformersCheckpoint

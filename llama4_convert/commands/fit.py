@@ -58,6 +58,7 @@ def fit(path: Path, as_json: bool, **options: Any) -> None:
     from llama4_convert.fitting.table import fit_table
 
     result = run(path, **options)
+    terminal.warn(*result.warnings)
     terminal.show(result, as_json, fit_table)
     if not result.fits:
         nearest = result.fit

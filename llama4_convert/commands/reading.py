@@ -37,6 +37,7 @@ def inspect(path: Path, tensors: bool, stats: bool, as_json: bool) -> None:
 
     with terminal.ProgressBar("inspect", as_json) as bar:
         result = run(path, stats=stats, start=bar.start, progress=bar.advance)
+    terminal.warn(*result.warnings)
     terminal.show(result, as_json, lambda r: inspect_summary(r, tensors))
 
 

@@ -41,9 +41,8 @@ def generate(path: Path, as_json: bool, **options: Any) -> None:
     """
     from llama4_convert.reference.generation import generate as run
 
-    result = run(
-        path, say=(lambda text: None) if as_json else functools.partial(terminal.print_text, nl=False), **options
-    )
+    say = (lambda text: None) if as_json else functools.partial(terminal.print_text, nl=False)
+    result = run(path, say=say, warn=terminal.warn, **options)
     terminal.print_out(terminal.json_text(result) if as_json else "")
     if result.tokens and not result.text:
         terminal.warn(f"the model wrote {len(result.tokens)} tokens, none of which is text (random weights do that)")

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.digests import Digest
+from llama4_convert.checkpoints.layouts import directory_names, is_meta
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.bound_request import BoundRequest, bound_request
 from llama4_convert.conversion.from_meta import from_meta
 from llama4_convert.conversion.request import Request
 from llama4_convert.conversion.small_files import kept_files, source_digests
-from llama4_convert.errors import BadInput, UsageError
+from llama4_convert.errors import BadInput
 from llama4_convert.files import json_object, read_small
 from llama4_convert.metadata.config_repair import GENERATION, Repair, repair_generation
 from llama4_convert.planning.binding import VISION_PREFIX, BoundSource, bind_transformers
@@ -60,11 +60,9 @@ def open_base_config(path: Path) -> Base:
 
     Raises UsageError, BadInput or EnvironmentFailed.
     """
-    if is_meta(path):
+    if _CONFIG not in directory_names(path) and is_meta(path):
         files = _converted(path).job.contents()
         return Base(path, json.loads(files[_CONFIG]), files)
-    if not (path / _CONFIG).is_file():
-        raise UsageError(f"{path} has neither params.json (Meta's layout) nor config.json (Transformers')")
     config, generation = json_object(path / _CONFIG), path / GENERATION
     return Base(path, config, {GENERATION: read_small(generation)} if generation.is_file() else {})
 

@@ -54,7 +54,7 @@ def bind(request: Request) -> BoundRequest:
 
     Raises UsageError, BadInput or EnvironmentFailed.
     """
-    from llama4_convert.checkpoints import is_meta
+    from llama4_convert.checkpoints.layouts import is_meta
     from llama4_convert.conversion.bound_request import bound_request
     from llama4_convert.conversion.from_meta import from_meta
     from llama4_convert.conversion.from_transformers import from_transformers

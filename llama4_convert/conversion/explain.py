@@ -17,7 +17,7 @@ import msgspec
 
 from llama4.config import Llama4Config
 from llama4.config_fields import ConfigError
-from llama4_convert.checkpoints import is_meta
+from llama4_convert.checkpoints.layouts import is_meta
 from llama4_convert.checkpoints.manifest import Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, StoredTensor, span

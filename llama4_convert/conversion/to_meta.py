@@ -18,8 +18,8 @@ from msgspec import UNSET
 from llama4.config import Llama4Config
 from llama4.config_fields import ConfigError
 from llama4.geometry import Geometry, GeometryError
-from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.digests import Digest
+from llama4_convert.checkpoints.layouts import is_meta
 from llama4_convert.checkpoints.manifest import MAX_RANKS, Manifest
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint

@@ -10,7 +10,7 @@ from typing import Any
 
 from llama4.config import Llama4Config
 from llama4.config_fields import ConfigError
-from llama4_convert.checkpoints import is_meta
+from llama4_convert.checkpoints.layouts import is_meta
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.conversion.base import Base, open_base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from msgspec import structs
 
 from llama4.config import Llama4Config, check_runnable
 from llama4.config_fields import ConfigError
-from llama4_convert.checkpoints import is_meta
+from llama4_convert.checkpoints.layouts import is_meta
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import StoredTensor
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
@@ -27,7 +27,7 @@ from llama4_convert.fitting.memory import Weights
 from llama4_convert.fitting.results import Fit, FitVerdict
 from llama4_convert.formatting import parameters
 from llama4_convert.metadata.variant import infer_variant, max_position_embeddings
-from llama4_convert.planning.binding import bind_meta
+from llama4_convert.planning.binding import bind_meta, check_complete
 from llama4_convert.planning.plan import Plan
 from llama4_convert.planning.planner import TransformersLayout, make_plan
 from quant.config import parted_group, storage_format
@@ -55,7 +55,8 @@ def fit(
     if kv_cache_dtype not in ("bf16", "fp8"):
         raise UsageError(f"kv_cache_dtype must be bf16 or fp8, not {kv_cache_dtype!r:.40}")
     path = Path(path)
-    model, deployments = _meta_deployments(path) if is_meta(path) else _directory_deployment(path)
+    layout = "meta" if is_meta(path) else "transformers"
+    model, deployments, notes = _meta_deployments(path) if layout == "meta" else _directory_deployment(path)
     verdicts = []
     for one in known_gpus().values() if gpu.strip().lower() == "all" else [find_gpu(gpu)]:
         for recipe, deployment in deployments.items():
@@ -73,7 +74,7 @@ def fit(
     advised = advised_verdict(verdicts)
     return Fit(
         path=str(path),
-        layout="meta" if is_meta(path) else "transformers",
+        layout=layout,
         model=model,
         max_context=next(iter(deployments.values())).max_context,
         context=context,
@@ -83,6 +84,7 @@ def fit(
         fit=advised,
         verdicts=tuple(verdicts),
         advice=in_words(verdicts, advised),
+        warnings=list(notes),
     )
 
 
@@ -115,8 +117,8 @@ def _convert_command(path: Path, recipe: str | None, target: str) -> str:
     return f"llama4-convert convert {shlex.quote(str(path))} {target}{option}"
 
 
-def _meta_deployments(path: Path) -> tuple[str, dict[str | None, Deployment]]:
-    """(the model in words, recipe -> the deployment of what it writes) for a directory in Meta's layout."""
+def _meta_deployments(path: Path) -> tuple[str, dict[str | None, Deployment], Sequence[str]]:
+    """(the model in words, recipe -> the deployment of what it writes, notes) for a directory in Meta's layout."""
     plan = make_plan(bind_meta(MetaCheckpoint.open(path)), TransformersLayout())
     variant, _ = infer_variant(plan.geometry, plan.base_evidence, path)
     weights = Weights.from_tensors((tensor.name, tensor.nbytes) for tensor in plan.tensors)
@@ -131,12 +133,13 @@ def _meta_deployments(path: Path) -> tuple[str, dict[str | None, Deployment]]:
     deployments: dict[str | None, Deployment] = {
         recipe: replace(deployment, directory=f"llama4-{recipe}") for recipe, deployment in recipe_deployments(base)
     }
-    return f"{variant}, {parameters(plan.parameters)}", deployments
+    return f"{variant}, {parameters(plan.parameters)}", deployments, plan.warnings
 
 
-def _directory_deployment(path: Path) -> tuple[str, dict[str | None, Deployment]]:
-    """(the format, {None: the deployment}) for a directory in Transformers' layout."""
+def _directory_deployment(path: Path) -> tuple[str, dict[str | None, Deployment], Sequence[str]]:
+    """(the format, {None: the deployment}, notes) for a directory in Transformers' layout."""
     checkpoint = TransformersCheckpoint.open(path)
+    check_complete(checkpoint)
     try:
         config = Llama4Config.from_json(checkpoint.config)
         check_runnable(config)
@@ -154,7 +157,7 @@ def _directory_deployment(path: Path) -> tuple[str, dict[str | None, Deployment]
         max_context=longest if type(longest) is int and longest > 0 else 131_072,
         directory=str(path),
     )
-    return format or "bf16", {None: deployment}
+    return format or "bf16", {None: deployment}, checkpoint.notes
 
 
 def _stored_format(checkpoint: TransformersCheckpoint) -> tuple[str | None, int | None]:

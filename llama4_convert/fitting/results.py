@@ -136,3 +136,5 @@ class Fit(Struct, frozen=True, kw_only=True):
     """one a format and GPU"""
     advice: str
     """in words"""
+    warnings: list[str]
+    """what a user should know of the files that were read"""

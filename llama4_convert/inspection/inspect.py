@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama4.weights import Bits, TensorReader
-from llama4_convert.checkpoints import is_meta
 from llama4_convert.checkpoints.families import FAMILIES, active_parameters, family_of
+from llama4_convert.checkpoints.layouts import is_meta
 from llama4_convert.checkpoints.manifest import DroppedKey, Manifest, NonFiniteTensor, describe_errors
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.meta_quantized import stored_codes
@@ -28,7 +28,7 @@ from llama4_convert.inspection.results import (
     TensorEntry,
     TensorStatistics,
 )
-from llama4_convert.planning.binding import bind_meta, model_shape
+from llama4_convert.planning.binding import bind_meta, check_complete, model_shape
 from llama4_convert.planning.plan import Plan
 from llama4_convert.planning.planner import TransformersLayout, make_plan
 from llama4_convert.progress import Progress, Start
@@ -62,6 +62,7 @@ def inspect(
         result, readers, quantized = _of_meta(checkpoint, plan), _meta_readers(checkpoint, plan), frozenset[str]()
     else:
         directory = TransformersCheckpoint.open(path)
+        check_complete(directory)
         reader = _directory_reader(directory)
         result, quantized = _of_transformers(directory, reader), frozenset(reader.quantized)
         readers = {key: [reader] for key in reader.keys()}  # noqa: SIM118
@@ -184,6 +185,7 @@ def _of_meta(checkpoint: MetaCheckpoint, plan: Plan) -> Inspection:
         quantization=quantization_of_meta(checkpoint),
         tensors=_entries(stored),
         dropped=[DroppedKey(name=name, why=why) for name, why in plan.dropped.items()],
+        warnings=list(checkpoint.notes),
     )
 
 
@@ -193,7 +195,7 @@ def _of_transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader
     config = checkpoint.config
     text = config.get("text_config") or config
     if not isinstance(text, dict):
-        raise BadInput("config.json: text_config is no object: convert again, or download it again")
+        raise BadInput(f"{checkpoint.path / 'config.json'}: text_config is no object: take that of the same model")
     vision, moe_layers = config.get("vision_config"), text.get("moe_layers")
     sizes = {name: text.get(name) for name in Sizes.__struct_fields__}
     sizes["moe_layers"] = len(moe_layers) if isinstance(moe_layers, list) else moe_layers
@@ -222,6 +224,7 @@ def _of_transformers(checkpoint: TransformersCheckpoint, reader: DirectoryReader
         quantization=found,
         quantized=dict(sorted(matrices.items())),
         tensors=_entries(checkpoint.tensors),
+        warnings=list(checkpoint.notes),
     )
 
 

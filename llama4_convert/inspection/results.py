@@ -214,3 +214,5 @@ class Inspection(Struct, kw_only=True):
     """of an output; else null"""
     stats: list[TensorStatistics] | UnsetType = UNSET
     """with --stats: what the numbers of each tensor are like"""
+    warnings: list[str]
+    """what a user should know of the files that were read"""

@@ -10,19 +10,21 @@ from typing import Literal
 from msgspec import Struct, field
 
 from llama4_convert.checkpoints.digests import Digest, Ids, digests, ids_of_download, read_ids
+from llama4_convert.checkpoints.layouts import RANK_FILE, directory_names, is_checkpoint, no_checkpoint
 from llama4_convert.checkpoints.manifest import INDEX, NAME, Manifest
-from llama4_convert.checkpoints.meta import inner_original, rank_files
+from llama4_convert.checkpoints.meta import MetaCheckpoint, rank_files
 from llama4_convert.checkpoints.meta_quantized import CODES
 from llama4_convert.checkpoints.pth import PthIndex, check_records
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.files import is_file_name, read_small
+from llama4_convert.planning.binding import MissingRanks, check_ranks
 from llama4_convert.progress import Progress, Start
 from quant.formats.meta import FORMATS
 
 _CHECKLIST_LINE = re.compile(r"([0-9a-f]{32}) [ *](\S+)")
 _WEIGHTS = (".safetensors", ".pth", ".bin", ".pt")
 _DIGEST_NAMES = {"md5": "MD5", "sha256": "SHA-256", "git": "git id"}
-_DOWNLOAD_AGAIN = "download it again"
+_DOWNLOAD_AGAIN = "fetch it again"
 
 
 Authority = Literal["manifest", "checklist", "list", "CRC"]
@@ -69,9 +71,7 @@ def verify(
     Raises UsageError if nothing says what the files of `path` should be, BadInput or EnvironmentFailed.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a directory")
-    is_source = any(path.glob("consolidated.*.pth"))
+    is_source = any(map(RANK_FILE.fullmatch, directory_names(path)))
     listed = read_ids(Path(ids), path) if ids is not None else {}
     manifest = Manifest.read(path)
     if manifest is not None:
@@ -82,8 +82,8 @@ def verify(
         return _verify_source(path, listed, start, progress)
     if listed:
         return _verify_listed(path, listed, start, progress)
-    if hint := inner_original(path):
-        raise UsageError(f"{path} holds no checkpoint itself: did you mean {hint}?")
+    if not is_checkpoint(path):
+        raise no_checkpoint(path)
     raise UsageError(
         f"{path} has neither {NAME} (an output of this tool) nor consolidated.NN.pth (Meta's layout), nor what a download"
         " from the Hub leaves: give a list of its files' ids with --ids"
@@ -122,6 +122,7 @@ def _verify_output(path: Path, manifest: Manifest, ids: Ids, start: Start, progr
 
 def _verify_source(path: Path, ids: Ids, start: Start, progress: Progress) -> Verification:
     checklist, ranks = _checklist(path), rank_files(path)
+    ranks += [path / name for name in _missing_ranks(path)]
     ranks += _scales(path, ranks)
     names = {file.name for file in ranks}
     others = [path / name for name in {**checklist, **ids} if name not in names]
@@ -143,6 +144,17 @@ def _verify_source(path: Path, ids: Ids, start: Start, progress: Progress) -> Ve
             found.against.append("CRC")
         files.append(found)
     return _result(files, _DOWNLOAD_AGAIN)
+
+
+def _missing_ranks(path: Path) -> list[str]:
+    """The rank files that are missing at the end, by the shapes of the others."""
+    try:
+        check_ranks(MetaCheckpoint.open(path))
+    except MissingRanks as error:
+        return error.names
+    except BadInput:  # what else is wrong is no matter of whole files
+        pass
+    return []
 
 
 def _scales(path: Path, ranks: list[Path]) -> list[Path]:
@@ -197,7 +209,7 @@ def _checklist(path: Path) -> dict[str, Digest]:
     for number, line in enumerate(read_small(file).decode(errors="replace").splitlines(), 1):
         match = _CHECKLIST_LINE.fullmatch(line.strip())
         if line.strip() and (not match or not is_file_name(match[2])):
-            raise BadInput(f"checklist.chk line {number} is not an MD5 and a file name: download it again")
+            raise BadInput(f"checklist.chk line {number} is not an MD5 and a file name: fetch it again")
         if match:
             found[match[2]] = Digest.from_hex(match[1])
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -17,15 +17,17 @@ import msgspec
 
 from llama4.weights import TensorReader
 from llama4_convert.checkpoints.digests import digests
+from llama4_convert.checkpoints.layouts import directory_names, is_checkpoint
 from llama4_convert.checkpoints.numbers import count_nonfinite
 from llama4_convert.checkpoints.pth import PthIndex, check_records
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.checkpoints.transformers import SafetensorsIndex, TransformersCheckpoint
+from llama4_convert.checkpoints.wrapped_names import unwrapped
 from llama4_convert.errors import BadInput, UsageError
 from llama4_convert.planning.adapter_config import AdapterConfig
 from llama4_convert.planning.changes import Change, Changed, Changes, LowRankUpdate, TensorReplacement, row_blocks
 from llama4_convert.planning.plan import Plan
-from mappings import Binding, Box, Placement
+from mappings import Binding, Box, Placement, load_table
 from mappings.matrices import Matrix, linearized
 
 CONFIG = "adapter_config.json"
@@ -33,6 +35,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _TEXT_PREFIX = "language_model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.(weight|bias)|embedding_(A|B))")
+# Behind a factor the adapter's name stands in a model's own state dict; save_pretrained leaves it out.
+_ADAPTER = re.compile(r"\.lora_(?:[AB]\.([^.]+)\.(?:weight|bias)|embedding_[AB]\.([^.]+))$")
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.|$)")
 _FUSED = ("gate_up_proj", "down_proj")
 # axolotl's linearized experts: a list for each projection.
@@ -63,25 +67,28 @@ class Adapter:
     config: AdapterConfig
     reader: TensorReader
     fingerprint: Mapping[str, str]  # SHA-256 of its two files, by name
+    notes: tuple[str, ...] = ()  # what a user should know of how its files are read
 
     @staticmethod
     def open(path: Path) -> Adapter:
         """Reads the whole adapter. Raises UsageError, BadInput or EnvironmentFailed."""
-        if not (path / CONFIG).is_file():
+        if CONFIG not in directory_names(path):
+            if is_checkpoint(path):
+                raise UsageError(f"{path} is a whole model, no adapter: convert it, without --adapter")
             inside = sorted(found.parent for found in path.glob(f"*/{CONFIG}"))  # PEFT's place for all but "default"
             hint = f", {inside[0]}" if inside else ""
             raise UsageError(f"{path} has no {CONFIG}: give the directory of a PEFT adapter{hint}")
         config = AdapterConfig.read(path / CONFIG)
         file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if file is None:
-            raise BadInput(f"{path} has neither {' nor '.join(WEIGHTS)}: it comes with {CONFIG}, download it again")
-        reader = _reader(file)
+            raise BadInput(f"{path} has neither {' nor '.join(WEIGHTS)}: it comes with {CONFIG}, fetch it again")
+        reader, notes = _reader(file)
         for key in reader.keys():  # noqa: SIM118
             _check_numbers(file, reader, key)
         if not reader.keys():
             raise BadInput(f"{file.name} holds no tensor: nothing was trained, or it was saved in another way")
         fingerprint = {p.name: digests(p, {"sha256"}, lambda n: None)["sha256"] for p in (path / CONFIG, file)}
-        return Adapter(path, config, reader, fingerprint)
+        return Adapter(path, config, reader, fingerprint, notes)
 
     def changes(self, binding: Binding) -> Changes:
         """By logical tensor: what changes it, and where. Raises BadInput naming the key that does not fit the model."""
@@ -101,16 +108,47 @@ class Adapter:
         )
 
 
-def _reader(file: Path) -> TensorReader:
-    """A pickle is never executed: what is no plain state dict in a zip is refused."""
+def _reader(file: Path) -> tuple[TensorReader, tuple[str, ...]]:
+    """The tensors of an adapter by PEFT's names, and notes. What is no plain state dict in a zip is refused, never executed."""
     if file.suffix == ".safetensors":
-        return DirectoryReader(TransformersCheckpoint(file.parent, {}, (SafetensorsIndex.read(file),)))
+        tensors = SafetensorsIndex.read(file)
+        names, notes = _plain_names(tensors.tensors, file.name)
+        renamed = replace(tensors, tensors={names[key]: tensor for key, tensor in tensors.tensors.items()})
+        return DirectoryReader(TransformersCheckpoint(file.parent, {}, (renamed,))), tuple(notes)
     try:
         index = PthIndex.read(file)
     except BadInput as error:
         raise BadInput(f"{error}; or save the adapter as {WEIGHTS[0]} (save_pretrained does)") from error
     check_records(index, index.records, lambda n: None)
-    return RankReader(index)
+    names, notes = _plain_names(index.tensors, file.name)
+    index = replace(index, tensors={names[key]: tensor for key, tensor in index.tensors.items()})
+    return RankReader(index), (*index.notes, *notes)
+
+
+def _plain_names(keys: Iterable[str], file: str) -> tuple[dict[str, str], list[str]]:
+    """(key -> its name as `save_pretrained` writes it, what was taken off in words): no wrappers, no name of the adapter."""
+    peft = {key: key.removeprefix(_PREFIX) for key in keys}
+    adapters = {match[1] or match[2] for name in peft.values() if (match := _ADAPTER.search(name))}
+    if len(adapters) > 1:
+        raise BadInput(
+            f"{file} holds several adapters ({', '.join(sorted(adapters)[:3])}): save the one that is meant alone"
+        )
+    notes = [f"{file}: the adapter's name, {name!r}, is taken out of the keys" for name in adapters]
+    for name in adapters:
+        named = re.compile(rf"(?<=\.)(lora_(?:embedding_)?[AB]|modules_to_save)\.{re.escape(name)}(?=\.|$)")
+        peft = {key: named.sub(r"\1", plain) for key, plain in peft.items()}
+    names, more = unwrapped(list(peft.values()), _is_name, file)
+    if not notes and not more:
+        return {key: key for key in peft}, []
+    return {key: names[plain] for key, plain in peft.items()}, [*notes, *more]
+
+
+def _is_name(name: str) -> bool:
+    """Whether a key of an adapter changes a tensor that a Llama 4 may have."""
+    factor = _FACTOR.fullmatch(name)
+    module = _LISTS.sub(r".experts.\2.\1_proj", _WRAPPERS.sub("", factor[1] if factor else name))
+    spellings = (f"{module}.weight", f"{module}.gate_up_proj") if factor else (module,)
+    return any(map(load_table().transformers_names.fullmatch, spellings))
 
 
 def _check_numbers(file: Path, reader: TensorReader, key: str) -> None:

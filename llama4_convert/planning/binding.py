@@ -9,10 +9,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 
 from llama4.config import Llama4Config
 from llama4.config_fields import ConfigError
 from llama4.geometry import Geometry
+from llama4_convert.checkpoints.manifest import INDEX, MAX_RANKS
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.tensors import TORCH_NAMES, Record, StoredTensor, TensorFile
 from llama4_convert.checkpoints.transformers import TransformersCheckpoint
@@ -62,8 +64,9 @@ def bind_meta(source: MetaCheckpoint, *, text_only: bool = False, allow_rank_mis
     Raises BadInput where names, shapes or ranks do not fit together, naming the key.
     """
     try:
+        check_ranks(source)
         stated = replace(source.geometry, vision=None) if text_only else source.geometry
-        binding, geometry = _bind_geometry(stated, source)
+        binding, geometry = _bind_geometry(stated, source, len(source.ranks))
         claims = binding.claim(source.keys, text_only=text_only)
         _check_tensors(binding, source)
         warnings, compare = _check_replicas(binding, source, allow_rank_mismatch)
@@ -88,7 +91,7 @@ def bind_meta(source: MetaCheckpoint, *, text_only: bool = False, allow_rank_mis
         meta_keys=sorted(set(claims.spelling.values())),
         dropped={key: rule.why for key, rule in claims.dropped.items()} | source.unused_scales,
         base_evidence=[key for key, rule in claims.dropped.items() if rule.only_in == "base"],
-        warnings=warnings,
+        warnings=[*source.notes, *warnings],
     )
 
 
@@ -107,7 +110,41 @@ def bind_transformers(source: TransformersCheckpoint) -> BoundSource:
         locations = _locate_in_transformers(binding, source)
     except (MappingError, ConfigError) as error:
         raise BadInput(f"{source.path}: {error}") from error
-    return BoundSource(str(source.path), binding, config.to_geometry(), source.files, locations)
+    geometry = config.to_geometry()
+    return BoundSource(str(source.path), binding, geometry, source.files, locations, warnings=source.notes)
+
+
+def check_complete(source: TransformersCheckpoint) -> None:
+    """Raises BadInput for shards without an index that are not exactly the tensors of config.json."""
+    if source.has_index:
+        return
+    if "quantization_config" in source.config:
+        raise BadInput(
+            f"{source.path} is quantized and has no {INDEX}: fetch it, nothing else says which tensors there are"
+        )
+    bind_transformers(source)
+
+
+def check_ranks(source: MetaCheckpoint) -> None:
+    """Raises BadInput, naming the files, if rank files are missing at the end, or lie there that are another checkpoint's."""
+    found, stated = len(source.ranks), _stated_ranks(source)
+    if stated is None or stated == found:
+        return
+    names = [f"consolidated.{rank:02d}.pth" for rank in range(min(found, stated), max(found, stated))]
+    if found < stated:
+        raise MissingRanks(source.path, names, stated)
+    raise BadInput(
+        f"{source.path}: {names[0]} is none of its files: the tensors are cut for {stated} ranks; move it away"
+    )
+
+
+class MissingRanks(BadInput):
+    """Rank files that are missing at the end; `names` are theirs."""
+
+    def __init__(self, path: Path, names: list[str], ranks: int) -> None:
+        which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        super().__init__(f"{path} lacks {which}: its tensors are cut for {ranks} ranks; fetch what is missing")
+        self.names = names
 
 
 def with_vision_of(base: BoundSource, text: BoundSource, config: Llama4Config) -> BoundSource:
@@ -131,6 +168,7 @@ def with_vision_of(base: BoundSource, text: BoundSource, config: Llama4Config) -
         locations={**vision, **moved},
         records=[checked[key] for key in sorted(checked) if checked[key][1].crc is not None],
         compare=[(key, rank) for key, rank in base.compare if key in keys],
+        warnings=[*base.warnings, *text.warnings],
     )
 
 
@@ -180,10 +218,25 @@ def _locate_in_transformers(binding: Binding, source: TransformersCheckpoint) ->
     return found
 
 
-def _bind_geometry(geometry: Geometry, source: MetaCheckpoint) -> tuple[Binding, Geometry]:
-    """The tables bound to a geometry, and the geometry with the sizes that only the tensors tell."""
+def _stated_ranks(source: MetaCheckpoint) -> int | None:
+    """For how many ranks the tensors of rank 0 are cut; None if they fit params.json with no number of ranks."""
+    geometry, shapes = source.geometry, source.shapes()
+    widths = {shape[1] for key, shape in shapes.items() if key.endswith(".attention.wo.weight") and len(shape) == 2}
+    ranks, rest = divmod(geometry.n_heads * geometry.head_dim, max(1, *widths, 1)) if len(widths) == 1 else (0, 0)
+    if rest or not 1 <= ranks <= MAX_RANKS:
+        return None
+    try:
+        binding, _ = _bind_geometry(geometry, source, ranks)
+        fits = all(binding.meta_shape(key, ranks) == shape for key, shape in shapes.items() if key in binding.meta)
+    except MappingError:
+        return None
+    return ranks if fits else None
+
+
+def _bind_geometry(geometry: Geometry, source: MetaCheckpoint, ranks: int) -> tuple[Binding, Geometry]:
+    """The tables bound to a geometry, and the geometry with the sizes that only the tensors, cut for `ranks`, tell."""
     if None in (geometry.vocab_size, geometry.n_experts, geometry.expert_dim, geometry.dense_dim):
-        draft, shapes, ranks = load_table().bind(model_shape(geometry)), source.shapes(), len(source.ranks)
+        draft, shapes = load_table().bind(model_shape(geometry)), source.shapes()
         vocab, experts, width, dense = (draft.solve(axis, shapes, ranks) for axis in ("V", "E", "F", "G"))
         if (vocab or geometry.vocab_size) is None or (experts is None and geometry.n_experts is None):
             what = "tok_embeddings.weight" if vocab is None else "a router (feed_forward.router_DE)"
@@ -224,13 +277,16 @@ def model_shape(g: Geometry) -> ModelShape:
 def _check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
     """Compare every rank's shapes and dtypes with the geometry. Raises MappingError."""
     ranks = len(source.ranks)
-    for rank, index in enumerate(source.ranks):
+    for index in source.ranks:
         for key, tensor in index.tensors.items():
             if key not in binding.meta:
                 continue
             expected = binding.meta_shape(key, ranks)
             if tensor.shape != expected:
-                raise MappingError(_shape_message(binding, key, tensor.shape, expected, source, rank))
+                raise MappingError(
+                    f"{key} in {index.path.name} has shape {list(tensor.shape)}, but params.json with {ranks} rank(s) makes it"
+                    f" {list(expected)}"
+                )
             if tensor.dtype not in TORCH_NAMES:
                 raise MappingError(
                     f"{key} is {tensor.dtype}: only bf16, fp16 and fp32 checkpoints can be converted"
@@ -239,24 +295,6 @@ def _check_tensors(binding: Binding, source: MetaCheckpoint) -> None:
         for key in index.others:
             if key in binding.meta:
                 raise MappingError(f"{key} in {index.path.name} is no tensor")
-
-
-def _shape_message(
-    binding: Binding, key: str, found: Sequence[int], expected: Sequence[int], source: MetaCheckpoint, rank: int
-) -> str:
-    ranks, where = len(source.ranks), source.ranks[rank].path.name
-    text = f"{key} in {where} has shape {list(found)}, but params.json with {ranks} rank(s) makes it {list(expected)}"
-    for other in (n for n in range(1, 129) if n != ranks and not binding.is_replicated(key)):
-        try:
-            fits = all(binding.meta_shape(k, other) == s for k, s in source.shapes().items() if k in binding.meta)
-        except MappingError:
-            continue
-        if fits:
-            missing = (
-                f"consolidated.{ranks:02d}.pth and later are missing" if other > ranks else "some files are not its"
-            )
-            return f"{text}: these are files of a checkpoint with {other} ranks, {missing}"
-    return text
 
 
 def _check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tuple[list[str], list[tuple[str, int]]]:
@@ -285,6 +323,6 @@ def _check_replicas(binding: Binding, source: MetaCheckpoint, allow: bool) -> tu
 def mismatch(key: str, first: str, other: str) -> str:
     """The message for a replica that differs; `first` and `other` are file names."""
     return (
-        f"the ranks disagree: {key} differs between {first} and {other}: download them again"
+        f"the ranks disagree: {key} differs between {first} and {other}: fetch them again"
         " (--allow-rank-mismatch takes the first)"
     )

@@ -13,7 +13,8 @@ from llama4 import weights_meta, weights_transformers
 from llama4.config import Llama4Config
 from llama4.geometry import InvalidModel
 from llama4.weights import BindingError, LogicalTensor
-from llama4_convert.checkpoints import is_meta
+from llama4_convert.checkpoints.layouts import is_meta
+from llama4_convert.checkpoints.manifest import make_again
 from llama4_convert.checkpoints.meta import MetaCheckpoint
 from llama4_convert.checkpoints.readers import CheckpointReader, DirectoryReader, RankReader
 from llama4_convert.checkpoints.tensors import TORCH_NAMES
@@ -21,6 +22,7 @@ from llama4_convert.checkpoints.transformers import TransformersCheckpoint
 from llama4_convert.errors import BadInput
 from llama4_convert.files import json_object
 from llama4_convert.metadata.tokenizer import TokenIds
+from llama4_convert.planning.binding import check_complete, check_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,7 @@ class Checkpoint:
     readers: tuple[CheckpointReader, ...]  # one a rank, or the directory's
     # What config.json says beside the configuration: field -> (what it should be, what it is).
     stated_fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a user should know of the files that were read
     is_text_only: bool = False  # a directory that says it is a text model's, not one whose vision tower is lost
 
     @staticmethod
@@ -51,8 +54,6 @@ class Checkpoint:
         """Meta's directory or a Transformers one. Raises UsageError, BadInput or EnvironmentFailed."""
         path = Path(path)
         meta = is_meta(path)
-        if meta and not (path / "params.json").exists() and any(path.glob("*.safetensors*")):
-            raise BadInput(f"{path} has safetensors files and no config.json: copy it there, or convert again")
         try:
             return (
                 _open_meta(MetaCheckpoint.open(path)) if meta else _open_transformers(TransformersCheckpoint.open(path))
@@ -111,7 +112,7 @@ def load_reference(
     try:
         return model_of(Checkpoint.open(path), dtype=dtype, device=device, keep_bytes=keep_bytes)
     except InvalidModel as error:
-        raise BadInput(f"{path}: {error}: download it again, or convert it again") from error
+        raise BadInput(f"{path}: {error}: {make_again(Path(path))}") from error
 
 
 def model_of(
@@ -153,6 +154,7 @@ def model_of(
 
 
 def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:
+    check_ranks(checkpoint)
     readers = tuple(RankReader(index) for index in checkpoint.ranks)
     config = Llama4Config.from_geometry(weights_meta.complete(readers, checkpoint.geometry))
     rows = config.text_config.vocab_size
@@ -169,10 +171,12 @@ def _open_meta(checkpoint: MetaCheckpoint) -> Checkpoint:
         bos_id=ids.bos if ids else None,
         pad_id=ids.pad if ids else None,
         readers=readers,
+        notes=checkpoint.notes,
     )
 
 
 def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:
+    check_complete(checkpoint)
     text: Any = checkpoint.config.get("text_config") or checkpoint.config
     config = Llama4Config.from_json(checkpoint.config)
     return Checkpoint(
@@ -183,6 +187,7 @@ def _open_transformers(checkpoint: TransformersCheckpoint) -> Checkpoint:
         bos_id=_token(text, "bos_token_id"),
         pad_id=_token(text, "pad_token_id"),
         readers=(_reader(checkpoint),),
+        notes=checkpoint.notes,
         stated_fields=_stated_fields(checkpoint, text),
         is_text_only="text_config" not in checkpoint.config,
     )

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from llama4.config import Llama4Config
 from llama4.geometry import InvalidModel
+from llama4_convert.checkpoints.manifest import make_again
 from llama4_convert.errors import BadInput, UsageError, one_line
 from llama4_convert.reference.checkpoint import Checkpoint, model_of
 from llama4_convert.reference.tokenization import TextTokenizer
@@ -51,8 +52,9 @@ def generate(
     seed: int | None = None,
     dtype: str | None = None,
     say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Generation:
-    """What the model at `path` makes of `prompt`; `say` takes the text as it comes.
+    """What the model at `path` makes of `prompt`; `say` takes the text as it comes, `warn` what a user should know of the files.
 
     The prompt is completed as it stands, behind `<|begin_of_text|>`; with `chat` it is a user's message and the assistant's
     answer is written. `image` is a file that goes where the prompt says `<|image|>`, or before it. Temperature 0 is greedy.
@@ -64,6 +66,8 @@ def generate(
     from llama4.generate import generate as steps
 
     checkpoint = Checkpoint.open(path)
+    for note in checkpoint.notes:
+        warn(note)
     processor = open_processor(checkpoint, checkpoint.config)
     images = [open_image(Path(image))] if image is not None else []
     try:
@@ -96,7 +100,7 @@ def generate(
                 ids.append(int(step))
                 say(stream.push(ids[-1]) if ids[-1] not in checkpoint.stop_ids else "")
     except (InvalidModel, NotANumber) as error:
-        raise BadInput(f"{path}: {error}: download it again, or convert it again") from error
+        raise BadInput(f"{path}: {error}: {make_again(Path(path))}") from error
     except (ValueError, IndexError) as error:  # numbers out of range; a tokenizer with more tokens than the model
         raise UsageError(f"{path}: {error}") from error
     say(stream.finish())

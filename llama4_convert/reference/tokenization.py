@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama4_convert.checkpoints.manifest import make_again
 from llama4_convert.errors import BadInput, from_os_error, one_line
 from llama4_convert.metadata.tokenizer import read_bpe, tokenizer_json
 
@@ -69,7 +70,7 @@ class TextTokenizer:
             return TextTokenizer(Tokenizer.from_buffer(data))
         except ValueError as error:
             reason = one_line(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "), 120)
-            raise BadInput(f"{path / _TRANSFORMERS_FILE}: {reason}; copy or convert it again") from None
+            raise BadInput(f"{path / _TRANSFORMERS_FILE}: {reason}; {make_again(path)}") from None
         except BadInput as error:
             raise BadInput(f"{path / _TRANSFORMERS_FILE}: {error}") from None
 

@@ -74,7 +74,7 @@ def diff(
     try:
         weights = compare_weights(pairs, progress, memory=max_memory - INTERPRETER_BYTES)
     except BindingError as error:
-        raise BadInput(f"{a} or {b}: {error}: download it again, or convert it again") from error
+        raise BadInput(f"{a} or {b}: {error}: take whole copies of both") from error
     n_extras, different_extras = _compare_extras(*sides)
     only_in = [side.keys_beyond(against, pairs.has_vision) for side, against in (sides, (sides[1], sides[0]))]
     fields = config_differences(one, other)
@@ -92,6 +92,7 @@ def diff(
         dropped=[DroppedKey(name=key, why=why) for side in only_in for key, why in side.items() if why],
         quantized=losses_by_scheme(weights.losses),
         rounded=_rounded(pairs.names, *sides),
+        warnings=[*one.notes, *other.notes],
     )
 
 

@@ -318,3 +318,5 @@ class Diff(Struct, frozen=True, kw_only=True):
     """`{scheme: {matrices, relative_mse_mean, relative_mse_largest, worst}}`"""
     rounded: list[RoundedTensors]
     """`[{a, b, tensors}]`: how many tensors are of two dtypes, compared after rounding"""
+    warnings: list[str]
+    """what a user should know of the files that were read"""

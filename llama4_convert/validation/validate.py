@@ -106,6 +106,8 @@ def _models(
 ) -> Models:
     """What is compared: the whole original, or its text where one side is a text model."""
     config = original.config
+    for note in (*original.notes, *candidate.notes):
+        warn(note)
     for text_model, other in ((candidate, original), (original, candidate)):
         if text_model.is_text_only and other.config.vision_config:
             warn(f"{text_model.path} is a text model: the vision tower of {other.path} is left out of the comparison")
@@ -126,7 +128,7 @@ def _faults_of_reference(original: Checkpoint) -> Iterator[None]:
     try:
         yield
     except BindingError as error:
-        raise BadInput(f"{original.path}: {error}: download it again") from error
+        raise BadInput(f"{original.path}: {error}: fetch it again") from error
 
 
 def _compare_weights(

@@ -89,7 +89,7 @@ def test_an_entry_that_a_checkpoint_has_no_use_for_is_named(tmp_path: Path) -> N
     with pytest.raises(BadInput, match="step is a int, not a tensor"):
         PthIndex.read(save(tmp_path / "x.pth", {"w": BASE, "step": 3}))
     with pytest.raises(BadInput, match="optimizer is a dict"):
-        PthIndex.read(save(tmp_path / "x.pth", {"optimizer": {"w": BASE}}))
+        PthIndex.read(save(tmp_path / "x.pth", {"w": BASE, "optimizer": {"w": BASE}}))
 
 
 def test_whole_records_are_told_from_views(tmp_path: Path) -> None:
@@ -169,8 +169,10 @@ def test_every_truncation_is_refused_with_the_files_name(tmp_path: Path) -> None
 def test_what_is_no_torch_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="empty"):
         read(tmp_path, b"")
-    with pytest.raises(BadInput, match="not a complete torch zip"):
+    with pytest.raises(BadInput, match="a bare pickle"):
         read(tmp_path, pickle.dumps({"w": 1}) * 100)
+    with pytest.raises(BadInput, match="not a complete torch zip"):
+        read(tmp_path, b"weights" * 100)
     with pytest.raises(BadInput, match=r"no data\.pkl"):
         read(tmp_path, archive([("readme", b"x")]))
     with pytest.raises(BadInput, match=r"no data\.pkl"):

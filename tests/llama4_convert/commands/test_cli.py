@@ -127,7 +127,7 @@ def test_verify_reads_a_source_against_its_crcs_and_its_checklist(run: Run, sour
     (damaged / "checklist.chk").unlink()
     outcome = run("verify", damaged)
     assert outcome.code == 5
-    assert "download it again" in outcome.error
+    assert "fetch it again" in outcome.error
 
 
 @pytest.mark.parametrize(

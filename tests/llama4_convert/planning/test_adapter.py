@@ -462,7 +462,7 @@ def test_directories_that_are_no_adapters(
     (path / WEIGHTS).unlink()
     assert said(path) == (
         3,
-        f"{path} has neither {WEIGHTS} nor adapter_model.bin: it comes with adapter_config.json, download it again",
+        f"{path} has neither {WEIGHTS} nor adapter_model.bin: it comes with adapter_config.json, fetch it again",
     )
     save_file({}, path / WEIGHTS)
     assert "holds no tensor" in said(path)[1]

@@ -293,7 +293,7 @@ def test_damage_of_the_reference_is_the_references(
         tensors = torch.load(damaged / f"consolidated.{rank:02d}.pth", weights_only=False)
         del tensors["layers.1.attention.wo.weight"]
         torch.save(tensors, damaged / f"consolidated.{rank:02d}.pth")
-    with pytest.raises(BadInput, match=r"source.*no tensor layers\.1\.attention\.wo\.weight.*download it again"):
+    with pytest.raises(BadInput, match=r"source.*no tensor layers\.1\.attention\.wo\.weight.*fetch it again"):
         validate(converted(), reference=damaged, tokens=2)
 
 
