@@ -78,8 +78,8 @@ def text_config(
         "intermediate_size_mlp": g.dense_dim,
         "num_local_experts": g.n_experts,
         "num_experts_per_tok": g.top_k,
-        # vLLM and llama.cpp count for themselves, and take 0 as "no layer is MoE".
-        "interleave_moe_layer_step": 0 if g.is_dense else g.moe_step,
+        # Readers that count for themselves must find no MoE layer where there is none: mlx-lm divides by it, so 0 is none.
+        "interleave_moe_layer_step": g.n_layers + 1 if g.is_dense else g.moe_step,
         "moe_layers": g.moe_layers,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
