@@ -78,8 +78,9 @@ def text_config(
         "intermediate_size_mlp": g.dense_dim,
         "num_local_experts": g.n_experts,
         "num_experts_per_tok": g.top_k,
-        # Readers that count for themselves must find no MoE layer where there is none: mlx-lm divides by it, so 0 is none.
-        "interleave_moe_layer_step": g.n_layers + 1 if g.is_dense else g.moe_step,
+        # vLLM and llama.cpp count for themselves, and take 0 as "no layer is MoE". mlx-lm divides by it and stops: it would leave
+        # RoPE out of every fourth layer, of a model that has it everywhere.
+        "interleave_moe_layer_step": 0 if g.is_dense else g.moe_step,
         "moe_layers": g.moe_layers,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,

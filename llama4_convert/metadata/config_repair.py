@@ -207,14 +207,13 @@ def repair_text(
 
 def _sizes_that_differ(text: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Repair]:
     now = Llama4TextConfig.from_json(text)
-    sizes = tensor_sizes(tensors)
-    for field, used in sizes.items():
+    for field, used in tensor_sizes(tensors).items():
         value = getattr(now, field)
         if (list(value) if isinstance(value, tuple) else value) == used:
             continue
         yield Repair(field, text.get(field), used)
         if field == "moe_layers":
-            step = used[0] + 1 if used else sizes["num_hidden_layers"] + 1
+            step = used[0] + 1 if used else 0
             yield Repair("interleave_moe_layer_step", text.get("interleave_moe_layer_step"), step)
 
 

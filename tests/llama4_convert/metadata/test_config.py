@@ -103,7 +103,7 @@ def test_a_guard_has_no_experts_no_chunks_and_no_nope(converted: Callable[..., A
     text = converted("guard", variant=None)["text_config"]
     assert text["moe_layers"] == []
     assert text["num_local_experts"] == 0
-    assert text["interleave_moe_layer_step"] > text["num_hidden_layers"]
+    assert text["interleave_moe_layer_step"] == 0
     assert text["intermediate_size"] == text["intermediate_size_mlp"]
     assert text["no_rope_layers"] == [1, 1, 1]
     assert text["no_rope_layer_interval"] > text["num_hidden_layers"]
