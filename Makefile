@@ -8,7 +8,7 @@ PIP := $(BIN)/$(INSTALL)
 PYTEST := python -m pytest -n auto --maxprocesses 8
 TESTS := PYTHONHASHSEED=0 $(BIN)/$(PYTEST)
 
-.PHONY: demo test oldest torture fuzz audit bench bench-quick clean
+.PHONY: demo test oldest readers torture fuzz audit bench bench-quick clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/llama4-convert demo demo-out
@@ -23,6 +23,10 @@ test: $(VENV)/ready-test
 # The tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest: $(VENV)-oldest/ready
 	PYTHONHASHSEED=0 $(VENV)-oldest/bin/$(PYTEST)
+
+# Other programs read what we write, each in an environment of its own, and docs/readers.md says what they made of it: half an hour.
+readers: $(VENV)/ready-test
+	$(BIN)/python -m tests.readers
 
 # All of tests/torture, of which `make test` runs a share: a kill at every change of the disk, 100,000 damaged files.
 torture: $(VENV)/ready-test

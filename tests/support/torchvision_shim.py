@@ -13,7 +13,7 @@ import torch
 
 _LIBRARIES: list[torch.library.Library] = []  # the declarations live as long as these objects
 
-_OPERATORS = (
+OPERATORS = (
     *("nms", "qnms", "roi_align", "qroi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward"),
     *("ps_roi_align", "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward"),
     *("deform_conv2d", "_deform_conv2d_backward"),
@@ -28,7 +28,7 @@ def install() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")
-        for operator in _OPERATORS:
+        for operator in OPERATORS:
             library.define(f"{operator}(Tensor unused) -> Tensor")
         _LIBRARIES.append(library)
         import torchvision  # noqa: F401
