@@ -24,7 +24,7 @@ test: $(VENV)/ready-test
 oldest: $(VENV)-oldest/ready
 	PYTHONHASHSEED=0 $(VENV)-oldest/bin/$(PYTEST)
 
-# Other programs read what we write, each in an environment of its own, and docs/readers.md says what they made of it: half an hour.
+# Other programs read what we write, each in an environment of its own, and docs/readers.md says what they made of it: an hour.
 readers: $(VENV)/ready-test
 	$(BIN)/python -m tests.readers
 

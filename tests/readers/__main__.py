@@ -23,6 +23,7 @@ from tests.support.torchvision_shim import OPERATORS
 
 PINNED = ["numpy", "pillow", "safetensors", "torch==2.13.0"]
 SCRIPTS = HERE / "scripts"
+_MAX_SECONDS = 900  # that a reader takes for a directory
 # torchvision's image transforms are plain Python; its operators may not fit the installed torch, and need a declaration only.
 DECLARATIONS = f"""import torch
 _library = torch.library.Library("torchvision", "FRAGMENT")
@@ -100,15 +101,18 @@ def answered(python: Path, reader: Reader, folder: Path, directory: str) -> dict
     start = [python]
     if reader.processes > 1:
         start = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(reader.processes)]
-    done = subprocess.run(
-        [*start, SCRIPTS / reader.script, path, prompts, answers],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*start, SCRIPTS / reader.script, path, prompts, answers]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=_MAX_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(asked, f"no answer within {_MAX_SECONDS} s")
     if not answers.exists():
-        return dict.fromkeys(asked, f"exit code {done.returncode}: {done.stderr.strip().rpartition(chr(10))[2][:300]}")
+        last = done.stderr.strip().rpartition("\n")[2][:300]
+        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}: {last}"
+        return dict.fromkeys(asked, f"ended with {ended}")
     expected = subjects.expected(path, asked)
     with np.load(answers) as made:
         return {
