@@ -13,7 +13,7 @@ off). In four steps:
    lies at the top left, on black.
 4. If that makes more than one tile, one more follows: the whole image squeezed into one tile, proportions not kept.
 
-The orientation in EXIF is not applied (`PIL.ImageOps.exif_transpose` does that, before).
+The orientation in EXIF is the loader's matter, as in Transformers (`PIL.ImageOps.exif_transpose`): it is not applied here.
 
 Transformers' `Llama4ImageProcessor` chooses the same grids but makes other pixels (transformers 5.23, torchvision 0.28):
 

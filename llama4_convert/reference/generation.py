@@ -135,12 +135,14 @@ def open_processor(checkpoint: Checkpoint, config: Llama4Config) -> Llama4Proces
 
 
 def open_image(path: Path) -> Image:
-    """A picture file, decoded. Raises BadInput."""
-    from PIL import Image
+    """A picture file, decoded and turned as its EXIF says, as Transformers' `load_image` does. Raises BadInput.
+
+    The mode stays: what becomes of transparency is the image processor's matter.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            image.load()
-            return image
+            return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise of every kind
         raise BadInput(f"{path} is no image that can be read: {one_line(error, 120)}") from error

@@ -1,4 +1,4 @@
-"""`generate`: greedy and sampled texts, and what is refused."""
+"""`generate`: greedy and sampled texts, how pictures are opened, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.image_utils import load_image
 
 from llama4_convert import convert, generate
+from llama4_convert.reference.generation import open_image
 from tests.support import commands
 
 
@@ -56,3 +60,23 @@ class TestGenerate:
         outcome = commands.run(capsys, "generate", output, "--prompt", "x")
         assert outcome.code == 3
         assert field in outcome.error
+
+
+class TestOpenImage:
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+    @pytest.mark.parametrize("orientation", range(10))  # 1 to 8 have a meaning
+    def test_orientations_are_those_of_transformers(self, orientation: int, suffix: str, tmp_path: Path) -> None:
+        path, exif = tmp_path / f"photo.{suffix}", Image.Exif()
+        exif[0x0112] = orientation
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(path, exif=exif)
+        ours, theirs = open_image(path), load_image(str(path))
+        assert ours.size == theirs.size == ((5, 8) if 5 <= orientation <= 8 else (8, 5))
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+    def test_transparency_is_left_to_the_processor(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGBA", (8, 5), (10, 20, 30, 0)).save(tmp_path / "glass.png", exif=exif)
+        image = open_image(tmp_path / "glass.png")
+        assert (image.mode, image.size) == ("RGBA", (5, 8))
