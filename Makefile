@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/$(INSTALL)
-# On as many cores as there are. Workers must name tests alike, and sets are printed in the order of their hashes.
-PYTEST := python -m pytest -n auto --maxprocesses 8
-TESTS := PYTHONHASHSEED=0 $(BIN)/$(PYTEST)
+# On as many cores as there are; the 20 slowest are printed.
+PYTEST := python -m pytest -n auto --maxprocesses 8 --durations=20
+TESTS := $(BIN)/$(PYTEST)
 
 .PHONY: demo test oldest readers torture fuzz audit bench bench-quick clean
 
@@ -22,7 +22,7 @@ test: $(VENV)/ready-test
 
 # The tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 oldest: $(VENV)-oldest/ready
-	PYTHONHASHSEED=0 $(VENV)-oldest/bin/$(PYTEST)
+	$(VENV)-oldest/bin/$(PYTEST)
 
 # Other programs read what we write, each in an environment of its own, and docs/readers.md says what they made of it: an hour.
 readers: $(VENV)/ready-test

@@ -15,7 +15,6 @@ import pytest
 # pytest puts tests/ on the path, where tests/llama4_convert would pass for a namespace package of that name: the
 # repository's packages must come first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.append(str(Path(__file__).resolve().parent / "llama4_convert"))  # commands.py serves the other folders, too
 
 # The torchvision that tests need (image processors) may not fit the installed torch. `make test` puts it beside the
 # environment, not into it: there it would break `import transformers` for everything else.
