@@ -101,7 +101,7 @@ def bound_request(request: Request, source: ConversionSource) -> BoundRequest:
         allow_nonfinite=request.allow_nonfinite,
         expected_digests=source.expected_digests,
         tokenizer_bytes=len(source.tokenizer.model) if source.tokenizer else 0,
-        warnings=[*plan.warnings, *source.warnings, *(adapter.notes if adapter else ())],
+        warnings=[*plan.warnings, *source.warnings, *(adapter.warnings(plan) if adapter else ())],
     )
     return BoundRequest(request, source, job, recipe, adapter)
 

@@ -18,7 +18,7 @@ import msgspec
 from llama4.weights import TensorReader
 from llama4_convert.checkpoints.digests import digests
 from llama4_convert.checkpoints.layouts import directory_names, is_checkpoint
-from llama4_convert.checkpoints.numbers import count_nonfinite
+from llama4_convert.checkpoints.numbers import count_nonfinite, widened
 from llama4_convert.checkpoints.pth import PthIndex, check_records
 from llama4_convert.checkpoints.readers import DirectoryReader, RankReader
 from llama4_convert.checkpoints.transformers import SafetensorsIndex, TransformersCheckpoint
@@ -42,6 +42,7 @@ _FUSED = ("gate_up_proj", "down_proj")
 # axolotl's linearized experts: a list for each projection.
 _LISTS = re.compile(r"\.experts\.(gate|up|down)_projs\.(\d+)(?=\.)")
 _CHECK_BYTES = 16 << 20  # searched for NaN at once
+_NAMED_MODULES = 3  # in a warning
 
 
 class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +69,7 @@ class Adapter:
     reader: TensorReader
     fingerprint: Mapping[str, str]  # SHA-256 of its two files, by name
     notes: tuple[str, ...] = ()  # what a user should know of how its files are read
+    zeros: frozenset[str] = frozenset()  # keys of tensors that are all zeros
 
     @staticmethod
     def open(path: Path) -> Adapter:
@@ -83,16 +85,28 @@ class Adapter:
         if file is None:
             raise BadInput(f"{path} has neither {' nor '.join(WEIGHTS)}: it comes with {CONFIG}, fetch it again")
         reader, notes = _reader(file)
-        for key in reader.keys():  # noqa: SIM118
-            _check_numbers(file, reader, key)
+        zeros = frozenset(key for key in reader.keys() if _all_zeros(file, reader, key))  # noqa: SIM118
         if not reader.keys():
             raise BadInput(f"{file.name} holds no tensor: nothing was trained, or it was saved in another way")
         fingerprint = {p.name: digests(p, {"sha256"}, lambda n: None)["sha256"] for p in (path / CONFIG, file)}
-        return Adapter(path, config, reader, fingerprint, notes)
+        return Adapter(path, config, reader, fingerprint, notes, zeros)
 
     def changes(self, binding: Binding) -> Changes:
         """By logical tensor: what changes it, and where. Raises BadInput naming the key that does not fit the model."""
         return _BoundAdapter(self, binding).changes
+
+    def warnings(self, plan: Plan) -> list[str]:
+        """What a user should know of how its files are read, and of modules of `plan` whose product is zero."""
+        changes = {piece.change for tensor in plan.changed for piece in tensor.changes}
+        products = [change for change in changes if isinstance(change, LowRankUpdate)]
+        idle = sorted({p.a for p in products if not p.scaling or self.zeros & {p.a, p.b}})
+        if not idle:
+            return list(self.notes)
+        modules = [key.removeprefix(_PREFIX).partition(".lora_")[0] for key in idle]
+        more = f" and {len(idle) - _NAMED_MODULES} more" if len(idle) > _NAMED_MODULES else ""
+        words = f"{len(idle)} of {len({p.a for p in products})} pairs of factors change nothing"
+        why = "a factor or the scaling is zero: was the adapter saved before it was trained?"
+        return [*self.notes, f"{self.path}: {words} ({', '.join(modules[:_NAMED_MODULES])}{more}): {why}"]
 
     def summary(self, plan: Plan) -> AdapterSummary:
         """What `plan`, which was made with this adapter, merges."""
@@ -151,14 +165,18 @@ def _is_name(name: str) -> bool:
     return any(map(load_table().transformers_names.fullmatch, spellings))
 
 
-def _check_numbers(file: Path, reader: TensorReader, key: str) -> None:
+def _all_zeros(file: Path, reader: TensorReader, key: str) -> bool:
+    """Whether every number is zero. Raises BadInput for what is no float matrix, or not finite."""
     dtype, shape = reader.dtype(key), reader.shape(key)
     if dtype not in ("BF16", "F16", "F32") or not shape:
         raise BadInput(f"{file.name}: {key} is {dtype} {list(shape)}: adapters hold matrices in bf16, fp16 or fp32")
-    step = max(1, _CHECK_BYTES // max(1, 4 * prod(shape[1:])))
+    step, is_zero = max(1, _CHECK_BYTES // max(1, 4 * prod(shape[1:]))), True
     for start in range(0, shape[0], step):
-        if any(found := count_nonfinite(reader.read(key, (start, start + step)).tobytes(), dtype)):
+        bits = reader.read(key, (start, start + step))
+        if any(found := count_nonfinite(bits.tobytes(), dtype)):
             raise BadInput(f"{file.name}: {key} has {found} numbers: its training failed, or it is damaged")
+        is_zero = is_zero and not widened(bits, dtype).any()
+    return is_zero
 
 
 class _BoundAdapter:

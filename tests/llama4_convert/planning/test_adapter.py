@@ -91,6 +91,45 @@ def trained(whole: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     return get
 
 
+# -------------------- what is warned of
+
+
+def test_factors_that_change_nothing_are_named(
+    whole: Callable[..., Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert convert(whole("maverick"), tmp_path / "trained", adapter=trained("maverick", "attention")).warnings == []
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained("maverick", "attention"), adapter)
+    factors = load_file(adapter / WEIGHTS)
+    key = next(key for key in factors if "layers.1.self_attn.q_proj.lora_B" in key)
+    factors[key] = torch.zeros_like(factors[key])
+    save_file(factors, adapter / WEIGHTS)
+    (warning,) = convert(whole("maverick"), tmp_path / "one", adapter=adapter).warnings
+    assert f"1 of {len(factors) // 2} pairs of factors change nothing" in warning
+    assert "layers.1.self_attn.q_proj)" in warning
+    change(adapter, lora_alpha=0)
+    (warning,) = convert(whole("maverick"), tmp_path / "all", adapter=adapter).warnings
+    assert f"{len(factors) // 2} of {len(factors) // 2} pairs" in warning
+    base = peft.tensors(whole("maverick"))
+    assert peft.different(peft.tensors(tmp_path / "all"), base) == []
+
+
+def test_a_product_that_overflows_the_dtype_is_named(
+    whole: Callable[..., Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained("maverick", "attention"), adapter)
+    factors = load_file(adapter / WEIGHTS)
+    for key in factors:
+        if "language_model.model.layers.1.self_attn.q_proj.lora" in key:
+            factors[key] = torch.full_like(factors[key], 3e38)
+    save_file(factors, adapter / WEIGHTS)
+    told: list[str] = []
+    result = convert(whole("maverick"), tmp_path / "out", adapter=adapter, warn=told.append)
+    assert ["language_model.model.layers.1.self_attn.q_proj" in one.tensor for one in result.nonfinite] == [True]
+    assert any("layers.1.self_attn.q_proj" in text for text in told), told
+
+
 # -------------------- what PEFT makes
 
 
