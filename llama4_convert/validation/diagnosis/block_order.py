@@ -6,6 +6,7 @@ compared on the whole.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -14,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama4_convert.validation.diagnosis.moved_values import ALTERNATING_RANKS, TRANSPOSED, find_move
-from llama4_convert.validation.diagnosis.tolerance import Array, Diagnosis, Tolerance, divisors, listed, some_of
+from llama4_convert.validation.diagnosis.tolerance import (
+    Ambiguous,
+    Array,
+    Diagnosis,
+    Tolerance,
+    divisors,
+    listed,
+    some_of,
+)
 from llama4_convert.validation.diagnosis.wrong_tensor import Axis, WrongTensor
 
 _SIGNATURE_NUMBERS = 512  # numbers of a block that it is known by
@@ -54,6 +63,13 @@ def _match(x: Array, y: Array, tolerance: Tolerance) -> NDArray[np.intp]:
     return found
 
 
+def _check_told_apart(known: Array, order: NDArray[np.intp]) -> None:
+    """Raises Ambiguous if a block that stands elsewhere is equal to another one of the reference: it may be either."""
+    count = Counter(block.tobytes() for block in known)
+    if any(count[known[block].tobytes()] > 1 for place, block in enumerate(order) if block >= 0 and block != place):
+        raise Ambiguous
+
+
 def _arranged(x: Array, order: NDArray[np.intp], n: int) -> Array:
     blocks = x.reshape(n, -1, x.shape[1])[np.maximum(order, 0)]
     blocks[order == _ZERO] = 0
@@ -75,15 +91,17 @@ class Blocks:
 
 
 def find_blocks(x: Array, y: Array, tolerance: Tolerance, counts: Sequence[int]) -> Blocks | None:
-    """The first of these counts of blocks that explains y, which may have more or fewer rows than x."""
+    """The first of these counts of blocks that explains y, which may have more or fewer rows than x. Raises Ambiguous."""
     for n in counts:
         if x.shape[0] % n or y.shape[0] % (x.shape[0] // n):
             continue
         height = x.shape[0] // n
-        order = _match(_signatures(x, n), _signatures(y, y.shape[0] // height), tolerance)
+        known = _signatures(x, n)
+        order = _match(known, _signatures(y, y.shape[0] // height), tolerance)
         if np.array_equal(order, np.arange(n)):  # where numbers are lossy a single wrong row is lost among the others
             continue
         if _UNMATCHED not in order and tolerance(_arranged(x, order, n), y):
+            _check_told_apart(known, order)
             return Blocks(n, height, order)
     return None
 
@@ -151,7 +169,8 @@ def _row_order(x: Array, y: Array, tolerance: Tolerance, axis: Axis, head_dim: i
         if not tolerance.limit and np.array_equal(np.sort(x, axis=None), np.sort(y, axis=None)):
             return Diagnosis("rows_permuted", "the same numbers in another order")
         return None
-    order = _match(_signatures(x, n), _signatures(y, n), tolerance)
+    known = _signatures(x, n)
+    order = _match(known, _signatures(y, n), tolerance)
     shifts = np.where(order >= 0, order - np.arange(n), 0)
     if shifts.any():
         shift = int(np.bincount(shifts[shifts != 0] + n).argmax()) - n
@@ -162,6 +181,7 @@ def _row_order(x: Array, y: Array, tolerance: Tolerance, axis: Axis, head_dim: i
             return Diagnosis("shifted", f"{axis.line}s shifted by {-shift}{rest}")
     if _UNMATCHED in order or np.array_equal(order, np.arange(n)) or not tolerance(_arranged(x, order, n), y):
         return None
+    _check_told_apart(known, order)
     if head_dim and n % head_dim == 0:
         right = np.arange(head_dim)
         forms = [right.reshape(-1, 2).T.ravel(), right.reshape(2, -1).T.ravel()]

@@ -34,7 +34,15 @@ from llama4_convert.validation.diagnosis.quantized_faults import (
 from llama4_convert.validation.diagnosis.remainders import near_or_unrelated
 from llama4_convert.validation.diagnosis.sketches import Sketches
 from llama4_convert.validation.diagnosis.tensor_pairs import FLOATS, TensorPairs
-from llama4_convert.validation.diagnosis.tolerance import Array, Diagnosis, Tolerance, as_matrix, floats, relative_error
+from llama4_convert.validation.diagnosis.tolerance import (
+    Ambiguous,
+    Array,
+    Diagnosis,
+    Tolerance,
+    as_matrix,
+    floats,
+    relative_error,
+)
 from llama4_convert.validation.diagnosis.wrong_tensor import MAX_RANKS, Axis, WrongTensor
 
 # Bytes that diagnosing takes, measured: alone, and where a hypothesis wants gate and up together.
@@ -93,7 +101,16 @@ class Diagnoser:
         self.last_resort = Hypothesis(near_or_unrelated)  # it fits what others explain better
 
     def diagnose(self, name: str) -> Diagnosis | None:
-        """None where no hypothesis fits, and where none may be tried: see `lacking`. Raises BindingError."""
+        """None where no hypothesis fits, where several fit equally, and where none may be tried: see `lacking`.
+
+        Raises BindingError.
+        """
+        try:
+            return self._diagnose(name)
+        except Ambiguous:
+            return None
+
+    def _diagnose(self, name: str) -> Diagnosis | None:
         ours, theirs, reader = self.pairs.ours[name], self.pairs.theirs[name], self.pairs.reader
         self.lacking = 0
         if self._pieces and not name.startswith(f"{self._pieces[0].rpartition('.')[0]}."):

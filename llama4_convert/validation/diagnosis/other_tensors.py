@@ -17,6 +17,7 @@ from llama4_convert.validation.diagnosis.sketches import Sketches, sketch, sketc
 from llama4_convert.validation.diagnosis.tensor_pairs import SLICED, TensorPairs, cast, slices
 from llama4_convert.validation.diagnosis.tolerance import (
     ROUNDING,
+    Ambiguous,
     Array,
     Diagnosis,
     Floats,
@@ -64,9 +65,11 @@ class OtherTensors:
         made = sketch_of_rows(theirs, shape) if is_sliced else sketch(y, theirs.dtype)
         names = [other for other in self.sketches.like(made, shape, tolerance) if other != name]
         names.sort(key=lambda other: (_layer(other) != _layer(name), _module(other) != _module(name)))
-        for other in names[:_CANDIDATES]:
-            if self._holds(name, other, tolerance):
-                return self._held(name, other, tolerance)
+        held = [other for other in names[:_CANDIDATES] if self._holds(name, other, tolerance)]
+        if len(held) > 1:  # the reference has equal ones
+            raise Ambiguous
+        if held:
+            return self._held(name, held[0], tolerance)
         if is_sliced:
             return None
         for other in self.sketches.like(sketch(y.T, theirs.dtype), shape[::-1], tolerance)[:_CANDIDATES]:

@@ -29,6 +29,10 @@ class Diagnosis:
         return Diagnosis(self.kind, f"{self.cause}, gate and up together")
 
 
+class Ambiguous(Exception):
+    """Several causes explain the numbers equally, as where experts, heads or rows are equal: none is claimed."""
+
+
 @dataclass(frozen=True)
 class Tolerance:
     """When two arrays hold the same numbers: bit by bit, or within a relative squared error of `limit`."""

@@ -149,6 +149,43 @@ def test_a_vocabulary_is_read_in_slices(
         assert told == {key: fault.kind for fault in faults for key in fault.keys}, [fault.name for fault in faults]
 
 
+@pytest.mark.parametrize("equal", ["heads", "experts", "layers", "zeros"])
+def test_where_several_causes_explain_the_numbers_none_is_claimed(equal: str, opened: Callable[..., Pair]) -> None:
+    """The reference has equal parts: which of them stands in another's place, its numbers do not say."""
+    _, converted, tensors = opened("odd")
+    q = next(key for key in sorted(tensors) if key.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in key)
+    changed = next(key for key in sorted(tensors) if key.endswith("experts.down_proj")) if equal == "experts" else q
+    right, wrong = tensors[changed].clone(), tensors[changed].clone()
+    others: planted.Tensors = {}
+    if equal == "heads":  # the first two; then the second and the third are exchanged
+        heads, right = right.view(6, -1, right.shape[1]), right.clone()
+        right = heads[[0, 0, 2, 3, 4, 5]].reshape(right.shape).contiguous()
+        wrong = heads[[0, 2, 0, 3, 4, 5]].reshape(right.shape).contiguous()
+    elif equal == "experts":  # the last two; then one of them stands in the place of the first
+        right = right[[0, 1, 1]].contiguous()
+        wrong = right[[1, 1, 1]].contiguous()
+    elif equal == "layers":  # two of them; then one of them stands in the place of another
+        others = {q.replace("layers.0", "layers.1"): tensors[q.replace("layers.0", "layers.2")]}
+        wrong = tensors[q.replace("layers.0", "layers.2")].clone()
+    else:
+        right, wrong = torch.zeros_like(right), torch.randn_like(right)
+    reference = dataclasses.replace(converted, readers=(Memory({**tensors, **others, changed: right}),))
+    candidate = dataclasses.replace(converted, readers=(Memory({**tensors, **others, changed: wrong}),))
+    assert faults_of(reference, reference) == []
+    found = faults_of(reference, candidate)
+    assert {one.tensor for one in found} == {changed}
+    if equal == "zeros":
+        assert not {one.kind for one in found} & {
+            "transposed",
+            "rows_permuted",
+            "other_tensor",
+            "scaled",
+            "rank_missing",
+        }
+    else:
+        assert {one.kind for one in found} == {None}, found
+
+
 def test_tensors_of_any_shape_are_named(opened: Callable[..., Pair]) -> None:
     """And nothing breaks, whatever they hold."""
     reference, candidate, tensors = opened("odd")
