@@ -20,6 +20,9 @@ from typing import Any
 from llama4_convert.errors import BadInput, EnvironmentFailed, from_os_error
 
 _SMALL_FILE_LIMIT_BYTES = 64 << 20
+# The largest index or header of a Llama 4 (Maverick, each expert's matrix alone, in NF4) has some 5 MB and 80,000 values.
+_MAX_JSON_BYTES = 24 << 20
+_MAX_JSON_VALUES = 800_000
 _MADE_BY_PROGRAMS = (".json", ".model")  # a licence may well be a page of HTML
 _NOTICES = ("LICENSE", "USE_POLICY", "NOTICE")
 
@@ -141,9 +144,23 @@ def read_small(file: Path) -> bytes:
 def parse_json(data: bytes | str) -> Any:
     """The value that JSON text spells. Raises ValueError if it is no JSON, or if a key of an object occurs twice."""
     try:
-        return json.loads(data, object_pairs_hook=_without_duplicates)
+        check_json_bounds(data)
+        return json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def check_json_bounds(data: bytes | str) -> None:
+    """Raises ValueError for JSON that would take too much memory, before it takes any: the values are counted by their commas."""
+    comma, bracket, brace = (",", "[", "{") if isinstance(data, str) else (b",", b"[", b"{")
+    if len(data) > _MAX_JSON_BYTES:
+        raise ValueError(f"more than {_MAX_JSON_BYTES >> 20} MiB")
+    if data.count(comma) + data.count(bracket) + data.count(brace) > _MAX_JSON_VALUES:  # type: ignore[arg-type]
+        raise ValueError(f"more than {_MAX_JSON_VALUES:,} values")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -80,6 +80,10 @@ TORCH_DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
 }
 
+# Scout's pickle has some 50,000; an adapter with factors for each expert's matrices some 600,000.
+_MAX_OPCODES = 1_500_000
+_MAX_KEY = 1 << 31  # of an inner mapping: larger numbers can be chosen so that all of them collide
+
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT"),
@@ -114,8 +118,10 @@ def _interpret(data: bytes) -> Any:
         del stack[at:]
         return items
 
-    for opcode, arg, position in pickletools.genops(data):
+    for number, (opcode, arg, position) in enumerate(pickletools.genops(data)):
         op = opcode.name
+        if number >= _MAX_OPCODES:
+            raise RefusedPickle(f"more than {_MAX_OPCODES:,} opcodes, more than any state dict needs")
         if op in _LITERALS:
             stack.append(arg)
         elif op in _CONSTANTS:
@@ -180,7 +186,7 @@ def _a(kind: Any, value: Any) -> Any:
 
 
 def _set(target: dict[Any, Any], key: Any, value: Any) -> None:
-    if not isinstance(key, (str, int)):
+    if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < _MAX_KEY):
         raise RefusedPickle("malformed pickle: a mapping key that is neither text nor a number")
     if key in target:
         raise RefusedPickle(f"the pickle names {key!r:.80} twice")

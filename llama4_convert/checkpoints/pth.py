@@ -7,6 +7,7 @@ not understand, and whatever two parts of the file state differently, is an erro
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import struct
@@ -28,7 +29,10 @@ from llama4_convert.progress import Progress
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 # Scout's pickle has some 200 KB; anything near this limit is no state dict of a Llama 4.
-_PICKLE_LIMIT = 64 << 20
+_PICKLE_LIMIT = 16 << 20
+_DIRECTORY_LIMIT = 8 << 20  # Scout's has 110 KB
+_NOTE_LIMIT = 64 << 10  # torch's notes to itself have some bytes each
+_MAX_NOTES = 100
 _READ_BYTES = 1 << 20  # stays in the processor's cache between reading and checking
 
 
@@ -124,8 +128,11 @@ def _read(path: Path, fd: int, file_size: int) -> PthIndex:
         else:
             raise BadInput(f"{path.name}: {key} is a {type(value).__name__}, not a tensor")
     data = tuple(record for name, record in records.items() if name.startswith(prefix + "data/"))
-    for record in set(records.values()) - set(data):  # torch's notes to itself: versions, an id
-        _content(path, fd, record, _PICKLE_LIMIT)
+    beside = set(records.values()) - {*data, records[pickles[0]]}  # torch's to itself: versions, an id
+    if len(beside) > _MAX_NOTES:
+        raise BadInput(f"{path.name} has {len(beside):,} records beside its tensors, more than torch.save writes")
+    for record in beside:
+        _content(path, fd, record, _NOTE_LIMIT)
     listing = "".join(f"{r.name.removeprefix(prefix)} {r.size} {r.crc:08x}\n" for r in records.values())
     return PthIndex(path, tensors, tuple(others), data, hashlib.sha256(listing.encode()).hexdigest(), notes)
 
@@ -151,10 +158,19 @@ def _inner_state_dict(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any]
     return found, (f"{path.name} holds its state dict in a dictionary, under {inside[0]!r}: that is read{left}",)
 
 
+class _BoundedReader(io.FileIO):
+    """A file for zipfile, which reads the directory at once, however large the archive says that it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _DIRECTORY_LIMIT:
+            raise zipfile.BadZipFile(f"its directory has {size:,} bytes, more than any checkpoint's")
+        return super().read(size) or b""
+
+
 def _records(path: Path, fd: int, file_size: int) -> dict[str, Record]:
     """The zip directory, checked against the local headers: readers of torch trust either one, so they must agree."""
     try:
-        with open(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
+        with _BoundedReader(os.dup(fd)) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, OverflowError) as error:
         raise BadInput(

@@ -8,7 +8,7 @@ from pathlib import Path
 from llama4_convert.checkpoints.manifest import make_again
 from llama4_convert.checkpoints.tensors import ITEM_SIZES, Record, StoredTensor, contiguous
 from llama4_convert.errors import BadInput, from_os_error, one_line
-from llama4_convert.files import SAFETENSORS, foreign_content, parse_json, read_start
+from llama4_convert.files import SAFETENSORS, check_json_bounds, foreign_content, parse_json, read_start
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the bound that the safetensors library sets itself
 _LENGTH_BYTES = 8  # in front of the header
@@ -34,8 +34,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - _LENGTH_BYTES):
                 raise BadInput(f"{path.name} is no safetensors file, or it is cut off: {size:,} bytes")
+            data = file.read(length)
+            check_json_bounds(data)
             with safe_open(path, framework="numpy"):  # imports no numpy, and maps the file instead of reading it
-                header = parse_json(file.read(length))
+                header = parse_json(data)
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}") from error
     except (SafetensorError, ValueError) as error:

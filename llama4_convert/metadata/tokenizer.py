@@ -85,6 +85,8 @@ _TEMPLATE: Final = {"instruct": "chat.jinja", "guard": "guard.jinja"}
 # merge takes time quadratic in its length, so these two bound the time as well as the memory.
 MAX_MODEL_BYTES: Final = 16 << 20
 MAX_TOKEN_BYTES: Final = 256
+_MAX_LINES: Final = 1_000_000  # Llama 4's has 200,000
+_MAX_JSON_COMMAS: Final = 3_000_000  # of a tokenizer.json; Llama 4's has some 900,000
 _MAX_LINE_BYTES: Final = 4 * MAX_TOKEN_BYTES
 
 _AGAIN: Final = "download tokenizer.model again"
@@ -101,6 +103,8 @@ def read_bpe(data: bytes) -> dict[bytes, int]:
         raise BadInput(
             f"tokenizer.model: {len(data):,} bytes, more than any tokenizer's; check that it is the right file"
         )
+    if data.count(b"\n") > _MAX_LINES:
+        raise BadInput(f"tokenizer.model: more than {_MAX_LINES:,} lines; check that it is the right file")
     rank_of: dict[bytes, int] = {}
     line_of_rank: dict[int, int] = {}
     for number, line in enumerate(io.BytesIO(data), 1):
@@ -340,6 +344,8 @@ _BYTE_OF: Final = {chr(byte) if byte in _PRINTABLE else chr(_ALPHABET[byte]): by
 def tokenizer_model(tokenizer_json: bytes) -> bytes:
     """The way back: tokenizer.model from the content of a tokenizer.json. Raises `BadInput` if that is no Llama 4's."""
     try:
+        if tokenizer_json.count(b",") > _MAX_JSON_COMMAS:
+            raise ValueError("too many tokens")
         body = json.loads(tokenizer_json)
         added = {token["content"]: token["id"] for token in body["added_tokens"]}
         plain = {token: rank for token, rank in body["model"]["vocab"].items() if token not in added}

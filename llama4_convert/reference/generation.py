@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llama4.chat import Llama4Processor
 
 _KEPT_WEIGHTS_BYTES = 8 << 30
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others have decoders that start programs
+_MAX_PIXELS = 1 << 25  # of a picture before it is made smaller: 128 MiB with transparency; the model sees 1.8 million
 
 
 class Generation(Struct, frozen=True, kw_only=True):
@@ -141,8 +143,12 @@ def open_image(path: Path) -> Image:
     """
     from PIL import Image, ImageOps
 
+    if not path.is_file():
+        raise BadInput(f"{path} is no regular file: give a picture")
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_PICTURE_FORMATS) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.width:,} x {image.height:,} pixels are more than {_MAX_PIXELS:,}")
             return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise of every kind
         raise BadInput(f"{path} is no image that can be read: {one_line(error, 120)}") from error

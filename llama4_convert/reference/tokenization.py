@@ -10,13 +10,15 @@ text instead: it also holds back a U+FFFD that was really written, and bytes tha
 from __future__ import annotations
 
 import codecs
+import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4_convert.checkpoints.manifest import make_again
-from llama4_convert.errors import BadInput, from_os_error, one_line
+from llama4_convert.errors import BadInput, one_line
+from llama4_convert.files import read_small
 from llama4_convert.metadata.tokenizer import read_bpe, tokenizer_json
 
 if TYPE_CHECKING:
@@ -145,12 +147,7 @@ class TextStream:
 
 def _read(path: Path) -> bytes | None:
     """The content of a file; None if there is none."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise from_os_error(error, f"reading {path}") from error
+    return read_small(path) if os.path.lexists(path) else None
 
 
 def byte_of_character() -> dict[str, int]:

@@ -4,7 +4,6 @@ for each difference the length of a prompt from which on it changes a logit."""
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama4.config import Llama4Config, Llama4TextConfig, Llama4VisionConfig
 from llama4.config_differences import Difference, differences
 from llama4_convert.errors import BadInput, ConvertError, one_line
-from llama4_convert.files import json_object, read_small
+from llama4_convert.files import json_object, parse_json, read_small
 from llama4_convert.metadata.config import processor_configs
 from llama4_convert.reference.checkpoint import Checkpoint
 from llama4_convert.validation.chat_template import DIALOGS, rendered
@@ -197,7 +196,7 @@ def template_of(checkpoint: Checkpoint) -> str | None:
         return read_small(file).decode("utf-8", "replace")
     config = checkpoint.path / "tokenizer_config.json"
     try:
-        body: Any = json.loads(read_small(config)) if config.exists() else {}
+        body: Any = parse_json(read_small(config)) if config.exists() else {}
     except ValueError as error:
         raise BadInput(f"{config.name} is not valid JSON ({error})") from error
     template = body.get("chat_template") if isinstance(body, Mapping) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama4.config import Llama4Config
 from llama4.config_differences import Difference
 from llama4_convert.errors import BadInput, UsageError
-from llama4_convert.files import read_at_most
+from llama4_convert.files import parse_json, read_at_most
 from llama4_convert.reference.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def prompts_of_ids(path: Path) -> list[Prompt]:
     """Token ids: a JSON list of lists, or one prompt a line with ids between blanks or commas. Raises UsageError, BadInput."""
     text = _read(path)
     try:
-        rows: Any = json.loads(text)
+        rows: Any = parse_json(text)
         if type(rows) is int:
             rows = [rows]
         if isinstance(rows, list) and rows and all(type(i) is int for i in rows):
@@ -187,6 +186,8 @@ def _ids(path: Path, number: int, line: str) -> list[int]:
 
 
 def _read(path: Path) -> str:
+    if not path.is_file():
+        raise UsageError(f"{path} is no regular file: give a file of prompts")
     data = read_at_most(path, _MAX_FILE_BYTES)
     if data is None:
         raise UsageError(f"{path} has more than {_MAX_FILE_BYTES >> 20} MiB: that is no list of prompts")

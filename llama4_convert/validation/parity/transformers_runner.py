@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama4_convert.errors import EnvironmentFailed, UsageError, one_line
+from llama4_convert.files import json_object
 from llama4_convert.validation.parity.walk import CandidateFailed
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def load_transformers(path: Path, dtype: torch.dtype | str = "auto") -> Any:
 
     A tensor that is missing or misshapen fails here: Transformers itself warns and fills it with random numbers.
     """
-    body: Any = json.loads((path / "config.json").read_bytes())
+    body = json_object(path / "config.json")
     name = "Llama4ForConditionalGeneration" if "text_config" in body else "Llama4ForCausalLM"
     try:
         import transformers

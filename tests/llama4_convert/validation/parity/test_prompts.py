@@ -94,7 +94,7 @@ def test_nothing_in_the_file_is_a_mistake_of_use(file: Any, content: str | bytes
         ("[[1, true]]", "prompt 1 is no list"),
         ("[[1, 2.0]]", "prompt 1 is no list"),
         ('[["1"]]', "prompt 1 is no list"),
-        ("[[1, NaN]]", "prompt 1 is no list"),
+        ("[[1, NaN]]", "line 1 is no list of token ids"),
         ("[null]", "prompt 1 is no list"),
         ("[" * 100_000, "line 1 is no list"),
         ("[[" + "9" * 5000 + "]]", "line 1 is no list"),
