@@ -196,7 +196,7 @@ def test_what_is_not_finished_or_not_ours(out: Path, hub: hub_stand_in.Hub, tmp_
     (out / NAME).write_text(json.dumps(body))
     with pytest.raises(UsageError, match="unfinished"):
         push(out, NEW, create=True)
-    with pytest.raises(UsageError, match="only what this tool has written"):
+    with pytest.raises(UsageError, match="is not a directory"):
         push(tmp_path / "meta", NEW, create=True)
     assert hub.requests == []
 

@@ -263,7 +263,7 @@ def test_what_is_no_validation(out: Path, parity: Path, tmp_path: Path) -> None:
 
 
 def test_what_has_no_card(meta: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path, words in ((meta, "what `convert` has written"), (tmp_path / "nothing", "what `convert` has written")):
+    for path, words in ((meta, "what `convert` has written"), (tmp_path / "nothing", "is not a directory")):
         outcome = commands.run(capsys, "card", path)
         assert (outcome.code, words in outcome.error) == (2, True)
     with pytest.raises(UsageError, match="no id of a model"):

@@ -253,7 +253,7 @@ def test_a_damaged_tokenizer_json_is_refused(small_json: dict[str, Any], tmp_pat
     data = json.dumps(small_json, separators=(",", ":")).encode()
     assert damage(data) != data
     (tmp_path / "tokenizer.json").write_bytes(damage(data))
-    assert "copy or convert it again" in refusal(tmp_path)
+    assert "fetch it again from where it comes" in refusal(tmp_path)
 
 
 def test_a_damaged_tokenizer_model_is_refused(tmp_path: Path) -> None:
