@@ -18,7 +18,7 @@ from llama_models.llama4 import tokenizer as meta_tokenizer
 from llama_models.llama4.tokenizer import Tokenizer as MetaTokenizer
 from tokenizers import Tokenizer, decoders, models
 
-from llama4_convert.errors import BadInput, EnvironmentFailed
+from llama4_convert.errors import BadInput
 from llama4_convert.metadata.tokenizer import SPECIAL_TOKENS, tokenizer_files
 from llama4_convert.reference.tokenization import TextTokenizer
 from tests.support import meta_model
@@ -269,7 +269,7 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path, token: st
     assert "do not stand for bytes" in refusal(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_is_the_machines_fault(tmp_path: Path) -> None:
+def test_a_directory_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").mkdir()
-    with pytest.raises(EnvironmentFailed, match=r"tokenizer\.json"):
+    with pytest.raises(BadInput, match=r"tokenizer\.json is no file"):
         TextTokenizer.open(tmp_path)

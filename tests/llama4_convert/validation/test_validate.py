@@ -268,7 +268,7 @@ def test_a_tokenizer_that_is_not_there_where_it_is_needed(refusal: Callable[...,
     assert "tokenizer" in message
 
 
-@pytest.mark.parametrize("value", ["8", True, -1, 0, 1.5, 10**15, [8], {}, float("nan")], ids=str)
+@pytest.mark.parametrize("value", ["8", True, -1, 0, 1.5, 10**15, [8], {}], ids=str)
 @pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "vision_config__image_size"])
 def test_a_field_of_the_wrong_type_is_named(refusal: Callable[..., str], field: str, value: Any) -> None:
     message = refusal(lambda path: change_config(path, **{field: value}))
