@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from llama4_convert.confined import Stopped, confined
+from llama4_convert.checkpoints.confined import Stopped, confined
 from llama4_convert.errors import BadInput
 from llama4_convert.files import json_object
 from quant.typed import InvalidField, decode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama4_convert.confined import confined
+from llama4_convert.checkpoints.confined import confined
 
 DIALOGS: tuple[tuple[bool, list[dict[str, str]]], ...] = (
     (True, [{"role": "user", "content": "Is 17 a prime?"}]),

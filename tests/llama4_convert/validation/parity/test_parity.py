@@ -504,7 +504,7 @@ def test_a_chat_template_that_writes_other_tokens_is_a_wrong_field(
 def test_a_chat_template_that_does_not_end_is_stopped(
     pair: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama4_convert.confined.MAX_CPU_SECONDS", 1)
+    monkeypatch.setattr("llama4_convert.checkpoints.confined.MAX_CPU_SECONDS", 1)
     source, output = pair("text_only", variant="instruct")
     path = commands.copy(output, tmp_path / "copy")
     loop = "{% for i in range(99999) %}"

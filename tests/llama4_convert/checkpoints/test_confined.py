@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llama4_convert.confined import Stopped, confined
+from llama4_convert.checkpoints.confined import Stopped, confined
 from llama4_convert.planning.adapter_config import match_paths
 from llama4_convert.validation.chat_template import DIALOGS, rendered
 
